@@ -1,0 +1,64 @@
+"""Gradient inversion attacks in JAX: what does a shared gradient give away, and which defense stops it?"""
+
+from gia_jax import attacks, clients, data, labels, matching, metrics, models
+from gia_jax.base import (
+    Attack,
+    AttackInfo,
+    AttackState,
+    Batch,
+    ClientFn,
+    InitFn,
+    LabelFn,
+    LossFn,
+    ObjectiveFn,
+    Observation,
+    Params,
+    PriorFn,
+    ReconstructFn,
+    Reconstruction,
+    Updates,
+)
+from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
+from gia_jax.matching.solver import box, gradient_matching
+from gia_jax.sharding import map_sharded
+from gia_jax.threat import ThreatModel, granted, granted_labels, observe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attack",
+    "AttackInfo",
+    "AttackState",
+    "Batch",
+    "ClientFn",
+    "InitFn",
+    "LabelFn",
+    "LossFn",
+    "ObjectiveFn",
+    "Observation",
+    "Params",
+    "PriorFn",
+    "ReconstructFn",
+    "Reconstruction",
+    "ThreatModel",
+    "Updates",
+    "advance",
+    "attacks",
+    "box",
+    "choose",
+    "clients",
+    "continued",
+    "data",
+    "gradient_matching",
+    "granted",
+    "granted_labels",
+    "keep_best",
+    "labels",
+    "map_sharded",
+    "matching",
+    "metrics",
+    "models",
+    "observe",
+    "restarts",
+    "run",
+]

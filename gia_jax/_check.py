@@ -1,0 +1,73 @@
+"""Checks of concrete arguments. Inside a trace values are unknown and these pass; shapes are always checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether no leaf is being traced."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def finite(name: str, tree: PyTree[Array]) -> None:
+    """Raises ValueError where a concrete leaf of `tree` holds a NaN or an infinity."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+            bad = np.asarray(leaf)[~np.isfinite(np.asarray(leaf))].flat[0]
+            raise ValueError(f"{name} must be finite, got {bad} at {name}{jax.tree_util.keystr(path)}")
+
+
+def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[Array]) -> None:
+    """Raises ValueError naming the first place where `tree` has not the structure and shapes of `like`."""
+    got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    want = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(like)}
+    for key in want.keys() - got.keys():
+        raise ValueError(f"{name} does not fit {like_name}: {name}{key} is missing")
+    for key in got.keys() - want.keys():
+        raise ValueError(f"{name} does not fit {like_name}: {name}{key} is one too many")
+    for key, shape in want.items():
+        if got[key] != shape:
+            raise ValueError(f"{name} does not fit {like_name}: {name}{key} has shape {got[key]}, expected {shape}")
+
+
+def _bounded(values: dict[str, Any], holds: Callable[[np.ndarray], np.ndarray], requirement: str) -> None:
+    for name, tree in values.items():
+        for leaf in jax.tree.leaves(tree):
+            if is_concrete(leaf) and not np.all(holds(np.asarray(leaf))):
+                raise ValueError(f"{name} must {requirement}, got {np.asarray(leaf)[~holds(np.asarray(leaf))].flat[0]}")
+
+
+def positive(**values: Any) -> None:
+    """Raises ValueError naming a concrete number, or leaf of a tree, that is not above zero; None passes."""
+    _bounded(values, lambda value: value > 0, "be positive")
+
+
+def not_negative(**values: Any) -> None:
+    """Raises ValueError naming a concrete number, or leaf of a tree, below zero; None passes."""
+    _bounded(values, lambda value: value >= 0, "not be negative")
+
+
+def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
+    """Raises ValueError for an empty batch, lengths that differ, non-finite inputs, or labels that are no classes."""
+    if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
+        raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {jnp.shape(inputs)}")
+    if jnp.ndim(labels) not in (1, 2) or labels.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"batch.labels must have shape ({inputs.shape[0]},) or ({inputs.shape[0]}, c), got {jnp.shape(labels)}"
+        )
+    finite("batch.inputs", inputs)
+    if jnp.ndim(labels) == 2:
+        finite("batch.labels", labels)
+        return
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"batch.labels of shape (b,) must be integers, got {labels.dtype}")
+    if is_concrete(labels):
+        low, high = int(np.min(labels)), int(np.max(labels))
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            bound = "" if num_classes is None else f" and below {num_classes}"
+            raise ValueError(f"batch.labels must be at least 0{bound}, got {low if low < 0 else high}")

@@ -1,0 +1,80 @@
+"""Analytic inversion of a fully connected layer.
+
+Phong et al., Privacy-Preserving Deep Learning via Additively Homomorphic Encryption, IEEE TIFS 2018, section 3;
+Geiping et al., Inverting Gradients, NeurIPS 2020, proposition 3.1; Boenisch et al., When the Curious Abandon Honesty,
+EuroS&P 2023, section 4, for batches.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from gia_jax.base import Batch, LabelFn, Observation, ReconstructFn, Reconstruction
+from gia_jax.labels import ClassifierFn
+from gia_jax.threat import granted, granted_labels
+
+# Rows whose bias gradient is below this fraction of the largest are noise: their quotient is not formed.
+NEGLIGIBLE = 1e-9
+
+
+def linear_inversion(
+    layer_fn: ClassifierFn, *, label_fn: LabelFn = granted_labels, tolerance: float = 1e-3
+) -> ReconstructFn:
+    """The input of a fully connected first layer with a bias, read from its gradient: x = grad W_r / grad b_r.
+
+    Exact for one example, for any row r with grad b_r != 0. In a batch every row gives a mixture of the inputs of the
+    examples that activate it: exact for each row that one example activates alone. Such rows agree with each other,
+    mixtures hardly ever do, so the inputs on which most rows agree come first; where no rows agree, those of the most
+    negative bias gradient do (for a linear classifier, the classes of the batch).
+
+    Threat model: an honest-but-curious server that knows the parameters, the update and the shape of the batch.
+
+    Args:
+        layer_fn: Picks the first layer, such as `gia_jax.labels.dense("dense0")`.
+        label_fn: Labels of the reconstruction; they take no part in the inversion.
+        tolerance: Relative L2 distance below which two rows agree, > 0.
+
+    Returns:
+        `(key, observation) -> reconstruction`; the key is not used. Its loss is the share of the layer's gradient, in
+        L2 norm, that no combination of the inputs found explains. It raises ValueError for a layer without a bias or
+        whose input is not the (flattened) example.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
+
+    def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
+        del key
+        layer, like = layer_fn(observation.update), granted(observation, "inputs_like")
+        if layer.bias is None:
+            raise ValueError("linear_inversion needs a bias in the layer, got none")
+        if layer.kernel.shape[0] * like.shape[0] != like.size:
+            raise ValueError(f"the layer must see the example {like.shape[1:]}, got {layer.kernel.shape[0]} inputs")
+        usable = jnp.abs(layer.bias) > NEGLIGIBLE * jnp.max(jnp.abs(layer.bias))
+        rows = jnp.where(usable, layer.kernel / jnp.where(usable, layer.bias, 1), 0).T
+        found = _most_agreed(rows, layer.bias, usable, like.shape[0], tolerance)
+        explained = jnp.linalg.lstsq(found.T, layer.kernel)[0]
+        loss = jnp.linalg.norm(layer.kernel - found.T @ explained) / jnp.linalg.norm(layer.kernel)
+        inputs = found.reshape(like.shape)
+        finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(inputs)) & jnp.any(usable)
+        return Reconstruction(Batch(inputs, label_fn(observation)), loss, finite)
+
+    return reconstruct_fn
+
+
+def _most_agreed(
+    rows: Float[Array, "r d"], bias: Float[Array, " r"], usable: Bool[Array, " r"], count: int, tolerance: float
+) -> Float[Array, "count d"]:
+    """`count` rows, each time of the largest group of rows that agree, without those that agree with it."""
+    squares = jnp.sum(jnp.square(rows), 1)
+    distances = jnp.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0)
+    agree = (distances <= tolerance**2 * squares[:, None]) & usable[None] & usable[:, None]
+    magnitude = jnp.abs(bias) / jnp.max(jnp.abs(bias))
+
+    def pick(left: Bool[Array, " r"], _: None) -> tuple[Bool[Array, " r"], Array]:
+        group = jnp.sum(agree & left[None], 1)
+        # Within a group the quotient of the largest divisor is the most accurate.
+        preference = jnp.where(jnp.max(group) > 1, magnitude, -bias / jnp.max(jnp.abs(bias)))
+        index = jnp.argmax(jnp.where(left, group + 0.5 * preference, -jnp.inf))
+        return left & ~agree[index], index
+
+    return rows[jax.lax.scan(pick, usable, None, length=count)[1]]

@@ -1,0 +1,126 @@
+"""Attacks and solvers by the names of the command line, each with its paper's defaults."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
+from gia_jax.attacks.dlg import dlg
+from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
+from gia_jax.attacks.idlg import idlg
+from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
+from gia_jax.attacks.inverting_gradients import inverting_gradients
+from gia_jax.attacks.linear import linear_inversion
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ReconstructFn
+from gia_jax.labels import ClassifierFn, bias_counts
+from gia_jax.labels import idlg as idlg_labels
+from gia_jax.matching.initializations import near_grey
+from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
+from gia_jax.matching.optimizers import fixed_step_lbfgs
+from gia_jax.matching.run import continued, keep_best
+from gia_jax.matching.solver import gradient_matching
+from gia_jax.threat import granted_labels
+
+
+class Target(NamedTuple):
+    """What an attack must know to be built; all of it is public.
+
+    Attributes:
+        client_fn: The client the attacker assumes.
+        classifier_fn: Picks the last layer.
+        num_classes: Of the model.
+        batch_size: Of the client.
+        bounds: Darkest and brightest pixel in the model's space.
+    """
+
+    client_fn: ClientFn
+    classifier_fn: ClassifierFn
+    num_classes: int
+    batch_size: int
+    bounds: tuple
+
+
+class Named(NamedTuple):
+    """What the command line says of an attack: one line, the paper's number of steps, and whether it knows labels."""
+
+    summary: str
+    num_steps: int
+    labels: str
+
+
+ATTACKS = {
+    "dlg": Named("Deep Leakage from Gradients, Zhu et al. 2019: data and labels by L-BFGS", DLG_STEPS, "inferred"),
+    "idlg": Named("iDLG, Zhao et al. 2020: label by sign, data by L-BFGS", IDLG_STEPS, "inferred"),
+    "inverting_gradients": Named(
+        "Inverting Gradients, Geiping et al. 2020: cosine, total variation, signed Adam",
+        INVERTING_GRADIENTS_STEPS,
+        "known",
+    ),
+    "linear": Named("analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred"),
+}
+SOLVERS = {
+    "paper": "what the attack's paper uses",
+    "adam": "Adam, 0.1 a step",
+    "fixed_step_lbfgs": "L-BFGS with fixed steps of 1, as in DLG",
+    "lbfgs": "L-BFGS with a zoom line search (optax)",
+    "levenberg_marquardt": "1,500 fixed steps of L-BFGS from near grey, then Levenberg-Marquardt (float64)",
+}
+WARM_UP = 1_500
+LEVENBERG_MARQUARDT_STEPS = 20
+
+
+def label_rule(labels: str, target: Target) -> LabelFn:
+    """Granted labels for "known"; for "inferred" iDLG's rule for one example, counts in closed form for more."""
+    if labels == "known":
+        return granted_labels
+    return idlg_labels(target.classifier_fn) if target.batch_size == 1 else bias_counts(target.classifier_fn)
+
+
+def make_attack(name: str, target: Target, *, labels: str, solver: str, num_steps: int) -> Attack:
+    """An iterative attack by its name, keeping its best iterate.
+
+    Args:
+        name: A key of `ATTACKS`, but not "linear".
+        target: What is attacked.
+        labels: "known" (granted) or "inferred" (DLG optimises them, the others use a label rule).
+        solver: A key of `SOLVERS`.
+        num_steps: Steps its schedule is made for.
+
+    Returns:
+        The attack.
+    """
+
+    def build(optimizer: optax.GradientTransformation | None, init_fn: InitFn | None = None) -> Attack:
+        label_fn = label_rule(labels, target)
+        if name == "inverting_gradients":
+            return inverting_gradients(
+                target.client_fn,
+                bounds=target.bounds,
+                num_steps=num_steps,
+                label_fn=label_fn,
+                init_fn=init_fn,
+                optimizer=optimizer,
+            )
+        if name == "dlg" and labels == "inferred":
+            return dlg(target.client_fn, num_classes=target.num_classes, init_fn=init_fn, optimizer=optimizer)
+        if name == "dlg":
+            lbfgs = fixed_step_lbfgs() if optimizer is None else optimizer
+            return gradient_matching(target.client_fn, init_fn=init_fn, label_fn=label_fn, optimizer=lbfgs)
+        return idlg(target.client_fn, target.classifier_fn, label_fn=label_fn, init_fn=init_fn, optimizer=optimizer)
+
+    if solver == "levenberg_marquardt":
+        first = keep_best(build(fixed_step_lbfgs(), near_grey()))
+        return keep_best(continued(first, build(levenberg_marquardt()), num_steps=WARM_UP))
+    optimizers: dict[str, Callable[[], optax.GradientTransformation | None]] = {
+        "paper": lambda: None,
+        "adam": lambda: optax.adam(0.1),
+        "fixed_step_lbfgs": fixed_step_lbfgs,
+        "lbfgs": lambda: optax.lbfgs(memory_size=100),
+    }
+    return keep_best(build(optimizers[solver]()))
+
+
+def make_linear(target: Target, *, layer_fn: ClassifierFn, labels: str) -> ReconstructFn:
+    """The analytic attack, on the layer that sees the example."""
+    return linear_inversion(layer_fn, label_fn=label_rule(labels, target))

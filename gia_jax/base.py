@@ -1,0 +1,111 @@
+"""The nouns: what data, observations, attacks and reconstructions are. Everything is a pytree of arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+Params = PyTree[Array]
+Updates = PyTree[Array]
+
+
+class Batch(NamedTuple):
+    """Training examples.
+
+    Attributes:
+        inputs: Inputs in the model's own (normalised) space, shape (b, *d).
+        labels: Class indices, shape (b,), or class probabilities, shape (b, c).
+    """
+
+    inputs: Float[Array, "b *d"]
+    labels: Int[Array, "b"] | Float[Array, "b c"]
+
+
+class Observation(NamedTuple):
+    """All that an attack receives. Made by `gia_jax.observe` and by nothing else.
+
+    Attributes:
+        params: The parameters the server sent.
+        update: What the client returned, with the sign and scale of a gradient (a pseudo-gradient), always.
+        extra: What else the threat model grants, by name:
+
+            * "inputs_like": zeros of the batch's shape (b, *d): the shape of an example and the size of the batch;
+            * "labels": the batch's labels, shuffled unless the threat model grants their order;
+            * "statistics": the batch-normalisation statistics of the client's own forward pass.
+    """
+
+    params: Params
+    update: Updates
+    extra: Any = {}  # noqa: RUF012, never changed
+
+
+class AttackInfo(NamedTuple):
+    """Scalars of one step, all measured before the step moved; `lax.scan` stacks them.
+
+    Attributes:
+        loss: The objective with its priors.
+        match: The objective alone.
+        grad_norm: L2 norm of the loss's gradient.
+    """
+
+    loss: Float[Array, ""]
+    match: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+class Reconstruction(NamedTuple):
+    """What an attack believes the client's data to be.
+
+    Attributes:
+        batch: The reconstructed inputs and labels.
+        loss: The attacker's own score of `batch`, lower is better; restarts are chosen by it.
+        is_finite: Whether the loss and every value of `batch` is finite. A failure is a value, not an exception.
+        restart_losses: The score of every restart, shape (r,); () before any choice was made.
+    """
+
+    batch: Batch
+    loss: Float[Array, ""]
+    is_finite: Bool[Array, ""]
+    restart_losses: Any = ()
+
+
+class ClientFn(Protocol):
+    """What a client computes from the server's parameters and its own data: a pseudo-gradient."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> Updates:
+        """`(params, batch) -> update`, a tree like `params`."""
+        ...
+
+
+LossFn = Callable[[Params, Batch], Float[Array, ""]]
+ObjectiveFn = Callable[[Updates, Updates], Float[Array, ""]]
+PriorFn = Callable[[Batch, Observation], Float[Array, ""]]
+LabelFn = Callable[[Observation], Array]
+InitFn = Callable[[PRNGKeyArray, Observation], PyTree[Array]]
+ReconstructFn = Callable[[PRNGKeyArray, Observation], Reconstruction]
+
+
+class AttackState(NamedTuple):
+    """The state of an iterative attack.
+
+    Attributes:
+        candidate: What `finalize` reads; all that a wrapper needs to keep of a good iterate.
+        memory: What only the next step needs, such as the optimizer's state.
+    """
+
+    candidate: Any
+    memory: Any
+
+
+class Attack(NamedTuple):
+    """An iterative attack, as three pure functions. `gia_jax.run` drives it.
+
+    Attributes:
+        init: `(key, observation) -> state`.
+        step: `(key, state, observation) -> (state, info)`; one update of the dummy data.
+        finalize: `(candidate, observation) -> reconstruction`; it evaluates the loss of the candidate.
+    """
+
+    init: Callable[[PRNGKeyArray, Observation], AttackState]
+    step: Callable[[PRNGKeyArray, AttackState, Observation], tuple[AttackState, AttackInfo]]
+    finalize: Callable[[Any, Observation], Reconstruction]

@@ -1,0 +1,7 @@
+"""What a client computes from the server's parameters and its own data."""
+
+from gia_jax.clients.averaging import federated_averaging
+from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.clients.sgd import cross_entropy, federated_sgd, per_example
+
+__all__ = ["cross_entropy", "federated_averaging", "federated_sgd", "parameter_gradient", "per_example"]

@@ -1,0 +1,64 @@
+"""Real images that come with other packages: nothing is downloaded. Both need the extra `demo`."""
+
+from typing import Any
+
+import numpy as np
+
+from gia_jax.data.images import ImageData
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "immunohistochemistry",
+    "retina",
+    "hubble_deep_field",
+    "stereo_motorcycle",
+)
+
+
+def photos(*, size: int = 32) -> ImageData:
+    """Photographs shipped by scikit-image, cut and scaled down.
+
+    The first eight are the largest centred square of each photograph in the order of `PHOTOGRAPHS`; then come their
+    upper left quarters, upper right, lower left, lower right. A photograph's label is its place in the list. They are
+    normalised by the channel means of ImageNet.
+
+    Args:
+        size: Height and width, >= 1.
+
+    Returns:
+        Forty images (40, size, size, 3), eight classes.
+    """
+    from skimage import data, transform
+
+    squares = []
+    for name in PHOTOGRAPHS:
+        image = getattr(data, name)()
+        image = np.asarray(image[0] if isinstance(image, tuple) else image, np.float32)[..., :3] / 255
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        squares.append(image[top : top + side, left : left + side])
+    crops = [(name, square) for name, square in zip(PHOTOGRAPHS, squares, strict=True)]
+    for part, (down, right) in {"ul": (0, 0), "ur": (0, 1), "ll": (1, 0), "lr": (1, 1)}.items():
+        for name, square in zip(PHOTOGRAPHS, squares, strict=True):
+            half = square.shape[0] // 2
+            crops.append((f"{name}_{part}", square[down * half :, right * half :][:half, :half]))
+    images = np.stack([transform.resize(crop, (size, size, 3), anti_aliasing=True) for _, crop in crops])
+    labels = np.tile(np.arange(len(PHOTOGRAPHS), dtype=np.int32), 5)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ids = [name for name, _ in crops]
+    return ImageData("photos", images.astype(np.float32), labels, ids, PHOTOGRAPHS, mean, std)
+
+
+def digits() -> ImageData:
+    """The 1,797 handwritten digits of 8x8 pixels shipped by scikit-learn (test split of a UCI set), in its order."""
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    images = (found.images[..., None] / 16).astype(np.float32)
+    ids = [f"digit_{i:05d}" for i in range(len(images))]
+    names = [str(i) for i in range(10)]
+    mean, std = (float(images.mean()),), (float(images.std()),)
+    return ImageData("digits", images, found.target.astype(np.int32), ids, names, mean, std)

@@ -1,0 +1,69 @@
+"""Label Leakage from Gradients (Wainakh et al., User-Level Label Leakage from Gradients, PETS 2022)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from gia_jax.base import Batch, ClientFn, LabelFn, Observation
+from gia_jax.labels.classifier import ClassifierFn, batch_size, greedy_labels
+
+
+def llg(classifier_fn: ClassifierFn) -> LabelFn:
+    """LLG: labels from the sums G_c of the rows of the last layer's gradient, knowing only the gradient.
+
+    One example of class c is taken to add m = (1 + 1 / C) / B * (sum of the negative G_c) to G_c. Every class of
+    negative G_c gets a label, then always the most negative one (Algorithm 1). Right for distinct labels in an
+    untrained network with features h >= 0; duplicates are approximate, and a trained network's predictions bias them.
+
+    Args:
+        classifier_fn: Picks the last layer.
+
+    Returns:
+        The rule.
+    """
+
+    def label_fn(observation: Observation) -> Int[Array, " b"]:
+        sums, size = jnp.sum(classifier_fn(observation.update).kernel, 0), batch_size(observation)
+        impact = (1 + 1 / sums.shape[0]) / size * jnp.sum(jnp.minimum(sums, 0))
+        return greedy_labels(sums, impact, jnp.zeros(()), size)
+
+    return label_fn
+
+
+def llg_plus(client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: int = 16) -> LabelFn:
+    """LLG+: the same with the impact of a label and the offsets of the classes measured on random inputs.
+
+    The impact m is the mean over classes of what a dummy batch of one class adds to its own G_c per example; the offset
+    s_c is G_c of a dummy batch of all the other classes, taken off before the second stage (section 4.2, white box).
+
+    Args:
+        client_fn: The client the attacker simulates.
+        classifier_fn: Picks the last layer.
+        num_dummies: Standard normal inputs per class for the impact, >= 1.
+
+    Returns:
+        The rule.
+    """
+    if num_dummies < 1:
+        raise ValueError(f"num_dummies must be at least 1, got {num_dummies}")
+
+    def label_fn(observation: Observation) -> Int[Array, " b"]:
+        like, size = observation.extra["inputs_like"], batch_size(observation)
+        sums = jnp.sum(classifier_fn(observation.update).kernel, 0)
+        classes = sums.shape[0]
+
+        def row_sums(key: Array, labels: Array) -> Array:
+            inputs = jax.random.normal(key, (labels.shape[0], *like.shape[1:]), like.dtype)
+            return jnp.sum(classifier_fn(client_fn(observation.params, Batch(inputs, labels))).kernel, 0)
+
+        def of_class(c: Array) -> tuple[Array, Array]:
+            key_own, key_others = jax.random.split(jax.random.fold_in(jax.random.key(0), c))
+            own = row_sums(key_own, jnp.full(num_dummies, c))[c]
+            others = row_sums(key_others, (c + 1 + jnp.arange(classes - 1)) % classes)[c]
+            return own, others
+
+        impacts, offsets = jax.lax.map(of_class, jnp.arange(classes))
+        impact = jnp.mean(impacts) * (1 + 1 / classes) / size
+        return greedy_labels(sums, impact, offsets, size)
+
+    return label_fn

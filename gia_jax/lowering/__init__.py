@@ -1,0 +1,5 @@
+"""How convolutions are computed, so that second-order gradients run fast inside `lax.scan` and under `jax.vmap`."""
+
+from gia_jax.lowering.rewrite import Lowering, lower, lowers_to_matmul
+
+__all__ = ["Lowering", "lower", "lowers_to_matmul"]

@@ -1,0 +1,402 @@
+"""One convolution as slices and one matrix product, exact to rounding against `lax.conv_general_dilated`.
+
+A convolution contracts a window of its left operand with its kernel. Three of its shapes occur in first- and
+second-order gradients of a network, and each has its own cheapest form:
+
+* the forward pass, a small kernel and many outputs: stack one slice per kernel position, then one product;
+* the cotangent of the input (kernel reversed, left operand dilated by the stride): one product with the kernel as it
+  lies in memory, then add its slices in place, one stride phase at a time;
+* the cotangent of the kernel, a large window and few outputs: stack one slice per output (the very slices of the
+  forward pass, so XLA shares them), then one product over batch and space.
+
+Wide three-by-three convolutions of stride one go through Winograd's algorithm instead (`winograd.py`).
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gia_jax.lowering import winograd
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+# Below this many columns XLA's CPU matrix product is faster the other way round (measured, benchmarks/lowering.py).
+NARROW = 128
+WIDE = 64
+LARGE = 512
+
+Dot = Callable[..., jax.Array]
+
+
+class _Named(NamedTuple):
+    """An array and what its axes mean: n batch, c contracted features, o output features, s0.. space, k0.. taps."""
+
+    value: jax.Array
+    axes: tuple[str, ...]
+
+    def size(self, axis: str) -> int:
+        return self.value.shape[self.axes.index(axis)]
+
+    def to(self, axes: Sequence[str]) -> jax.Array:
+        order = [self.axes.index(axis) for axis in axes]
+        return self.value if order == sorted(order) else jnp.transpose(self.value, order)
+
+
+class _Geometry(NamedTuple):
+    """Of each spatial axis: input, window (kernel) and output sizes, and how they lie to each other."""
+
+    inputs: tuple[int, ...]
+    window: tuple[int, ...]
+    outputs: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    window_dilation: tuple[int, ...]
+    flipped: tuple[bool, ...]
+
+    @property
+    def space(self) -> list[str]:
+        return [f"s{d}" for d in range(len(self.window))]
+
+    @property
+    def taps(self) -> list[str]:
+        return [f"k{d}" for d in range(len(self.window))]
+
+    def reads(self, d: int) -> list[int]:
+        """Where, from the start of the window, each stored kernel position of axis `d` reads the padded input."""
+        stored = range(self.window[d])
+        return [(self.window[d] - 1 - j if self.flipped[d] else j) * self.window_dilation[d] for j in stored]
+
+
+def convolution(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    out_sharding: object = None,
+    flipped: Sequence[int] = (),
+) -> jax.Array:
+    """`lax.conv_general_dilated`, taking the parameters of its equation in a jaxpr.
+
+    Args:
+        lhs: Inputs; `dimension_numbers.lhs_spec` says which axis is which.
+        rhs: Kernel, read in reverse along its axes `flipped`.
+        window_strides: As in `lax.conv_general_dilated`, and so are the arguments down to `out_sharding`.
+        padding: Low and high, negative values crop.
+        lhs_dilation: Zeros between inputs, plus one.
+        rhs_dilation: Zeros between kernel positions, plus one.
+        dimension_numbers: Layouts of `lhs`, `rhs` and the result.
+        feature_group_count: Groups of a grouped or depthwise convolution.
+        batch_group_count: Groups of such a convolution's kernel gradient.
+        precision: Of the matrix product.
+        preferred_element_type: Of the matrix product.
+        out_sharding: Sharded convolutions stay native.
+        flipped: Axes of `rhs` along which the kernel is reversed.
+
+    Returns:
+        The convolution in the layout `dimension_numbers.out_spec`. Integers, mixed precisions, empty arrays and
+        explicit shardings are left to `lax.conv_general_dilated`.
+    """
+    if not (lhs.dtype == rhs.dtype and lhs.dtype.name in FLOATS and lhs.size and rhs.size) or out_sharding is not None:
+        return lax.conv_general_dilated_p.bind(
+            lhs,
+            lax.rev(rhs, tuple(flipped)),
+            window_strides=window_strides,
+            padding=padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    lhs_spec, rhs_spec, out_spec = dimension_numbers
+    inputs, window = [lhs.shape[a] for a in lhs_spec[2:]], [rhs.shape[a] for a in rhs_spec[2:]]
+    outputs = [
+        ((i - 1) * di + 1 + low + high - (k - 1) * dk - 1) // stride + 1
+        for i, di, (low, high), k, dk, stride in zip(
+            inputs, lhs_dilation, padding, window, rhs_dilation, window_strides, strict=True
+        )
+    ]
+    geometry = _Geometry(
+        tuple(inputs),
+        tuple(window),
+        tuple(outputs),
+        tuple(window_strides),
+        tuple(padding),
+        tuple(lhs_dilation),
+        tuple(rhs_dilation),
+        tuple(a in flipped for a in rhs_spec[2:]),
+    )
+    x = _Named(lhs, _names(lhs_spec, ["n", "c", *geometry.space]))
+    kernel = _Named(rhs, _names(rhs_spec, ["o", "c", *geometry.taps]))
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=preferred_element_type)
+    out_axes = _names(out_spec, ["n", "o", *geometry.space])
+    if feature_group_count > 1:
+        return _grouped(x, kernel, geometry, dot, feature_group_count, "c", out_axes)
+    if batch_group_count > 1:
+        return _grouped(x, kernel, geometry, dot, batch_group_count, "n", out_axes)
+    return _convolve(x, kernel, geometry, dot).to(out_axes)
+
+
+def _names(spec: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    axes = [""] * len(spec)
+    for position, name in zip(spec, names, strict=True):
+        axes[position] = name
+    return tuple(axes)
+
+
+def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    fewer = _winograd(x, kernel, geometry, dot)
+    if fewer is not None:
+        return fewer
+    plain = all(s == 1 for s in geometry.strides)
+    dilated = any(d > 1 for d in geometry.input_dilation)
+    undilated_window = all(d == 1 for d in geometry.window_dilation)
+    if plain and dilated and undilated_window and math.prod(geometry.window) > math.prod(geometry.outputs):
+        return _exchanged(x, kernel, geometry, dot)
+    if plain and (dilated or any(geometry.flipped)):
+        added = math.prod(geometry.inputs) * kernel.size("o")
+        stacked = math.prod(geometry.outputs) * kernel.size("c") / math.prod(geometry.input_dilation)
+        if 2 * added <= stacked or kernel.value.size >= x.value.size:
+            return _add_in_place(x, kernel, geometry, dot)
+        return _by_phase(x, kernel, geometry, dot)
+    low_high = zip(geometry.padding, geometry.input_dilation)
+    padded = _pad(x, dict(zip(geometry.space, [(low, high, d - 1) for (low, high), d in low_high])))
+    return _stack_and_contract(padded, kernel, geometry, dot)
+
+
+def _stack_and_contract(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    """Slices of the padded input stacked, then one product with the kernel."""
+    dims = range(len(geometry.window))
+    if math.prod(geometry.window) == 1:
+        taps = [kernel.axes.index(axis) for axis in geometry.taps]
+        pointwise = _Named(jnp.squeeze(kernel.value, taps), tuple(a for a in kernel.axes if a not in geometry.taps))
+        return _contract(_window(x, geometry, [0 for _ in dims]), pointwise, ["c"], dot)
+    if math.prod(geometry.window) <= math.prod(geometry.outputs):
+        starts = [geometry.reads(d) for d in dims]
+        return _contract(_stack(x, geometry, starts, geometry.taps), kernel, [*geometry.taps, "c"], dot)
+    kernel = _unflipped(kernel, geometry)
+    # Now the windows are the slices: name their axes k, and the stacked axes s.
+    starts = [[o * stride for o in range(n)] for n, stride in zip(geometry.outputs, geometry.strides)]
+    turned = geometry._replace(outputs=geometry.window, strides=geometry.window_dilation)
+    stacked = _stack(x, turned, starts, geometry.taps)
+    exchange = dict(zip(geometry.space + geometry.taps, geometry.taps + geometry.space))
+    patches = _Named(stacked.value, tuple(exchange.get(axis, axis) for axis in stacked.axes))
+    return _contract(patches, kernel, ["c", *geometry.taps], dot)
+
+
+def _unflipped(kernel: _Named, geometry: _Geometry) -> _Named:
+    axes = [kernel.axes.index(f"k{d}") for d, flip in enumerate(geometry.flipped) if flip]
+    return _Named(lax.rev(kernel.value, axes), kernel.axes) if axes else kernel
+
+
+def _exchanged(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    """A dilated input under a large window: the kernel's cotangent with its operands exchanged, outputs in reverse.
+
+    sum_i x[i] w[d i - o + low] over the undilated input i is a window x, dilated by d, sliding over w.
+    """
+    kernel = _unflipped(kernel, geometry)
+    roles = {"n": "o", "o": "n", "c": "c"} | dict(zip(geometry.space + geometry.taps, geometry.taps + geometry.space))
+    padding = []
+    for d, (low, _) in enumerate(geometry.padding):
+        span = (geometry.inputs[d] - 1) * geometry.input_dilation[d] + 1
+        before = geometry.outputs[d] - 1 - low
+        padding.append((before, geometry.outputs[d] - 1 + span - geometry.window[d] - before))
+    exchanged = geometry._replace(
+        inputs=geometry.window,
+        window=geometry.inputs,
+        padding=tuple(padding),
+        input_dilation=geometry.window_dilation,
+        window_dilation=geometry.input_dilation,
+        flipped=(False,) * len(padding),
+    )
+    lhs = _Named(kernel.value, tuple(roles[axis] for axis in kernel.axes))
+    rhs = _Named(x.value, tuple(roles[axis] for axis in x.axes))
+    y = _convolve(lhs, rhs, exchanged, dot)
+    axes = tuple({"n": "o", "o": "n"}.get(axis, axis) for axis in y.axes)
+    return _Named(lax.rev(y.value, [axes.index(axis) for axis in geometry.space]), axes)
+
+
+def _window(x: _Named, geometry: _Geometry, start: Sequence[int]) -> _Named:
+    """The strided slice that one kernel position at `start` sees."""
+    low, high, strides = [0] * x.value.ndim, list(x.value.shape), [1] * x.value.ndim
+    for d, axis in enumerate(geometry.space):
+        a = x.axes.index(axis)
+        low[a], strides[a] = start[d], geometry.strides[d]
+        high[a] = start[d] + (geometry.outputs[d] - 1) * geometry.strides[d] + 1
+    return _Named(lax.slice(x.value, low, high, strides), x.axes)
+
+
+def _stack(x: _Named, geometry: _Geometry, starts: Sequence[Sequence[int]], new_axes: Sequence[str]) -> _Named:
+    """One slice per combination of `starts`, stacked just behind the spatial axes."""
+    slices = [_window(x, geometry, start).value for start in itertools.product(*starts)]
+    at = max(x.axes.index(axis) for axis in geometry.space) + 1
+    shape = slices[0].shape
+    sizes = [len(positions) for positions in starts]
+    stacked = jnp.stack(slices, at).reshape(*shape[:at], *sizes, *shape[at:])
+    return _Named(stacked, (*x.axes[:at], *new_axes, *x.axes[at:]))
+
+
+def _add_in_place(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    """One product with the kernel as it lies; every kernel position's share is shifted to where it belongs."""
+    shares = _contract(x, kernel, ["c"], dot)
+    axes = tuple(axis for axis in shares.axes if axis not in geometry.taps)
+    tap_axes = [shares.axes.index(axis) for axis in geometry.taps]
+    reads = [geometry.reads(d) for d in range(len(geometry.window))]
+
+    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> _Named:
+        stored = [_stored(geometry, d, remainders[d]) for d in range(len(sizes))]
+        shape = {axis: shares.size(axis) for axis in axes} | dict(zip(geometry.space, sizes))
+        total = jnp.zeros([shape[axis] for axis in axes], shares.value.dtype)
+        for n, positions in enumerate(itertools.product(*stored)):
+            share = shares.value
+            for a, j in sorted(zip(tap_axes, positions), reverse=True):
+                share = lax.index_in_dim(share, j, a, keepdims=False)
+            widths = {}
+            for d, j in enumerate(positions):
+                shift = (reads[d][j] + remainders[d] - geometry.padding[d][0]) // geometry.input_dilation[d]
+                widths[f"s{d}"] = (-shift, sizes[d] - geometry.inputs[d] + shift, 0)
+            placed = _pad(_Named(share, axes), widths).value
+            total = placed if n == 0 else total + placed
+        return _Named(total, axes)
+
+    return _interleave(phase, geometry)
+
+
+def _by_phase(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    """An undilated convolution with a part of the kernel for every remainder of the output position."""
+
+    blank = ("n", *geometry.space, "o")
+
+    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> _Named:
+        part, widths, starts = kernel, {}, []
+        for d, size in enumerate(sizes):
+            stored = _stored(geometry, d, remainders[d])
+            if not stored or not size:
+                return _Named(jnp.zeros([x.size("n"), *sizes, kernel.size("o")], x.value.dtype), blank)
+            reads = geometry.reads(d)
+            first = [(reads[j] + remainders[d] - geometry.padding[d][0]) // geometry.input_dilation[d] for j in stored]
+            low = -min(first)
+            widths[f"s{d}"] = (low, max(first) + size - geometry.inputs[d], 0)
+            starts.append([f + low for f in first])
+            step = stored[1] - stored[0] if len(stored) > 1 else 1
+            axis = part.axes.index(f"k{d}")
+            part = _Named(lax.slice_in_dim(part.value, stored[0], stored[-1] + 1, step, axis), part.axes)
+        plain = geometry._replace(outputs=tuple(sizes), strides=(1,) * len(sizes))
+        patches = _stack(_pad(x, widths), plain, starts, geometry.taps)
+        return _contract(patches, part, [*geometry.taps, "c"], dot)
+
+    return _interleave(phase, geometry)
+
+
+def _stored(geometry: _Geometry, d: int, remainder: int) -> list[int]:
+    """Kernel positions that read a real input, not a zero of the dilation, at outputs of that remainder."""
+    offset = remainder - geometry.padding[d][0]
+    return [j for j, read in enumerate(geometry.reads(d)) if (offset + read) % geometry.input_dilation[d] == 0]
+
+
+def _interleave(phase: Callable[[Sequence[int], Sequence[int]], _Named], geometry: _Geometry) -> _Named:
+    """Outputs of every remainder modulo the dilation, put together."""
+
+    def along(d: int, remainders: list[int], sizes: list[int]) -> _Named:
+        if d == len(geometry.outputs):
+            return phase(remainders, sizes)
+        step, total = geometry.input_dilation[d], geometry.outputs[d]
+        longest = -(-total // step)
+        parts = []
+        for r in range(step):
+            size = -(-(total - r) // step)
+            part = along(d + 1, [*remainders, r], [*sizes, size])
+            parts.append(_pad(part, {f"s{d}": (0, longest - size, 0)}))
+        if step == 1:
+            return parts[0]
+        axes = parts[0].axes
+        a = axes.index(f"s{d}")
+        woven = jnp.stack([part.to(axes) for part in parts], a + 1)
+        woven = woven.reshape(*woven.shape[:a], longest * step, *woven.shape[a + 2 :])
+        return _Named(lax.slice_in_dim(woven, 0, total, axis=a), axes)
+
+    return along(0, [], [])
+
+
+def _pad(x: _Named, widths: dict[str, tuple[int, int, int]]) -> _Named:
+    config = [widths.get(axis, (0, 0, 0)) for axis in x.axes]
+    if all(width == (0, 0, 0) for width in config):
+        return x
+    return _Named(lax.pad(x.value, jnp.zeros((), x.value.dtype), config), x.axes)
+
+
+def _contract(a: _Named, b: _Named, over: Sequence[str], dot: Dot) -> _Named:
+    """Sum over the axes `over`, as a product of two matrices wherever the axes lie so that no copy is needed."""
+    over = sorted(over, key=a.axes.index)
+    (left, i), (right, j) = _matrix(a, over), _matrix(b, over)
+    free_a = [axis for axis in a.axes if axis not in over]
+    free_b = [axis for axis in b.axes if axis not in over]
+    shape = [a.size(axis) for axis in free_a], [b.size(axis) for axis in free_b]
+    if i == 0 and math.prod(shape[1]) < NARROW:
+        y = dot(right, left, (((j,), (i,)), ((), ())))
+        return _Named(y.reshape(*shape[1], *shape[0]), (*free_b, *free_a))
+    y = dot(left, right, (((i,), (j,)), ((), ())))
+    return _Named(y.reshape(*shape[0], *shape[1]), (*free_a, *free_b))
+
+
+def _matrix(x: _Named, over: Sequence[str]) -> tuple[jax.Array, int]:
+    """`x` as a matrix, and which of its two axes is contracted."""
+    free = [axis for axis in x.axes if axis not in over]
+    rows = math.prod(x.size(axis) for axis in over)
+    if list(x.axes) == [*over, *free]:
+        return x.value.reshape(rows, -1), 0
+    return x.to([*free, *over]).reshape(-1, rows), 1
+
+
+def _grouped(
+    x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot, groups: int, split: str, out_axes: tuple[str, ...]
+) -> jax.Array:
+    """Every group on its own under `vmap`: a batched matrix product. `split` is the axis of `x` that has the groups."""
+    a, b, c = x.axes.index(split), kernel.axes.index("o"), out_axes.index("o")
+
+    def divided(value: jax.Array, axis: int) -> jax.Array:
+        return value.reshape(*value.shape[:axis], groups, -1, *value.shape[axis + 1 :])
+
+    def one(left: jax.Array, right: jax.Array) -> jax.Array:
+        return _convolve(_Named(left, x.axes), _Named(right, kernel.axes), geometry, dot).to(out_axes)
+
+    y = jax.vmap(one, (a, b), c)(divided(x.value, a), divided(kernel.value, b))
+    return y.reshape(*y.shape[:c], -1, *y.shape[c + 2 :])
+
+
+def _winograd(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named | None:
+    """A wide three-by-three convolution of stride one or its kernel gradient; None for any other."""
+    ones = (*geometry.strides, *geometry.input_dilation, *geometry.window_dilation)
+    if len(geometry.window) != 2 or any(v != 1 for v in ones):
+        return None
+    widths = {axis: (low, high, 0) for axis, (low, high) in zip(geometry.space, geometry.padding)}
+    wide = min(x.size("c"), kernel.size("o")) >= WIDE and x.size("n") * math.prod(geometry.outputs) >= LARGE
+    if geometry.window == (3, 3) and wide and len(set(geometry.flipped)) == 1:
+        taps = kernel.to([*geometry.taps, *(axis for axis in kernel.axes if axis in ("c", "o"))])
+        contracted = 2 if kernel.axes.index("c") < kernel.axes.index("o") else 3
+        padded = _pad(x, widths).to(["n", "s0", "s1", "c"])
+        taps = taps[::-1, ::-1] if geometry.flipped[0] else taps
+        return _Named(winograd.forward(padded, taps, contracted, dot), ("n", "s0", "s1", "o"))
+    wide = min(x.size("n"), kernel.size("o")) >= WIDE and x.size("c") * math.prod(geometry.window) >= LARGE
+    if geometry.outputs == (3, 3) and wide and not any(geometry.flipped):
+        padded = _pad(x, widths).to(["c", "s0", "s1", "n"])
+        y = winograd.kernel_gradient(padded, kernel.to(["c", "k0", "k1", "o"]), dot)
+        return _Named(y, ("s0", "s1", "n", "o"))
+    return None

@@ -1,0 +1,105 @@
+"""Rewrites the convolutions of a traced function; everything else in it is left as it is.
+
+XLA's CPU convolution is slow inside a `while` loop (jax issue 12868), and under `jax.vmap` a convolution whose kernels
+differ between lanes becomes a grouped convolution, slow everywhere. A matrix product is neither. The rewrite works on
+a jaxpr, so an unmodified model of any library gets it; it is meant for programs that are *already differentiated*
+(a gradient, a Hessian-vector product), hence no derivative rule of the model is ever touched by it.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from gia_jax.lowering.convolution import convolution
+
+Lowering = Literal["auto", "native", "matmul"]
+
+
+def lowers_to_matmul(lowering: Lowering) -> bool:
+    """Whether `lowering` means matrix products on the default backend; "auto" does so on CPU only."""
+    if lowering not in ("auto", "native", "matmul"):
+        raise ValueError(f"lowering must be 'auto', 'native' or 'matmul', got {lowering!r}")
+    return lowering == "matmul" or (lowering == "auto" and jax.default_backend() == "cpu")
+
+
+def lower(closed: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
+    """The same function with every convolution that `convolution` knows written as slices and matrix products."""
+    if not _has_convolution(closed.jaxpr):
+        return closed
+    arguments = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars
+    ]
+    return jax.make_jaxpr(lambda *values: _interpret(closed.jaxpr, closed.consts, values))(*arguments)
+
+
+def _subjaxprs(parameter: Any) -> Iterator[jex_core.Jaxpr]:
+    if isinstance(parameter, jex_core.ClosedJaxpr):
+        yield parameter.jaxpr
+    elif isinstance(parameter, jex_core.Jaxpr):
+        yield parameter
+    elif isinstance(parameter, (tuple, list)):
+        for item in parameter:
+            yield from _subjaxprs(item)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_convolution(jaxpr: jex_core.Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name == "conv_general_dilated"
+        or any(_has_convolution(sub) for parameter in eqn.params.values() for sub in _subjaxprs(parameter))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _lower_parameter(parameter: Any) -> Any:
+    if isinstance(parameter, jex_core.ClosedJaxpr):
+        return lower(parameter)
+    if isinstance(parameter, jex_core.Jaxpr):
+        lowered = lower(jex_core.ClosedJaxpr(parameter, ()))
+        return parameter if lowered.consts else lowered.jaxpr
+    if isinstance(parameter, (tuple, list)):
+        return type(parameter)(_lower_parameter(item) for item in parameter)
+    return parameter
+
+
+def _evaluate(eqn: jex_core.JaxprEqn, values: dict[jex_core.Var, Any]) -> list[Any]:
+    """One equation as it stands, whatever callables its parameters hold."""
+    inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex_core.Literal)))
+    one = jex_core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects)
+    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*[values[v] for v in inputs])
+
+
+def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
+    values: dict[jex_core.Var, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, arguments))
+    reversed_kernels: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+
+    def read(atom: jex_core.Var | jex_core.Literal) -> Any:
+        return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        name = eqn.primitive.name
+        if name == "conv_general_dilated":
+            lhs, rhs = operands
+            # A reversed kernel is read in reverse where it lies: no copy of the weights.
+            kernel, flipped = reversed_kernels.get(eqn.invars[1], (rhs, ()))
+            outputs = [convolution(lhs, kernel, flipped=flipped, **eqn.params)]
+        elif name == "jit":
+            outputs = _interpret(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, operands)
+        elif name == "checkpoint" and not eqn.params["prevent_cse"]:
+            outputs = _interpret(eqn.params["jaxpr"], (), operands)
+        elif not any(True for parameter in eqn.params.values() for _ in _subjaxprs(parameter)):
+            outputs = eqn.primitive.bind(*operands, **eqn.params)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        else:
+            if any(_has_convolution(sub) for parameter in eqn.params.values() for sub in _subjaxprs(parameter)):
+                eqn = eqn.replace(params={key: _lower_parameter(value) for key, value in eqn.params.items()})
+            outputs = _evaluate(eqn, values)
+        if name == "rev" and jnp.ndim(operands[0]) > 2:
+            reversed_kernels[eqn.outvars[0]] = (operands[0], eqn.params["dimensions"])
+        values.update(zip(eqn.outvars, outputs))
+    return [read(v) for v in jaxpr.outvars]

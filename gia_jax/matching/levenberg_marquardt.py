@@ -1,0 +1,153 @@
+"""Gradient matching as nonlinear least squares, solved by Levenberg and Marquardt's method.
+
+With the objective a sum of squares of residuals r(x) = g(x) - g*, the Gauss-Newton model of its Hessian is 2 J^T J,
+where a column of J is one forward derivative of the client's gradient. For a small image the normal equations fit into
+memory, and where the network is smooth the method converges quadratically: reconstructions exact to rounding where
+first-order methods end at 20-45 dB. Kinks (ReLU) stop it. The damping follows Nielsen, Damping parameter in Marquardt's
+method, IMM-REP-1999-05, equation 2.4, but may fall tenfold a step, so that convergence stays quadratic. Use float64,
+and start near grey or where another solver ended (`gia_jax.continued`).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from gia_jax import _check
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """The damping, relative to the mean of the model Hessian's diagonal, and the factor of its next growth."""
+
+    damping: Float[Array, ""]
+    growth: Float[Array, ""]
+
+
+def levenberg_marquardt(
+    *,
+    initial_damping: float = 1e-4,
+    max_trials: int = 10,
+    equations: float | None = 2.0,
+    linear_solver: Literal["cholesky", "cg"] = "cholesky",
+    cg_steps: int = 200,
+    column_batch: int = 16,
+) -> optax.GradientTransformationExtraArgs:
+    """A solver that any attack can name as its optimizer.
+
+    One update evaluates the Jacobian once and tries dampings until the loss falls. A prior in the loss enters the
+    gradient and the acceptance test but not the model Hessian.
+
+    Args:
+        initial_damping: Relative to the mean of the diagonal of 2 J^T J, > 0.
+        max_trials: Dampings tried before the update is given up and x stays, >= 1.
+        equations: Equations kept for each unknown, > 1: the residuals are summed with random signs into that many sums
+            (a balanced count sketch, the same in every step). Where residuals vanish at the solution, that has the
+            same solution and costs a fraction. None keeps all residuals.
+        linear_solver: "cholesky" forms J (memory: unknowns x parameters) and factors J^T J; "cg" needs only products
+            with J and its transpose, for networks whose Jacobian does not fit.
+        cg_steps: Conjugate-gradient steps at most, >= 1.
+        column_batch: Columns of J computed at once, >= 1.
+
+    Returns:
+        The transformation; its update needs `value_fn` and `residual_fn`, which the matching step passes.
+    """
+    _check.positive(
+        initial_damping=initial_damping, max_trials=max_trials, cg_steps=cg_steps, column_batch=column_batch
+    )
+    if equations is not None and not equations > 1:
+        raise ValueError(f"equations must be more than 1 for each unknown, got {equations}")
+    if linear_solver not in ("cholesky", "cg"):
+        raise ValueError(f"linear_solver must be 'cholesky' or 'cg', got {linear_solver!r}")
+
+    def init_fn(params: Any) -> LevenbergMarquardtState:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        return LevenbergMarquardtState(jnp.asarray(initial_damping, dtype), jnp.asarray(2, dtype))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        value_fn, residual_fn = extra_args["value_fn"], extra_args["residual_fn"]
+        gradient, unravel = ravel_pytree(updates)
+        flat, _ = ravel_pytree(params)
+
+        def residuals_fn(x: Array) -> Array:
+            return ravel_pytree(residual_fn(unravel(x)))[0]
+
+        residuals, push_all = jax.linearize(residuals_fn, flat)
+        sketch_fn = _sketch(residuals.size, None if equations is None else int(equations * flat.size))
+
+        def merit(x: Array) -> Array:
+            """The loss with the objective replaced by that of the sketched residuals: what the steps descend on."""
+            every = residuals_fn(x)
+            return value_fn(unravel(x)) - jnp.sum(jnp.square(every)) + jnp.sum(jnp.square(sketch_fn(every)))
+
+        def push(v: Array) -> Array:
+            return sketch_fn(push_all(v))
+
+        def pull(v: Array, through: Callable[[Array], Array] = push) -> Array:
+            return jax.linear_transpose(through, flat)(v)[0]
+
+        # The gradient of the merit: of the loss, minus the objective's share, plus that of its sketch.
+        value = merit(flat)
+        gradient = gradient - 2 * pull(residuals, push_all) + 2 * pull(sketch_fn(residuals))
+
+        if linear_solver == "cholesky":
+            rows = jax.lax.map(push, jnp.eye(flat.size, dtype=flat.dtype), batch_size=column_batch)
+            hessian = 2 * rows @ rows.T
+            mean_diagonal = jnp.mean(jnp.diag(hessian))
+
+            def solve(damping: Array) -> Array:
+                damped = hessian + damping * mean_diagonal * jnp.eye(flat.size, dtype=flat.dtype)
+                return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), -gradient)
+
+        else:
+
+            def product(v: Array) -> Array:
+                return 2 * pull(push(v))
+
+            # The gradient is as good a probe of the curvature's size as any.
+            mean_diagonal = jnp.vdot(gradient, product(gradient)) / jnp.vdot(gradient, gradient)
+
+            def solve(damping: Array) -> Array:
+                def damped(v: Array) -> Array:
+                    return product(v) + damping * mean_diagonal * v
+
+                return jax.scipy.sparse.linalg.cg(damped, -gradient, maxiter=cg_steps, tol=1e-10)[0]
+
+        def trial(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            count, damping, growth, _, _ = carry
+            step = solve(damping)
+            change = merit(flat + step) - value
+            # What the quadratic model promises: minus half of step^T gradient, plus the damping's share.
+            promised = 0.5 * (jnp.vdot(step, gradient) - damping * mean_diagonal * jnp.vdot(step, step))
+            ratio = change / promised
+            accepted = change < 0
+            shrunk = damping * jnp.maximum(0.1, 1 - (2 * ratio - 1) ** 3)
+            damping = jnp.where(accepted, shrunk, damping * growth)
+            growth = jnp.where(accepted, 2, 2 * growth)
+            return count + 1, damping, growth, accepted, jnp.where(accepted, step, jnp.zeros_like(step))
+
+        start = (jnp.zeros((), jnp.int32), state.damping, state.growth, jnp.zeros((), bool), jnp.zeros_like(flat))
+        _, damping, growth, _, step = jax.lax.while_loop(
+            lambda carry: (carry[0] < max_trials) & ~carry[3], trial, start
+        )
+        return unravel(step), LevenbergMarquardtState(damping, growth)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sketch(entries: int, size: int | None) -> Callable[[Array], Array]:
+    """Random signed sums of a vector's entries, `size` of them; the vector itself where it is no longer than that."""
+    if size is None or size >= entries:
+        return lambda vector: vector
+    terms = -(-entries // size)
+
+    def sketch_fn(vector: Float[Array, " entries"]) -> Float[Array, " size"]:
+        key_order, key_sign = jax.random.split(jax.random.key(0))
+        signed = jax.random.rademacher(key_sign, (entries,), vector.dtype) * vector
+        shuffled = signed[jax.random.permutation(key_order, entries)]
+        return jnp.sum(jnp.pad(shuffled, (0, terms * size - entries)).reshape(terms, size), 0)
+
+    return sketch_fn

@@ -1,0 +1,138 @@
+"""Optimisers of the dummy data beside optax's own: any `optax.GradientTransformation` serves.
+
+The matching step passes each of them, as extra arguments, `key`, `value`, `grad`, `value_fn` and `residual_fn`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gia_jax import _check
+
+
+def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+    """`learning_rate`, times 0.1 after 3/8, 5/8 and 7/8 of `num_steps` (Geiping et al., NeurIPS 2020, code)."""
+    _check.positive(learning_rate=learning_rate, num_steps=num_steps)
+    drops = {int(num_steps // 2.667): 0.1, int(num_steps // 1.6): 0.1, int(num_steps // 1.142): 0.1}
+    return optax.piecewise_constant_schedule(learning_rate, drops)
+
+
+def soft_sign(num_steps: int) -> optax.GradientTransformation:
+    """Signs that soften: gradients become tanh(s g) / s with s = 1 - t / num_steps at step t
+    (Geiping's `breaching`, 2022); `optax.scale_by_sign` is the hard sign.
+    """
+    _check.positive(num_steps=num_steps)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        slope = jnp.maximum(1 - state / num_steps, 1 / num_steps)
+        return jax.tree.map(lambda g: jnp.tanh(g * slope.astype(g.dtype)) / slope.astype(g.dtype), updates), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update_fn)
+
+
+def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Adds scale * N(0, I) to the update: last in a chain it is noise on the pixels, first it is noise on the gradient.
+
+    The noise comes from the attack's own key of each step, so restarts under `vmap` draw different noise.
+
+    Args:
+        scale: Standard deviation >= 0, or a schedule of it.
+
+    Returns:
+        The transformation.
+    """
+    if not callable(scale):
+        _check.not_negative(scale=scale)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del params
+        key: PRNGKeyArray = extra_args["key"]
+        current = scale(state) if callable(scale) else scale
+        noise = optax.tree.random_like(key, updates, jax.random.normal)
+        return optax.tree.add_scale(updates, current, noise), state + 1
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update_fn)
+
+
+class FixedStepLBFGSState(NamedTuple):
+    """Ring buffers of the differences s of iterates and y of gradients, with their inner products s.y and y.y."""
+
+    count: Int[Array, ""]
+    pairs: Int[Array, ""]
+    params: Float[Array, " n"]
+    grad: Float[Array, " n"]
+    s: Float[Array, "m n"]
+    y: Float[Array, "m n"]
+    s_dot_y: Float[Array, "m m"]
+    y_dot_y: Float[Array, "m m"]
+    scale: Float[Array, ""]
+
+
+def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> optax.GradientTransformation:
+    """L-BFGS without a line search, as `torch.optim.LBFGS` does it and DLG uses it.
+
+    A pair of differences is kept only where its curvature s.y is above 1e-10, and the first step has length
+    min(1, 1 / ||g||_1). One update is one inner iteration of torch, whose `.step` does up to 20 and then stops early.
+    `optax.lbfgs` is the alternative with a line search, which keeps every pair.
+
+    The product of the inverse Hessian with the gradient is computed in its compact form (Byrd, Nocedal, Schnabel,
+    Representations of quasi-Newton matrices, Mathematical Programming 1994, equation 2.13): four matrix products and
+    two triangular solves, where the usual recursion is a chain of 2 m inner products.
+
+    Args:
+        learning_rate: Of every step, > 0.
+        memory_size: Pairs kept, m >= 1.
+
+    Returns:
+        The transformation. It works on one flat vector, whatever the tree.
+    """
+    _check.positive(learning_rate=learning_rate, memory_size=memory_size)
+
+    def init_fn(params: Any) -> FixedStepLBFGSState:
+        flat, _ = ravel_pytree(params)
+        none, zero, one = jnp.zeros((), jnp.int32), jnp.zeros_like(flat), jnp.ones((), flat.dtype)
+        rows = jnp.zeros((memory_size, flat.size), flat.dtype)
+        products = jnp.zeros((memory_size, memory_size), flat.dtype)
+        return FixedStepLBFGSState(none, none, zero, zero, rows, rows, products, products, one)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        (grad, unravel), (flat, _) = ravel_pytree(updates), ravel_pytree(params)
+        step, change = flat - state.params, grad - state.grad
+        curvature = jnp.vdot(step, change)
+        keep = (state.count > 0) & (curvature > 1e-10)
+        slot = state.pairs % memory_size
+
+        def put(buffer: Array, row: Array) -> Array:
+            return buffer.at[slot].set(jnp.where(keep, row, buffer[slot]))
+
+        s, y = put(state.s, step), put(state.y, change)
+        s_with = s @ jnp.stack([grad, change], 1)
+        y_with = y @ jnp.stack([grad, change, step], 1)
+        s_dot_y = put(put(state.s_dot_y, y_with[:, 2]).T, s_with[:, 1]).T
+        y_dot_y = put(put(state.y_dot_y, y_with[:, 1]).T, y_with[:, 1]).T
+        pairs = state.pairs + keep
+        scale = jnp.where(keep, curvature / jnp.vdot(change, change), state.scale)
+
+        # Oldest pair first; the slots still empty come before and are made to do nothing.
+        order = (pairs + jnp.arange(memory_size)) % memory_size
+        live = jnp.arange(memory_size) >= memory_size - pairs
+        upper = jnp.where(live, jnp.triu(s_dot_y[order][:, order]), 0)
+        upper = upper + jnp.diag(jnp.where(live, 0, 1).astype(grad.dtype))
+        s_grad, y_grad = s_with[order, 0], y_with[order, 0]
+        u = jax.scipy.linalg.solve_triangular(upper, s_grad)
+        v = jnp.where(live, jnp.diag(upper), 0) * u + scale * (y_dot_y[order][:, order] @ u - y_grad)
+        w = jax.scipy.linalg.solve_triangular(upper, v, trans=1)
+        back = jnp.argsort(order)
+        direction = scale * (grad - u[back] @ y) + w[back] @ s
+
+        first = jnp.minimum(1, 1 / jnp.sum(jnp.abs(grad)))
+        length = learning_rate * jnp.where(state.count == 0, first, 1)
+        new_state = FixedStepLBFGSState(state.count + 1, pairs, flat, grad, s, y, s_dot_y, y_dot_y, scale)
+        return unravel(-length * direction), new_state
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,123 @@
+"""Gradient matching: the one place where a client's gradient is differentiated with respect to dummy data."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from gia_jax import _check
+from gia_jax.base import (
+    Attack,
+    AttackInfo,
+    AttackState,
+    Batch,
+    ClientFn,
+    InitFn,
+    LabelFn,
+    ObjectiveFn,
+    Observation,
+    PriorFn,
+    Reconstruction,
+    Updates,
+)
+from gia_jax.matching.initializations import normal
+from gia_jax.matching.objectives import euclidean, euclidean_residuals
+from gia_jax.threat import granted_labels
+
+
+class Candidate(NamedTuple):
+    """The unknowns, and the labels that the label rule gave, () where they are among the unknowns."""
+
+    variables: PyTree[Array]
+    labels: Array | tuple[()]
+
+
+def gradient_matching(
+    client_fn: ClientFn,
+    *,
+    init_fn: InitFn | None = None,
+    objective_fn: ObjectiveFn = euclidean,
+    prior_fn: PriorFn | None = None,
+    label_fn: LabelFn | None = granted_labels,
+    decode_fn: Callable[[PyTree[Array], Any], Batch] = Batch,
+    project_fn: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    residual_fn: Callable[[Updates, Updates], Updates] = euclidean_residuals,
+) -> Attack:
+    """The attack that searches data whose update, by the client it assumes, looks like the observed one:
+
+        min over z of  D(client(params, decode(z)), update) + prior(decode(z)).
+
+    Args:
+        client_fn: What the attacker believes the client did; for a defended client, the defended `client_fn`.
+        init_fn: `(key, observation) -> z`, the unknowns. Default: normal pixels.
+        objective_fn: D, `(simulated, observed) -> ` scalar.
+        prior_fn: `(batch, observation) -> ` scalar; None for none.
+        label_fn: `(observation) -> labels`, called once in `init`; None where the labels are among the unknowns.
+            Default: the labels the threat model grants.
+        decode_fn: `(z, labels) -> Batch`. Default: z are the inputs.
+        project_fn: `z -> z` after every update, such as a box.
+        optimizer: Of z. Default: Adam at 0.1. It is passed `key`, `value`, `grad`, `value_fn` and `residual_fn`.
+        residual_fn: `(simulated, observed) -> ` tree whose sum of squares is D, for solvers of least squares.
+
+    Returns:
+        The attack. Its `init` raises ValueError where the observation's update does not fit its parameters or a grant
+        is missing.
+    """
+    init_fn = normal() if init_fn is None else init_fn
+    optimizer = optax.with_extra_args_support(optax.adam(0.1) if optimizer is None else optimizer)
+
+    def losses(variables: PyTree[Array], labels: Any, observation: Observation) -> tuple[Array, Array]:
+        batch = decode_fn(variables, labels)
+        match = objective_fn(client_fn(observation.params, batch), observation.update)
+        loss = match if prior_fn is None else match + prior_fn(batch, observation)
+        return loss, match
+
+    def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
+        _check.same_structure("update", observation.update, "params", observation.params)
+        variables = init_fn(key, observation)
+        labels = () if label_fn is None else label_fn(observation)
+        return AttackState(Candidate(variables, labels), optimizer.init(variables))
+
+    def step(key: PRNGKeyArray, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
+        (variables, labels), opt_state = state
+
+        def loss_fn(z: PyTree[Array]) -> tuple[Array, Array]:
+            return losses(z, labels, observation)
+
+        def residuals(z: PyTree[Array]) -> Updates:
+            return residual_fn(client_fn(observation.params, decode_fn(z, labels)), observation.update)
+
+        (loss, match), grad = jax.value_and_grad(loss_fn, has_aux=True)(variables)
+        updates, opt_state = optimizer.update(
+            grad,
+            opt_state,
+            variables,
+            key=key,
+            value=loss,
+            grad=grad,
+            value_fn=lambda z: loss_fn(z)[0],
+            residual_fn=residuals,
+        )
+        variables = optax.apply_updates(variables, updates)
+        variables = variables if project_fn is None else project_fn(variables)
+        info = AttackInfo(loss, match, optax.tree.norm(grad))
+        return AttackState(Candidate(variables, labels), opt_state), info
+
+    def finalize(candidate: Candidate, observation: Observation) -> Reconstruction:
+        loss, _ = losses(*candidate, observation)
+        batch = decode_fn(*candidate)
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(batch)]
+        return Reconstruction(batch, loss, jnp.isfinite(loss) & jnp.all(jnp.stack(finite)))
+
+    return Attack(init, step, finalize)
+
+
+def box(low: Float[Array, "..."] | float, high: Float[Array, "..."] | float) -> Callable[[Array], Array]:
+    """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel)."""
+    if _check.is_concrete((low, high)) and not jnp.all(jnp.asarray(low) < jnp.asarray(high)):
+        raise ValueError(f"low must be below high={high}, got {low}")
+    return lambda inputs: optax.projections.projection_box(inputs, low, high)

@@ -1,0 +1,143 @@
+"""From a flax.nnx module to plain functions of a nested dict of parameters: the only shape of model the library needs.
+
+Models of other libraries (linen, haiku, equinox, hand-written) already are such functions, or become one by a lambda.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gia_jax.base import Params
+
+ApplyFn = Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]
+Statistics = list[tuple[Float[Array, " f"], Float[Array, " f"]]]
+BatchNormMode = Literal["evaluation", "training", "exact"]
+
+
+def functional(
+    module: nnx.Module, *, batch_norm: BatchNormMode = "evaluation", statistics: Statistics | None = None
+) -> tuple[ApplyFn, Params]:
+    """The forward pass of a module as a pure function, and its parameters.
+
+    Batch normalisation has three modes, and they are three threat models:
+
+    * "evaluation": running statistics, the same for client and attacker. The usual setting of published attacks.
+    * "training": each forward pass uses the statistics of its own batch; the running ones do not change.
+    * "exact": `statistics` in place of the running ones, such as those of the client's own batch.
+
+    Args:
+        module: Any `flax.nnx` module. It is not changed; dropout is off except in "training" mode, which needs none.
+        batch_norm: The mode.
+        statistics: Mean and biased variance of every batch-normalisation layer in the order of the forward pass, for
+            the mode "exact"; they may be traced.
+
+    Returns:
+        `apply_fn(params, inputs) -> ` outputs, and params as a nested dict of arrays.
+
+    Raises:
+        ValueError: An unknown mode, or statistics given or missing against it.
+    """
+    if batch_norm not in ("evaluation", "training", "exact"):
+        raise ValueError(f"batch_norm must be 'evaluation', 'training' or 'exact', got {batch_norm!r}")
+    if (statistics is None) == (batch_norm == "exact"):
+        raise ValueError(
+            f"statistics are for batch_norm='exact' and needed there, got {statistics is not None} with {batch_norm!r}"
+        )
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b c"]:
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.train() if batch_norm == "training" else model.eval()
+        if statistics is not None:
+            given = iter(statistics)
+            _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, given))
+        return model(inputs)
+
+    return apply_fn, nnx.to_pure_dict(params)
+
+
+def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "training"] = "evaluation"):
+    """The statistics of what enters the batch-normalisation layers of a module.
+
+    Args:
+        module: Any `flax.nnx` module with `nnx.BatchNorm` layers.
+        batch_norm: The mode the forward pass runs in.
+
+    Returns:
+        `statistics_fn(params, inputs) -> ` mean and biased variance over all axes but the last of every layer's input,
+        in the order of the forward pass. It raises ValueError if there is no such layer.
+    """
+    graph, _, rest = nnx.split(module, nnx.Param, ...)
+
+    def statistics_fn(params: Params, inputs: Float[Array, "b *d"]) -> Statistics:
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.train() if batch_norm == "training" else model.eval()
+        recorded: Statistics = []
+        _wrap_batch_norms(model, lambda norm: _Recorder(norm, recorded))
+        model(inputs)
+        if not recorded:
+            raise ValueError(f"module must have nnx.BatchNorm layers, got none in {type(module).__name__}")
+        return recorded
+
+    return statistics_fn
+
+
+def running_statistics(module: nnx.Module, params: Params, inputs: Float[Array, "b *d"]) -> Statistics:
+    """The running statistics of a module's batch-normalisation layers, in the order of the forward pass.
+
+    Args:
+        module: The module.
+        params: Its parameters, as `functional` returns them.
+        inputs: Any inputs of the right shape: they only show the order of the layers.
+
+    Returns:
+        Mean and (biased: flax keeps it so) variance of every layer.
+    """
+    graph, _, rest = nnx.split(module, nnx.Param, ...)
+    model = nnx.merge(graph, params, rest, copy=True)
+    model.eval()
+    found: Statistics = []
+    _wrap_batch_norms(model, lambda norm: _RunningReader(norm, found))
+    model(inputs)
+    return found
+
+
+class _Wrapper(nnx.Module):
+    """A batch-normalisation layer that does something else on the side."""
+
+    def __init__(self, norm: nnx.BatchNorm, side: Any) -> None:
+        self.norm = norm
+        self.side = nnx.static(side)
+
+
+class _Recorder(_Wrapper):
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        axes = tuple(range(x.ndim - 1))
+        mean = jnp.mean(x, axes)
+        self.side.append((mean, jnp.mean(jnp.square(x - mean), axes)))
+        return self.norm(x, *args, **kwargs)
+
+
+class _RunningReader(_Wrapper):
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        self.side.append((self.norm.mean[...], self.norm.var[...]))
+        return self.norm(x, *args, **kwargs)
+
+
+class _WithStatistics(_Wrapper):
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        try:
+            self.norm.mean[...], self.norm.var[...] = next(self.side)
+        except StopIteration:
+            raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer") from None
+        return self.norm(x, *args, **kwargs)
+
+
+def _wrap_batch_norms(model: nnx.Module, wrap: Callable[[nnx.BatchNorm], nnx.Module]) -> None:
+    for _, parent in list(nnx.iter_modules(model)):
+        for name, child in list(vars(parent).items()):
+            if isinstance(child, nnx.BatchNorm):
+                setattr(parent, name, wrap(child))

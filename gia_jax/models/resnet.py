@@ -1,0 +1,75 @@
+"""Residual networks for small images (He et al., CVPR 2016), with the 3x3 stem of CIFAR."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gia_jax.models.layers import batch_norm, fan_out_normal, linear
+
+
+def _conv(features_in: int, features: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    pad = ((size // 2, size // 2),) * 2
+    return nnx.Conv(
+        features_in, features, (size, size), stride, padding=pad, use_bias=False, kernel_init=fan_out_normal, rngs=rngs
+    )
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where shapes differ."""
+
+    def __init__(self, features_in: int, features: int, stride: int, *, rngs: nnx.Rngs) -> None:
+        self.conv1, self.norm1 = _conv(features_in, features, 3, stride, rngs), batch_norm(features, rngs=rngs)
+        self.conv2, self.norm2 = _conv(features, features, 3, 1, rngs), batch_norm(features, rngs=rngs)
+        self.projects = stride != 1 or features_in != features
+        if self.projects:
+            self.shortcut = _conv(features_in, features, 1, stride, rngs)
+            self.shortcut_norm = batch_norm(features, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return jax.nn.relu(y + (self.shortcut_norm(self.shortcut(x)) if self.projects else x))
+
+
+class ResNet(nnx.Module):
+    """A residual network of basic blocks.
+
+    `blocks=(2, 2, 2, 2), width=64` is ResNet-18 (11,173,962 parameters for 10 classes), `(3, 3, 3), width=64` the
+    ResNet20-4 and `(5, 5, 5), width=160` the ResNet32-10 of Inverting Gradients.
+
+    Args:
+        input_shape: (h, w, c).
+        num_classes: Outputs.
+        blocks: Blocks per stage; every stage but the first halves the image and doubles the features.
+        width: Features of the first stage.
+        rngs: `nnx.Rngs`.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int] = (32, 32, 3),
+        num_classes: int = 10,
+        *,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        width: int = 64,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.stem, self.stem_norm = _conv(input_shape[-1], width, 3, 1, rngs), batch_norm(width, rngs=rngs)
+        self.names = tuple(f"stage{s}_block{b}" for s, count in enumerate(blocks) for b in range(count))
+        features = width
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                out = width * 2**stage
+                setattr(self, f"stage{stage}_block{block}", BasicBlock(features, out, stride, rngs=rngs))
+                features = out
+        self.head = linear(features, num_classes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        x = jax.nn.relu(self.stem_norm(self.stem(x)))
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return self.head(jnp.mean(x, (1, 2)))

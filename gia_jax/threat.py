@@ -1,0 +1,102 @@
+"""What the adversary sees: the only place where truth becomes observation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from gia_jax import _check
+from gia_jax.base import Batch, ClientFn, Observation, Params
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Who attacks and what it is granted beside the parameters and the update; print it beside every number.
+
+    Attributes:
+        name: Who attacks.
+        batch_size: Whether the shape of the batch is known (observation.extra["inputs_like"]).
+        labels: Whether the labels are known, in no particular order (observation.extra["labels"]).
+        label_order: Whether known labels come in the batch's own order. Local steps on minibatches leak through it
+            which example was used when; one gradient of the whole batch does not depend on it.
+        statistics: Whether the batch-normalisation statistics of the client's forward pass are known
+            (observation.extra["statistics"]).
+    """
+
+    name: str = "honest-but-curious server"
+    batch_size: bool = True
+    labels: bool = False
+    label_order: bool = False
+    statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.label_order and not self.labels:
+            raise ValueError("label_order=True needs labels=True, got labels=False")
+
+    def describe(self) -> str:
+        """One line for a table: who attacks, and what it knows."""
+        known = ["parameters", "update"]
+        known += ["batch size"] if self.batch_size else []
+        known += [f"labels ({'in order' if self.label_order else 'unordered'})"] if self.labels else []
+        known += ["batch statistics"] if self.statistics else []
+        return f"{self.name}; knows {', '.join(known)}"
+
+
+def observe(
+    key: PRNGKeyArray,
+    threat: ThreatModel,
+    client_fn: ClientFn,
+    params: Params,
+    batch: Batch,
+    *,
+    num_classes: int | None = None,
+    statistics: PyTree[Array] | None = None,
+) -> Observation:
+    """Lets the client work on its batch, and keeps of it what the threat model grants.
+
+    Args:
+        key: Randomness of the threat model: it shuffles granted labels. Never pass it on to an attack.
+        threat: What the adversary is granted.
+        client_fn: `(params, batch) -> update`.
+        params: The parameters the server sent.
+        batch: The client's data; nothing of it reaches the observation unless granted.
+        num_classes: If given, concrete labels are checked against it.
+        statistics: The statistics to grant where `threat.statistics` is True.
+
+    Returns:
+        The observation, all arrays: `vmap` over keys and batches observes many victims.
+
+    Raises:
+        ValueError: Empty batch, labels out of range, non-finite inputs or parameters, an update unlike `params`, or
+            granted statistics that are missing.
+    """
+    _check.batch(batch.inputs, batch.labels, num_classes)
+    _check.finite("params", params)
+    update = client_fn(params, batch)
+    _check.same_structure("update", update, "params", params)
+    _check.finite("update", update)
+    extra: dict[str, Any] = {}
+    if threat.batch_size:
+        extra["inputs_like"] = jnp.zeros_like(batch.inputs)
+    if threat.labels:
+        extra["labels"] = batch.labels if threat.label_order else jax.random.permutation(key, batch.labels)
+    if threat.statistics:
+        if statistics is None:
+            raise ValueError("statistics must be given where the threat model grants them, got None")
+        extra["statistics"] = statistics
+    return Observation(params, update, extra)
+
+
+def granted(observation: Observation, name: str) -> Any:
+    """`observation.extra[name]`, or a ValueError that says which grant is missing."""
+    if name not in observation.extra:
+        known = sorted(observation.extra) or "nothing"
+        raise ValueError(f"the threat model does not grant {name!r}; observation.extra has {known}")
+    return observation.extra[name]
+
+
+def granted_labels(observation: Observation) -> Array:
+    """The label rule of an adversary that knows the labels."""
+    return granted(observation, "labels")
