@@ -1,7 +1,7 @@
 """The nouns: what data, observations, attacks and reconstructions are. Everything is a pytree of arrays."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -69,6 +69,7 @@ class Reconstruction(NamedTuple):
     restart_losses: Any = ()
 
 
+@runtime_checkable
 class ClientFn(Protocol):
     """What a client computes from the server's parameters and its own data: a pseudo-gradient."""
 

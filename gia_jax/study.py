@@ -100,11 +100,11 @@ def study(
     began = time.perf_counter()
     index = _lane_indices(0, lanes, total)
     example = _select(observations, index // num_restarts)
-    start_lanes = jax.vmap(start_fn, (0, SHARED_PARAMS))
-    finish_lanes = jax.vmap(attack.finalize, (0, SHARED_PARAMS))
+    start_lanes = _over_lanes(start_fn, (0, SHARED_PARAMS), lanes)
+    finish_lanes = _over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
     start = jax.jit(start_lanes).lower(keys[index], example).compile()
     state = jax.eval_shape(start_lanes, keys[index], example)
-    step = jax.jit(jax.vmap(chunk_fn, (0, 0, SHARED_PARAMS, None)), donate_argnums=1)
+    step = jax.jit(_over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
     step = step.lower(keys[index], state, example, jnp.asarray(0)).compile()
     finish = jax.jit(finish_lanes).lower(state.candidate, example).compile()
     compiled = time.perf_counter() - began
@@ -159,6 +159,21 @@ def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observation
 def _chunk(num_steps: int) -> int:
     """Steps between two signs of life: a divisor, so that one program serves them all."""
     return max(n for n in range(1, max(1, num_steps // 10) + 1) if num_steps % n == 0)
+
+
+def _over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
+    """`vmap`; but a single lane runs as it is, so that `lax.cond` really skips what it need not compute."""
+    if lanes > 1:
+        return jax.vmap(fn, in_axes)
+
+    def first(axis: Any, part: Any) -> Any:
+        return part if axis is None else jax.tree.map(lambda leaf: leaf[0], part)
+
+    def one_lane(*args: Any) -> Any:
+        lane = jax.tree.map(first, in_axes, args, is_leaf=lambda axis: axis is None)
+        return jax.tree.map(lambda leaf: leaf[None], fn(*lane))
+
+    return one_lane
 
 
 def _lane_indices(first: int, lanes: int, total: int) -> np.ndarray:

@@ -25,9 +25,8 @@ def dense(*path: str | int) -> ClassifierFn:
     """Names the last layer by its path in the parameters; it is never guessed.
 
     Args:
-        *path: Keys from the root to the layer, such as "head" or "linear", 2. The layer holds "kernel" and "bias"
-        (flax)
-            or "w" and "b" (haiku); for anything else write the function yourself.
+        *path: Keys from the root to the layer, such as "head" or "linear", 2. The layer holds "kernel" and
+            "bias" (flax) or "w" and "b" (haiku); for anything else write the function yourself.
 
     Returns:
         `(params or update) -> Dense`; when called it raises ValueError where the path leads nowhere.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Int
 
 from gia_jax.base import Batch, ClientFn, LabelFn, Observation
 from gia_jax.labels.classifier import ClassifierFn, batch_size, greedy_labels
+from gia_jax.threat import granted
 
 
 def llg(classifier_fn: ClassifierFn) -> LabelFn:
@@ -48,7 +49,7 @@ def llg_plus(client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: i
         raise ValueError(f"num_dummies must be at least 1, got {num_dummies}")
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
-        like, size = observation.extra["inputs_like"], batch_size(observation)
+        like, size = granted(observation, "inputs_like"), batch_size(observation)
         sums = jnp.sum(classifier_fn(observation.update).kernel, 0)
         classes = sums.shape[0]
 

@@ -31,6 +31,7 @@ def levenberg_marquardt(
     *,
     initial_damping: float = 1e-4,
     max_trials: int = 10,
+    tolerance: float = 1e-20,
     equations: float | None = 2.0,
     linear_solver: Literal["cholesky", "cg"] = "cholesky",
     cg_steps: int = 200,
@@ -44,6 +45,7 @@ def levenberg_marquardt(
     Args:
         initial_damping: Relative to the mean of the diagonal of 2 J^T J, > 0.
         max_trials: Dampings tried before the update is given up and x stays, >= 1.
+        tolerance: Of the loss, >= 0: below it x stays and nothing more is computed (except under `vmap`).
         equations: Equations kept for each unknown, > 1: the residuals are summed with random signs into that many sums
             (a balanced count sketch, the same in every step). Where residuals vanish at the solution, that has the
             same solution and costs a fraction. None keeps all residuals.
@@ -58,6 +60,7 @@ def levenberg_marquardt(
     _check.positive(
         initial_damping=initial_damping, max_trials=max_trials, cg_steps=cg_steps, column_batch=column_batch
     )
+    _check.not_negative(tolerance=tolerance)
     if equations is not None and not equations > 1:
         raise ValueError(f"equations must be more than 1 for each unknown, got {equations}")
     if linear_solver not in ("cholesky", "cg"):
@@ -68,7 +71,13 @@ def levenberg_marquardt(
         return LevenbergMarquardtState(jnp.asarray(initial_damping, dtype), jnp.asarray(2, dtype))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        value_fn, residual_fn = extra_args["value_fn"], extra_args["residual_fn"]
+        return jax.lax.cond(
+            extra_args["value"] > tolerance,
+            lambda: improve(updates, state, params, extra_args["value_fn"], extra_args["residual_fn"]),
+            lambda: (optax.tree.zeros_like(params), state),
+        )
+
+    def improve(updates: Any, state: Any, params: Any, value_fn: Any, residual_fn: Any) -> tuple[Any, Any]:
         gradient, unravel = ravel_pytree(updates)
         flat, _ = ravel_pytree(params)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from gia_jax import _check
 from gia_jax.base import ObjectiveFn, Updates
 
-# Squared norms below this are treated as zero: no NaN where a gradient vanishes.
+# An update of a squared norm below this has no direction: its cosine with anything is 0, and so is its derivative.
 TINY = 1e-30
 
 
@@ -48,8 +48,11 @@ def angular(simulated: Updates, observed: Updates) -> Float[Array, ""]:
 
 def masked_cosine(simulated: Updates, observed: Updates, *, threshold: float = 1e-6) -> Float[Array, ""]:
     """`cosine` on the entries the observation kept, |observed| > `threshold`: for pruned updates."""
-    kept = jax.tree.map(lambda s, o: jnp.where(jnp.abs(o) > threshold, s, 0), simulated, observed)
-    return cosine(kept, observed)
+
+    def kept(update: Updates) -> Updates:
+        return jax.tree.map(lambda leaf, o: jnp.where(jnp.abs(o) > threshold, leaf, 0), update, observed)
+
+    return cosine(kept(simulated), kept(observed))
 
 
 def tag(*, scale: float = 0.1, layers: Sequence[str] | None = None) -> ObjectiveFn:
@@ -108,8 +111,7 @@ def linear_decay(layers: Sequence[str] | None = None) -> Callable[[Updates], Upd
 
     Args:
         layers: The top-level keys of the update from input to output, such as ["conv1", "conv2", "head"]; None takes
-        the
-            leaves in the order of `jax.tree`, which for dicts is the alphabet's.
+            the leaves in the order of `jax.tree`, which for dicts is the alphabet's.
 
     Returns:
         `(update) -> ` a tree like it, one weight a leaf; it raises ValueError for a key that is not among `layers`.
@@ -204,12 +206,17 @@ def cosine_residuals(simulated: Updates, observed: Updates) -> Updates:
 
 
 def _cosine(a: Updates, b: Updates) -> Float[Array, ""]:
-    lengths = jax.lax.rsqrt(optax.tree.vdot(a, a) + TINY) * jax.lax.rsqrt(optax.tree.vdot(b, b) + TINY)
-    return jnp.asarray(optax.tree.vdot(a, b) * lengths)
+    return jnp.asarray(optax.tree.vdot(a, b) / _length(a) / _length(b))
 
 
 def _unit(update: Updates) -> Updates:
-    return optax.tree.scale(jax.lax.rsqrt(optax.tree.vdot(update, update) + TINY), update)
+    return optax.tree.scale(1 / _length(update), update)
+
+
+def _length(update: Updates) -> Float[Array, ""]:
+    """The norm; infinite where it is too small to divide by, so that quotients and their derivatives are 0."""
+    squared = optax.tree.vdot(update, update)
+    return jnp.sqrt(jnp.where(squared > TINY, squared, jnp.inf))
 
 
 def _divide(update: Updates, scale: float | Updates) -> Updates:

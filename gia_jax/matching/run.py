@@ -88,7 +88,7 @@ def keep_best(attack: Attack) -> Attack:
     def finalize(candidate: Best, observation: Observation) -> Reconstruction:
         last, best = attack.finalize(candidate.last, observation), attack.finalize(candidate.best, observation)
         use_last = last.is_finite & (last.loss <= candidate.best_loss)
-        best = best._replace(loss=candidate.best_loss, is_finite=jnp.isfinite(candidate.best_loss))
+        best = best._replace(loss=candidate.best_loss, is_finite=best.is_finite & jnp.isfinite(candidate.best_loss))
         return optax.tree.where(use_last, last, best)
 
     return Attack(init, step, finalize)

@@ -41,7 +41,7 @@ def image_scores(reconstructed: Float[Array, "b h w c"], truth: Float[Array, "b 
     """
     if reconstructed.shape != truth.shape or truth.ndim != 4:
         raise ValueError(f"reconstructed must have the shape {truth.shape} of truth, got {reconstructed.shape}")
-    clipped = jnp.nan_to_num(jnp.clip(reconstructed, 0, 1), nan=0.5)
+    clipped = _pixels(reconstructed)
     cost = jnp.mean(jnp.square(truth[:, None] - clipped[None]), (2, 3, 4))
     rows, columns = optax.assignment.hungarian_algorithm(cost)
     assignment = jnp.zeros(truth.shape[0], columns.dtype).at[rows].set(columns)
@@ -69,9 +69,10 @@ def retrieval_rank(
     reconstructed: Float[Array, "h w c"], gallery: Float[Array, "n h w c"], index: int
 ) -> Int[Array, ""]:
     """The place of the true image, gallery[index], among all images of the gallery by squared distance to the
-    reconstruction: 1 means that the reconstruction identifies it, (n + 1) / 2 is chance.
+    reconstruction: 1 means that the reconstruction identifies it, (n + 1) / 2 is chance. The reconstruction is clipped
+    as in `image_scores`.
     """
-    distances = jnp.sum(jnp.square(gallery - reconstructed[None]), (1, 2, 3))
+    distances = jnp.sum(jnp.square(gallery - _pixels(reconstructed)[None]), (1, 2, 3))
     return 1 + jnp.sum(distances < distances[index])
 
 
@@ -84,3 +85,7 @@ def nearest(images: Float[Array, "b h w c"], gallery: Float[Array, "n h w c"]) -
         return gallery[jnp.argmin(jnp.sum(jnp.square(gallery - image[None]), (1, 2, 3)))]
 
     return jax.lax.map(one, images)
+
+
+def _pixels(images: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.nan_to_num(jnp.clip(images, 0, 1), nan=0.5)

@@ -51,10 +51,14 @@ def functional(
     def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b c"]:
         model = nnx.merge(graph, params, rest, copy=True)
         model.train() if batch_norm == "training" else model.eval()
-        if statistics is not None:
-            given = iter(statistics)
-            _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, given))
-        return model(inputs)
+        if statistics is None:
+            return model(inputs)
+        given = iter(statistics)
+        _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, given))
+        outputs = model(inputs)
+        if next(given, None) is not None:
+            raise ValueError("statistics must have one entry for every batch-normalisation layer, got more")
+        return outputs
 
     return apply_fn, nnx.to_pure_dict(params)
 

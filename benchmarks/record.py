@@ -1,0 +1,63 @@
+"""Where figures are written: one CSV and one Markdown table a measurement, with everything needed to repeat it."""
+
+import csv
+import datetime
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gia_jax import report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The commit of the working tree, with a plus sign where the package or the benchmarks differ from it."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "gia_jax", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = "", **more_versions: str) -> None:
+    """Writes `results/<name>.csv`, a row with its provenance each, and `results/<name>.md`, and prints the table.
+
+    Args:
+        name: File name without its suffix.
+        title: The table's heading.
+        rows: Columns to values; every row has the same columns.
+        notes: Markdown below the table: what the figures mean.
+        **more_versions: Of packages beside the library's own.
+    """
+    script = Path(sys.argv[0]).name
+    versions = ", ".join(f"{package} {version}" for package, version in (report.versions() | more_versions).items())
+    provenance = {
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "hardware": report.hardware(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *provenance])
+        writer.writeheader()
+        writer.writerows({**row, **provenance} for row in rows)
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+    table = [line(list(rows[0])), line(["---"] * len(rows[0])), *(line(list(row.values())) for row in rows)]
+    where = [f"* {key}: {value}" for key, value in provenance.items()]
+    parts = [f"# {title}", "\n".join(table), *([notes.strip()] if notes else []), "\n".join(where)]
+    text = "\n\n".join(parts) + "\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text, flush=True)
