@@ -444,7 +444,8 @@ def trained(args: argparse.Namespace) -> None:
         f"{train_accuracy:.1%} on training and {test_accuracy:.1%} on test images. Published for a trained LeNet, from "
         f"memory and not checked: 18.08 dB (cosine) and 13.24 dB (L-BFGS).\n\nGuesses without a gradient, mean PSNR: "
         f"{', '.join(f'{k} {v}' for k, v in baselines(victims).items())}. Attack seed 0, cosine {args.steps} steps, "
-        f"L-BFGS 6,000, Levenberg-Marquardt {WARM_UP} + {LEVENBERG_MARQUARDT_STEPS}.\n\nThreat model: {THREAT.describe()}.",
+        f"L-BFGS 6,000, Levenberg-Marquardt {WARM_UP} + {LEVENBERG_MARQUARDT_STEPS}.\n\n"
+        f"Threat model: {THREAT.describe()}.",
     )
 
 
