@@ -244,9 +244,9 @@ def lbfgs(args: argparse.Namespace) -> None:
         "Euclidean matching by L-BFGS without line search, LeNet untrained, 8 CIFAR-10 test images, 4 starts",
         rows,
         "Published, from memory and not checked: 46.25 +- 12.66 dB over 100 images.\n\nThe same starts and weights "
-        f"(model seed 0) in float32; {outer} calls of torch's `step` of up to 20 inner iterations, and {20 * outer} inner "
-        "iterations here. The start of the lowest loss is kept; 'each start' counts them all. Torch ends a call early "
-        f"where its change or gradient is small.\n\nThreat model: {THREAT.describe()}.",
+        f"(model seed 0) in float32; {outer} calls of torch's `step` of up to 20 inner iterations, {20 * outer} inner "
+        "iterations here. The start of the lowest loss is kept; 'each start' counts them all. Torch ends a call "
+        f"early where its change or gradient is small.\n\nThreat model: {THREAT.describe()}.",
         torch=torch.__version__,
     )
 
