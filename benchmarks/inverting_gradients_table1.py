@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import record
 from flax import nnx
+from training import train_lenet
 
 from gia_jax import Batch, ThreatModel, clients, data, gradient_matching, keep_best, labels, models, observe, report
 from gia_jax.attacks import inverting_gradients, linear_inversion
@@ -26,7 +26,6 @@ from gia_jax.attacks.named import LEVENBERG_MARQUARDT_STEPS, WARM_UP, Target, ma
 from gia_jax.base import Attack, ClientFn, Params
 from gia_jax.matching.initializations import given
 from gia_jax.matching.optimizers import fixed_step_lbfgs
-from gia_jax.models.functional import ApplyFn
 from gia_jax.study import Study, study, study_analytic
 
 THREAT = ThreatModel(labels=True)
@@ -59,7 +58,7 @@ def gallery(number: int = 10_000) -> np.ndarray:
     return data.load("cifar10", split="train", limit=number).images
 
 
-def functional(module: nnx.Module) -> tuple[ApplyFn, Params]:
+def functional(module: nnx.Module) -> tuple[Callable[..., Any], Params]:
     apply_fn, params = models.functional(module)
     return apply_fn, jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), params)
 
@@ -362,44 +361,10 @@ def _write_newton(name: str, title: str, rows: list[dict[str, str]]) -> None:
     )
 
 
-def train(seed: int, epochs: int) -> tuple[ApplyFn, Params, float, float]:
-    """LeNet by Adam with a cosine schedule: its function and parameters, accuracy on training and on test images."""
-    apply_fn, params = functional(models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(seed)))
-    loss_fn = clients.cross_entropy(apply_fn)
-    train_images, test_images = data.load("cifar10", split="train"), data.load("cifar10")
-    inputs = {s.name: jnp.asarray(s.normalize(s.images)) for s in (train_images, test_images)}
-    x, y, size = inputs[train_images.name], jnp.asarray(train_images.labels), 128
-    steps = len(y) // size
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, epochs * steps))
-
-    @jax.jit
-    def step(carry: tuple[Params, Any], batch: Batch) -> tuple[Params, Any]:
-        current, state = carry
-        updates, state = optimizer.update(jax.grad(loss_fn)(current, batch), state)
-        return optax.apply_updates(current, updates), state
-
-    carry = (params, optimizer.init(params))
-    for epoch in range(epochs):
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), len(y))
-        for i in range(steps):
-            index = order[i * size : (i + 1) * size]
-            carry = step(carry, Batch(x[index], y[index]))
-        print(f"\rtraining: epoch {epoch + 1} of {epochs}", end="", flush=True)
-    print()
-    predict = jax.jit(lambda p, z: jnp.argmax(apply_fn(p, z), -1))
-
-    def accuracy(images: data.ImageData) -> float:
-        z = inputs[images.name]
-        predicted = np.concatenate([predict(carry[0], z[i : i + 1_000]) for i in range(0, len(z), 1_000)])
-        return float(np.mean(predicted == images.labels))
-
-    return apply_fn, carry[0], accuracy(train_images), accuracy(test_images)
-
-
 def trained(args: argparse.Namespace) -> None:
     """The trained LeNet: cosine, L-BFGS, Levenberg-Marquardt."""
     epochs = 60
-    apply_fn, params, train_accuracy, test_accuracy = train(0, epochs)
+    apply_fn, params, train_accuracy, test_accuracy = train_lenet("cifar10", 0, epochs)
     print(f"accuracy: {train_accuracy:.3f} training, {test_accuracy:.3f} test", flush=True)
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
     victims, rows = victims_of(16), []
