@@ -88,11 +88,12 @@ def main() -> None:
         "labels",
         f"Labels recovered, as a share of the batch's multiset, mean of {args.draws} draws of test images",
         rows,
-        f"`lenet` has sigmoids and weights from U(-0.5, 0.5), which predict far from 1 / C before any training; "
-        f"`groupnorm_net` has ReLU and weights of the usual scale. Model seed 0; trained for {args.epochs} epochs by Adam (test accuracy {', '.join(accuracies)}). Ten "
-        "classes: batches of 32 and 100 have no distinct labels; one label is always distinct. `bias_counts` takes the "
-        "mean prediction for 1 / C, 'p measured' for what the network says of 128 random inputs. '-': the rule refuses "
-        f"such a batch. Threat model: {THREAT.describe()}.",
+        "`lenet` has sigmoids and weights from U(-0.5, 0.5), which predict far from 1 / C before any training; "
+        "`groupnorm_net` has ReLU and weights of the usual scale. Model seed 0; trained for "
+        f"{args.epochs} epochs by Adam (test accuracy {', '.join(accuracies)}). Ten classes: batches of 32 and 100 "
+        "have no distinct labels; one label is always distinct. `bias_counts` takes the mean prediction for 1 / C, "
+        "'p measured' for what the network says of 128 random inputs. '-': the rule refuses such a batch. "
+        f"Threat model: {THREAT.describe()}.",
     )
 
 

@@ -67,7 +67,8 @@ def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"batch.labels of shape (b,) must be integers, got {labels.dtype}")
     if is_concrete(labels):
-        low, high = int(np.min(labels)), int(np.max(labels))
+        classes = np.asarray(labels)  # NumPy also where a trace goes on around concrete labels
+        low, high = int(classes.min()), int(classes.max())
         if low < 0 or (num_classes is not None and high >= num_classes):
             bound = "" if num_classes is None else f" and below {num_classes}"
             raise ValueError(f"batch.labels must be at least 0{bound}, got {low if low < 0 else high}")

@@ -110,7 +110,17 @@ def convolution(
         The convolution in the layout `dimension_numbers.out_spec`. Integers, mixed precisions, empty arrays and
         explicit shardings are left to `lax.conv_general_dilated`.
     """
-    if not (lhs.dtype == rhs.dtype and lhs.dtype.name in FLOATS and lhs.size and rhs.size) or out_sharding is not None:
+    lhs_spec, rhs_spec, out_spec = dimension_numbers
+    inputs, window = [lhs.shape[a] for a in lhs_spec[2:]], [rhs.shape[a] for a in rhs_spec[2:]]
+    outputs = [
+        ((i - 1) * di + 1 + low + high - (k - 1) * dk - 1) // stride + 1
+        for i, di, (low, high), k, dk, stride in zip(
+            inputs, lhs_dilation, padding, window, rhs_dilation, window_strides, strict=True
+        )
+    ]
+    floats = lhs.dtype == rhs.dtype and lhs.dtype.name in FLOATS
+    empty = not (lhs.size and rhs.size) or min(outputs, default=1) < 1
+    if not floats or empty or out_sharding is not None:
         return lax.conv_general_dilated_p.bind(
             lhs,
             lax.rev(rhs, tuple(flipped)),
@@ -125,14 +135,6 @@ def convolution(
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
-    lhs_spec, rhs_spec, out_spec = dimension_numbers
-    inputs, window = [lhs.shape[a] for a in lhs_spec[2:]], [rhs.shape[a] for a in rhs_spec[2:]]
-    outputs = [
-        ((i - 1) * di + 1 + low + high - (k - 1) * dk - 1) // stride + 1
-        for i, di, (low, high), k, dk, stride in zip(
-            inputs, lhs_dilation, padding, window, rhs_dilation, window_strides, strict=True
-        )
-    ]
     geometry = _Geometry(
         tuple(inputs),
         tuple(window),

@@ -69,7 +69,8 @@ def _lower_parameter(parameter: Any) -> Any:
 def _evaluate(eqn: jex_core.JaxprEqn, values: dict[jex_core.Var, Any]) -> list[Any]:
     """One equation as it stands, whatever callables its parameters hold."""
     inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex_core.Literal)))
-    one = jex_core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects)
+    info = jex_core.DebugInfo("lower", eqn.primitive.name, None, None)
+    one = jex_core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, info)
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*[values[v] for v in inputs])
 
 

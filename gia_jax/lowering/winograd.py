@@ -17,7 +17,7 @@ Dot = Callable[..., jax.Array]
 Entries = list[jax.Array]
 
 
-def _along(rows: Entries, matrix: Sequence[Sequence[float]]) -> Entries:
+def _along(rows: Entries, matrix: Sequence[Sequence[float | int]]) -> Entries:
     """A transform matrix applied to the entries of a tile along one axis, its zeros and ones left out."""
 
     def combine(coefficients: Sequence[float]) -> jax.Array:

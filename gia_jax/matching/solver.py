@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -88,6 +89,10 @@ def gradient_matching(
         def loss_fn(z: PyTree[Array]) -> tuple[Array, Array]:
             return losses(z, labels, observation)
 
+        def value_fn(z: PyTree[Array], key: Any = None, residual_fn: Any = None) -> Array:
+            del key, residual_fn  # optax's line search passes on all that it was passed, and refuses what is not taken
+            return loss_fn(z)[0]
+
         def residuals(z: PyTree[Array]) -> Updates:
             return residual_fn(client_fn(observation.params, decode_fn(z, labels)), observation.update)
 
@@ -99,7 +104,7 @@ def gradient_matching(
             key=key,
             value=loss,
             grad=grad,
-            value_fn=lambda z: loss_fn(z)[0],
+            value_fn=value_fn,
             residual_fn=residuals,
         )
         variables = optax.apply_updates(variables, updates)
@@ -118,6 +123,6 @@ def gradient_matching(
 
 def box(low: Float[Array, "..."] | float, high: Float[Array, "..."] | float) -> Callable[[Array], Array]:
     """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel)."""
-    if _check.is_concrete((low, high)) and not jnp.all(jnp.asarray(low) < jnp.asarray(high)):
+    if _check.is_concrete((low, high)) and not np.all(np.asarray(low) < np.asarray(high)):
         raise ValueError(f"low must be below high={high}, got {low}")
     return lambda inputs: optax.projections.projection_box(inputs, low, high)
