@@ -32,20 +32,23 @@ class Scores(NamedTuple):
 
 
 def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
-    """Scores of reconstructions in the model's space against the truth in it, leading axis of victims."""
+    """Scores of reconstructions in the model's space against the truth in it, leading axis of victims.
+
+    Pixels are clipped to [0, 1], and NaN counts as 0.5.
+    """
 
     def one(r: Batch, t: Batch) -> tuple[Any, Any, Any]:
         pixels, true_pixels = (x * jnp.asarray(data.std) + jnp.asarray(data.mean) for x in (r.inputs, t.inputs))
         scores = image_scores(pixels.astype(jnp.float32), jnp.clip(true_pixels, 0, 1).astype(jnp.float32))
-        mse = jnp.mean(jnp.square(jnp.clip(pixels[scores.assignment], 0, 1) - true_pixels), (1, 2, 3))
-        return scores._replace(mse=mse), label_overlap(r.labels, t.labels), pixels[scores.assignment]
+        matched = jnp.nan_to_num(jnp.clip(pixels[scores.assignment], 0, 1), nan=0.5)
+        mse = jnp.mean(jnp.square(matched - true_pixels), (1, 2, 3))
+        return scores._replace(mse=mse), label_overlap(r.labels, t.labels), matched
 
     scores, labels, images = jax.jit(jax.vmap(one))(reconstructed, truth)
     mse = np.asarray(scores.mse)
     with np.errstate(divide="ignore"):
         psnr = -10 * np.log10(mse)
-    images = np.nan_to_num(np.clip(np.asarray(images), 0, 1), nan=0.5)
-    return Scores(psnr, np.asarray(scores.ssim), mse, np.asarray(labels), images)
+    return Scores(psnr, np.asarray(scores.ssim), mse, np.asarray(labels), np.asarray(images))
 
 
 def baselines(truth: np.ndarray, gallery: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import jax
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from gia_jax.base import Attack, Batch, ClientFn, InitFn, Observation
 from gia_jax.matching.initializations import normal
@@ -51,7 +51,7 @@ def dlg(
         inputs = inputs_fn(key_inputs, observation)
         return Batch(inputs, jax.random.normal(key_labels, (inputs.shape[0], num_classes), inputs.dtype))
 
-    def decode(pair: Batch, labels: Array) -> Batch:
+    def decode(pair: Batch, labels: tuple[()]) -> Batch:
         del labels
         return Batch(pair.inputs, jax.nn.softmax(pair.labels))
 

@@ -72,6 +72,8 @@ LEVENBERG_MARQUARDT_STEPS = 20
 
 def label_rule(labels: str, target: Target) -> LabelFn:
     """Granted labels for "known"; for "inferred" iDLG's rule for one example, counts in closed form for more."""
+    if labels not in ("known", "inferred"):
+        raise ValueError(f"labels must be known or inferred, got {labels!r}")
     if labels == "known":
         return granted_labels
     return idlg_labels(target.classifier_fn) if target.batch_size == 1 else bias_counts(target.classifier_fn)
@@ -89,7 +91,14 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
 
     Returns:
         The attack.
+
+    Raises:
+        ValueError: An unknown name, and what its attack raises.
     """
+    iterative = [known for known in ATTACKS if known != "linear"]
+    for argument, value, known in (("name", name, iterative), ("solver", solver, SOLVERS)):
+        if value not in known:
+            raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
 
     def build(optimizer: optax.GradientTransformation | None, init_fn: InitFn | None = None) -> Attack:
         label_fn = label_rule(labels, target)

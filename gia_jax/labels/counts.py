@@ -36,8 +36,8 @@ def greedy_bias(classifier_fn: ClassifierFn) -> LabelFn:
     """The greedy rule of the PyTorch library `breaching` ("bias-corrected"), a baseline.
 
     Every class with a negative bias gradient once; then the most negative one after taking off, for each label given,
-    the sum of the negative gradients over B. Right for distinct labels in an untrained network; on duplicates it loses
-    to `bias_counts`.
+    the sum of the negative gradients over B. Right for distinct labels of few of the classes in an untrained network;
+    on duplicates it loses to `bias_counts`.
 
     Args:
         classifier_fn: Picks the last layer; it must have a bias.

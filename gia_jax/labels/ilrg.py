@@ -16,9 +16,10 @@ def ilrg(classifier_fn: ClassifierFn) -> LabelFn:
 
     The mean feature of class c is estimated as h_c = grad W_c / grad b_c, its prediction as p^c = softmax(h_c W + b),
     and the counts n solve B grad b = P^T n - n with sum n = B. P^T - I has rank C - 1 at most (its columns sum to
-    zero), so the sum is a row of the system; counts are then rounded to integers >= 0 with that sum. Exact where
-    features of a class are alike (any batch size); classes that do not occur have meaningless rows, and as the network
-    grows confident P^T - I vanishes: `ilrg_system` returns the condition number.
+    zero), so the sum is a row of the system; counts are then rounded to integers >= 0 with that sum. Exact where the
+    features of the whole batch are alike (any batch size); otherwise h_c mixes in the features of other classes, by
+    the p_c of each example. Classes that do not occur have meaningless rows, and as the network grows confident
+    P^T - I vanishes: `ilrg_system` returns the condition number.
 
     Args:
         classifier_fn: Picks the last layer; it must have a bias.

@@ -13,8 +13,9 @@ def llg(classifier_fn: ClassifierFn) -> LabelFn:
     """LLG: labels from the sums G_c of the rows of the last layer's gradient, knowing only the gradient.
 
     One example of class c is taken to add m = (1 + 1 / C) / B * (sum of the negative G_c) to G_c. Every class of
-    negative G_c gets a label, then always the most negative one (Algorithm 1). Right for distinct labels in an
-    untrained network with features h >= 0; duplicates are approximate, and a trained network's predictions bias them.
+    negative G_c gets a label, then always the most negative one (Algorithm 1). Right for distinct labels of few of the
+    classes in an untrained network with features h >= 0; duplicates are approximate, and a trained network's
+    predictions bias them.
 
     Args:
         classifier_fn: Picks the last layer.

@@ -88,7 +88,7 @@ def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
             lhs, rhs = operands
             # A reversed kernel is read in reverse where it lies: no copy of the weights.
             kernel, flipped = reversed_kernels.get(eqn.invars[1], (rhs, ()))
-            outputs = [convolution(lhs, kernel, flipped=flipped, **eqn.params)]
+            outputs = [convolution(jnp.asarray(lhs), jnp.asarray(kernel), flipped=flipped, **eqn.params)]
         elif name == "jit":
             outputs = _interpret(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, operands)
         elif name == "checkpoint" and not eqn.params["prevent_cse"]:

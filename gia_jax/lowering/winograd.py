@@ -20,7 +20,7 @@ Entries = list[jax.Array]
 def _along(rows: Entries, matrix: Sequence[Sequence[float | int]]) -> Entries:
     """A transform matrix applied to the entries of a tile along one axis, its zeros and ones left out."""
 
-    def combine(coefficients: Sequence[float]) -> jax.Array:
+    def combine(coefficients: Sequence[float | int]) -> jax.Array:
         terms = [row if c == 1 else -row if c == -1 else c * row for c, row in zip(coefficients, rows) if c != 0]
         return functools.reduce(jnp.add, terms)
 

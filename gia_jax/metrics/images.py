@@ -5,8 +5,11 @@ from typing import NamedTuple
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+
+Images = Float[Array | np.ndarray, "b h w c"]
 
 
 class ImageScores(NamedTuple):
@@ -25,7 +28,7 @@ class ImageScores(NamedTuple):
     assignment: Int[Array, " b"]
 
 
-def image_scores(reconstructed: Float[Array, "b h w c"], truth: Float[Array, "b h w c"]) -> ImageScores:
+def image_scores(reconstructed: Images, truth: Images) -> ImageScores:
     """Scores of a batch, whose order an attacker cannot know: reconstructions are assigned to true images such that the
     sum of squared errors is least (Hungarian algorithm), once, and all metrics use that assignment.
 
@@ -50,7 +53,7 @@ def image_scores(reconstructed: Float[Array, "b h w c"], truth: Float[Array, "b 
     return ImageScores(mse, -10 * jnp.log10(mse), ssim(matched, truth), assignment)
 
 
-def ssim(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+def ssim(a: Images, b: Images) -> Float[Array, " b"]:
     """Structural similarity (Wang et al., 2004) with a Gaussian window of 11 pixels and sigma 1.5.
 
     For images smaller than the window, the largest odd window that fits.
@@ -66,7 +69,7 @@ def success_share(psnr: Float[Array, " n"], *, threshold: float = 20.0) -> Float
 
 
 def retrieval_rank(
-    reconstructed: Float[Array, "h w c"], gallery: Float[Array, "n h w c"], index: int
+    reconstructed: Float[Array | np.ndarray, "h w c"], gallery: Float[Array | np.ndarray, "n h w c"], index: int
 ) -> Int[Array, ""]:
     """The place of the true image, gallery[index], among all images of the gallery by squared distance to the
     reconstruction: 1 means that the reconstruction identifies it, (n + 1) / 2 is chance. The reconstruction is clipped
@@ -76,7 +79,7 @@ def retrieval_rank(
     return 1 + jnp.sum(distances < distances[index])
 
 
-def nearest(images: Float[Array, "b h w c"], gallery: Float[Array, "n h w c"]) -> Float[Array, "b h w c"]:
+def nearest(images: Images, gallery: Float[Array | np.ndarray, "n h w c"]) -> Float[Array, "b h w c"]:
     """For every image the closest of the gallery by squared distance: a lucky guess from public data."""
 
     gallery = jnp.asarray(gallery)
@@ -87,5 +90,5 @@ def nearest(images: Float[Array, "b h w c"], gallery: Float[Array, "n h w c"]) -
     return jax.lax.map(one, images)
 
 
-def _pixels(images: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _pixels(images: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.nan_to_num(jnp.clip(images, 0, 1), nan=0.5)
