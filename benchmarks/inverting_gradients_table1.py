@@ -88,9 +88,10 @@ def run(
     lanes: int = 8,
     name: str = "",
     prior_only: int = 0,
+    threat: ThreatModel = THREAT,
 ) -> tuple[Study, report.Scores, np.ndarray]:
     """The attack on true updates, and on random ones of the same norms for the first `prior_only` victims."""
-    observations = observe_all(client_fn, params, victims, seed)
+    observations = observe_all(client_fn, params, victims, seed, threat)
     key = jax.random.key(seed)
     options: dict[str, Any] = {"num_steps": num_steps, "lanes": lanes, "progress_fn": progress(name)}
     found = study(attack, key, observations, num_restarts=num_restarts, **options)
@@ -123,9 +124,11 @@ def mean(values: np.ndarray) -> str:
     return f"{values.mean():.2f}" if values.size else "-"
 
 
-def baselines(victims: Victims) -> dict[str, str]:
+def baselines(victims: Victims) -> str:
+    """A sentence with the guesses that use no gradient."""
     guesses = report.baselines(victims.pixels.astype(np.float32), gallery())
-    return {name: mean(psnr) for name, psnr in guesses.items()}
+    listed = ", ".join(f"{name} {mean(psnr)}" for name, psnr in guesses.items())
+    return f"Guesses without a gradient, mean PSNR: {listed} (the nearest of 10,000 training images is chosen with the truth)."
 
 
 def cost(found: Study) -> dict[str, str]:
@@ -174,7 +177,6 @@ def cosine(args: argparse.Namespace) -> None:
     psnr, ssim = np.stack([s.psnr for s in every]), np.stack([s.ssim for s in every])
     seconds = {"compile s": "", "run s": ""}
     rows.append({"model seed": "all", **figures(psnr, ssim), "prior only": "", **seconds})
-    guesses = baselines(victims)
     record.write(
         "inverting_gradients_table1",
         f"Inverting Gradients, Table 1: LeNet untrained, CIFAR-10 test_00000..{args.victims - 1:05d}, batch 1",
@@ -183,8 +185,7 @@ def cosine(args: argparse.Namespace) -> None:
         f"{args.steps} steps of signed Adam, TV 1e-2, 1 restart, the best iterate by the attacker's loss; model and "
         f"attack seed as in the row. PSNR in dB after clipping to [0, 1]. Run s: for the row's {args.victims} images. "
         f"Prior only: the same attack on random updates of the same norms, 16 images.\n\n"
-        f"Guesses without a gradient, mean PSNR: {', '.join(f'{k} {v}' for k, v in guesses.items())} "
-        f"(the nearest of 10,000 training images is chosen with the truth).\n\nThreat model: {THREAT.describe()}.",
+        f"{baselines(victims)}\n\nThreat model: {THREAT.describe()}.",
     )
 
 
@@ -394,7 +395,7 @@ def trained(args: argparse.Namespace) -> None:
     )
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        few = victims_of(16)
+        few = victims_of(4)
         attack = newton_attack(client_fn, few)
         steps = LEVENBERG_MARQUARDT_STEPS
         found, scores, _ = run(attack, client_fn, wide, few, num_steps=steps, lanes=1, name="trained, second order")
@@ -407,8 +408,8 @@ def trained(args: argparse.Namespace) -> None:
         rows,
         f"Trained for {epochs} epochs by Adam (batch 128, 3e-3 falling to 0 by a cosine, seed 0): accuracy "
         f"{train_accuracy:.1%} on training and {test_accuracy:.1%} on test images. Published for a trained LeNet, from "
-        f"memory and not checked: 18.08 dB (cosine) and 13.24 dB (L-BFGS).\n\nGuesses without a gradient, mean PSNR: "
-        f"{', '.join(f'{k} {v}' for k, v in baselines(victims).items())}. Attack seed 0, cosine {args.steps} steps, "
+        f"memory and not checked: 18.08 dB (cosine) and 13.24 dB (L-BFGS).\n\n"
+        f"{baselines(victims)}\n\nAttack seed 0, cosine {args.steps} steps, "
         f"L-BFGS 6,000, Levenberg-Marquardt {WARM_UP} + {LEVENBERG_MARQUARDT_STEPS}.\n\n"
         f"Threat model: {THREAT.describe()}.",
     )
@@ -417,20 +418,20 @@ def trained(args: argparse.Namespace) -> None:
 def deep(args: argparse.Namespace) -> None:
     """ResNet20-4 and ConvNet, untrained, evaluation statistics."""
     victims, rows, curves, steps = victims_of(5), [], {}, args.deep_steps
-    grey = report.baselines(victims.pixels, gallery())["grey"]
     for name in ("convnet", "resnet20_4"):
         apply_fn, params = functional(models.MODELS[name]((32, 32, 3), CLASSES, rngs=nnx.Rngs(0)))
         client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
         attack = cosine_attack(client_fn, victims, steps, args.deep_weight)
         found, scores, _ = run(attack, client_fn, params, victims, num_steps=steps, lanes=5, name=name)
         curves[name] = found.losses[:, 0]
-        rows.append({"model": name, **figures(scores.psnr, scores.ssim), "grey": mean(grey), **cost(found)})
+        rows.append({"model": name, **figures(scores.psnr, scores.ssim), **cost(found)})
     record.write(
         "inverting_gradients_deep",
         "Inverting Gradients on deeper nets, untrained, 5 CIFAR-10 test images, batch 1",
         rows,
         f"{steps} steps, TV {args.deep_weight:g}, batch normalisation in evaluation mode, model and attack seed 0, 1 "
-        f"restart. Loss curves: inverting_gradients_deep_losses.csv. Threat model: {THREAT.describe()}.",
+        f"restart. {baselines(victims)}\n\nLoss curves: inverting_gradients_deep_losses.csv.\n\n"
+        f"Threat model: {THREAT.describe()}.",
     )
     at = np.unique(np.geomspace(1, steps, 60).astype(int)) - 1
     lines = [",".join(["step", *(f"{name} image {i}" for name in curves for i in range(5))])]
@@ -463,16 +464,16 @@ def fedavg(args: argparse.Namespace) -> None:
     for name, batch_size, client_fn, assumed_fn in cases:
         victims = victims_of(8, batch_size=batch_size)
         attack = cosine_attack(assumed_fn, victims, args.steps)
-        observations = observe_all(client_fn, params, victims, 0, threat)
-        found = study(
-            attack, jax.random.key(0), observations, num_steps=args.steps, lanes=8, progress_fn=progress(name)
+        prior = 8 if name.endswith("1 step") else 0
+        found, scores, noise = run(
+            attack, client_fn, params, victims, num_steps=args.steps, name=name, prior_only=prior, threat=threat
         )
-        scores = report.score(found.reconstruction.batch, victims.truth, victims.images)
-        rows.append({"client": name, **figures(scores.psnr, scores.ssim), **cost(found)})
+        rows.append({"client": name, **figures(scores.psnr, scores.ssim), "prior only": mean(noise), **cost(found)})
     record.write(
         "inverting_gradients_fedavg",
         "Federated averaging, LeNet untrained, 8 CIFAR-10 victims",
         rows,
+        f"{baselines(victims_of(8))}\n\nOf the batches of four: {baselines(victims_of(8, batch_size=4))}\n\n"
         f"Local learning rate {rate:g}; cosine, TV 1e-2, {args.steps} steps, 1 restart, model and attack seed 0. The "
         f"labels are known in the order of the batch. Threat model: {threat.describe()}.",
     )
