@@ -128,7 +128,8 @@ def baselines(victims: Victims) -> str:
     """A sentence with the guesses that use no gradient."""
     guesses = report.baselines(victims.pixels.astype(np.float32), gallery())
     listed = ", ".join(f"{name} {mean(psnr)}" for name, psnr in guesses.items())
-    return f"Guesses without a gradient, mean PSNR: {listed} (the nearest of 10,000 training images is chosen with the truth)."
+    where = "the nearest of 10,000 training images is chosen with the truth"
+    return f"Guesses without a gradient, mean PSNR: {listed} ({where})."
 
 
 def cost(found: Study) -> dict[str, str]:
