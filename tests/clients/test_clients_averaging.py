@@ -1,0 +1,140 @@
+"""Federated averaging against a Python loop of SGD steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gia_jax import Batch, models
+from gia_jax.clients import cross_entropy, federated_averaging, federated_sgd
+
+RATE = 0.3
+
+
+@pytest.fixture
+def problem(x64):
+    """Loss, parameters and a batch of six in float64."""
+    apply_fn, params = models.functional(models.LeNet((4, 4, 2), 3, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4, 4, 2)))
+    return cross_entropy(apply_fn), params, Batch(inputs, jnp.array([0, 1, 2, 0, 2, 1]))
+
+
+def loop(loss_fn, params, batch, orders, size):
+    """The pseudo-gradient of plain SGD over the given order of the examples of every epoch."""
+    current, steps = params, 0
+    for order in orders:
+        for start in range(0, len(order), size):
+            index = jnp.asarray(order[start : start + size])
+            gradient = jax.grad(loss_fn)(current, jax.tree.map(lambda leaf, index=index: leaf[index], batch))
+            current, steps = jax.tree.map(lambda p, g: p - RATE * g, current, gradient), steps + 1
+    return jax.tree.map(lambda before, after: (before - after) / (steps * RATE), params, current)
+
+
+def close(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        assert np.linalg.norm(f - e) <= 1e-10 * np.linalg.norm(e)
+
+
+@pytest.mark.parametrize("lowering", ["matmul", "native"])
+@pytest.mark.parametrize(("epochs", "size"), [(1, None), (3, None), (1, 2), (2, 3), (2, 1)])
+def test_equals_a_loop_of_steps(problem, epochs, size, lowering):
+    client_fn = federated_averaging(
+        problem[0], learning_rate=RATE, local_epochs=epochs, minibatch_size=size, lowering=lowering
+    )
+    close(jax.jit(client_fn)(*problem[1:]), loop(*problem, [range(6)] * epochs, size or 6))
+
+
+def test_shuffles_anew_every_epoch(problem):
+    # With batches of one the pseudo-gradient tells the orders apart: find the one it was.
+    loss_fn, params, batch = problem
+    batch = jax.tree.map(lambda leaf: leaf[:3], batch)
+    key = jax.random.key(3)
+    make = functools.partial(federated_averaging, loss_fn, learning_rate=RATE, local_epochs=2, minibatch_size=1)
+    found = make(order_key=key)(params, batch)
+    # Two epochs of permutations of three: all 36 candidates under one compilation.
+    permutations = jnp.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    pairs = jnp.array([(i, j) for i in range(6) for j in range(6)])
+    candidates = jax.jit(jax.vmap(lambda pair: loop(loss_fn, params, batch, permutations[pair], 1)))(pairs)
+    errors = sum(
+        jnp.sum((f - c) ** 2, range(1, c.ndim)) for f, c in zip(jax.tree.leaves(found), jax.tree.leaves(candidates))
+    )
+    assert errors.min() < 1e-20
+    assert jnp.sum(errors < 1e-12) == 1
+    first, second = pairs[errors.argmin()]
+    assert first != second
+    close(make(order_key=key)(params, batch), found)
+    with pytest.raises(AssertionError):
+        close(make(order_key=jax.random.key(4))(params, batch), found)
+    with pytest.raises(AssertionError):
+        close(make()(params, batch), found)
+
+
+def test_one_step_on_the_whole_batch_is_federated_sgd(problem):
+    loss_fn, params, batch = problem
+    gradient = federated_sgd(loss_fn)(params, batch)
+    for rate in (1e-3, RATE, 10.0):
+        close(federated_averaging(loss_fn, learning_rate=rate)(params, batch), gradient)
+    shuffled = federated_averaging(loss_fn, learning_rate=RATE, order_key=jax.random.key(0))
+    close(shuffled(params, batch), gradient)
+
+
+def test_scale_and_sign_on_a_quadratic(x64):
+    # For the loss w^2 / 2 every step multiplies w by 1 - rate, whatever the data.
+    def loss_fn(params, batch):
+        return 0.5 * jnp.sum(params["w"] ** 2) + 0 * jnp.sum(batch.inputs)
+
+    params, batch = {"w": jnp.array([2.0, -1.0])}, Batch(jnp.ones((4, 1)), jnp.zeros(4, int))
+    client_fn = federated_averaging(loss_fn, learning_rate=0.1, local_epochs=2, minibatch_size=2)
+    close(client_fn(params, batch), {"w": params["w"] * (1 - 0.9**4) / (4 * 0.1)})
+
+
+@pytest.mark.parametrize("lowering", ["matmul", "native"])
+def test_gradient_through_the_local_steps(problem, lowering):
+    loss_fn, params, batch = problem
+    client_fn = federated_averaging(loss_fn, learning_rate=RATE, local_epochs=2, minibatch_size=3, lowering=lowering)
+
+    def matched(client_fn, inputs):
+        update = client_fn(params, batch._replace(inputs=inputs))
+        return sum(jnp.sum((u - p) ** 2) for u, p in zip(jax.tree.leaves(update), jax.tree.leaves(params)))
+
+    def plain(params, batch):
+        return loop(loss_fn, params, batch, [range(6)] * 2, 3)
+
+    found, expected = (jax.jit(jax.grad(functools.partial(matched, fn)))(batch.inputs) for fn in (client_fn, plain))
+    close(found, expected)
+
+
+def test_traced_learning_rate_and_keys(problem):
+    loss_fn, params, batch = problem
+
+    def update(rate, key):
+        client_fn = federated_averaging(loss_fn, learning_rate=rate, minibatch_size=2, order_key=key)
+        return client_fn(params, batch)
+
+    rates, keys = jnp.array([0.1, RATE]), jax.random.split(jax.random.key(0), 2)
+    lanes = jax.jit(jax.vmap(update))(rates, keys)
+    for i in range(2):
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], lanes), update(float(rates[i]), keys[i]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"local_epochs": 0}, "local_epochs.*0"),
+        ({"minibatch_size": 0}, "minibatch_size.*0"),
+        ({"learning_rate": 0.0}, "learning_rate.*0"),
+        ({"learning_rate": -0.1}, "learning_rate.*-0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate.*nan"),
+        ({"minibatch_size": 4}, "minibatch_size.*6.*4"),
+        ({"minibatch_size": 12}, "minibatch_size.*6.*12"),
+    ],
+)
+def test_bad_arguments(problem, arguments, message):
+    loss_fn, params, batch = problem
+    with pytest.raises(ValueError, match=message):
+        federated_averaging(loss_fn, **({"learning_rate": RATE} | arguments))(params, batch)

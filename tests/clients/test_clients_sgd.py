@@ -1,0 +1,83 @@
+"""The federated SGD client, its per-example form and its loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gia_jax import Batch, models
+from gia_jax.clients import cross_entropy, federated_sgd, per_example
+
+
+@pytest.fixture(scope="module")
+def model():
+    apply_fn, params = models.functional(models.LeNet((8, 8, 2), 5, rngs=nnx.Rngs(0)))
+    inputs = np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
+    return apply_fn, params, Batch(jnp.asarray(inputs), jnp.array([3, 0, 0, 2]))
+
+
+def close(found, expected, tolerance=1e-5):
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert f.shape == e.shape
+        assert np.linalg.norm(f - e) <= tolerance * np.linalg.norm(e)
+
+
+def test_cross_entropy_in_closed_form(model):
+    apply_fn, params, batch = model
+    logits = np.asarray(apply_fn(params, batch.inputs), np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    loss_fn = cross_entropy(apply_fn)
+    expected = -log_probabilities[np.arange(4), batch.labels].mean()
+    np.testing.assert_allclose(loss_fn(params, batch), expected, rtol=1e-5)
+    one_hot = batch._replace(labels=jax.nn.one_hot(batch.labels, 5))
+    np.testing.assert_allclose(loss_fn(params, one_hot), expected, rtol=1e-5)
+    uniform = batch._replace(labels=jnp.full((4, 5), 0.2))
+    np.testing.assert_allclose(loss_fn(params, uniform), -log_probabilities.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", ["matmul", "native", "auto"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_federated_sgd_shares_the_gradient(model, lowering, soft):
+    apply_fn, params, batch = model
+    batch = batch._replace(labels=jax.nn.one_hot(batch.labels, 5) * 0.9 + 0.02) if soft else batch
+    loss_fn = cross_entropy(apply_fn)
+    update = federated_sgd(loss_fn, lowering=lowering)(params, batch)
+    assert jax.tree.structure(update) == jax.tree.structure(params)
+    close(update, jax.grad(loss_fn)(params, batch))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_per_example_rows_average_to_the_batch_gradient(model, soft):
+    apply_fn, params, batch = model
+    batch = batch._replace(labels=jax.nn.one_hot(batch.labels, 5)) if soft else batch
+    loss_fn = cross_entropy(apply_fn)
+    rows = per_example(loss_fn)(params, batch)
+    close(jax.tree.map(lambda leaf: leaf.mean(0), rows), federated_sgd(loss_fn)(params, batch))
+    for i in range(4):
+        single = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], rows), jax.grad(loss_fn)(params, single))
+
+
+def test_per_example_rows_can_be_differentiated(model):
+    # Clipping needs the norm of every row, and an adaptive attack its derivative.
+    apply_fn, params, batch = model
+
+    def norm(rows, i):
+        return sum(jnp.sum(leaf[i] ** 2) for leaf in jax.tree.leaves(rows))
+
+    def of_row(client_fn, inputs):
+        return norm(client_fn(params, batch._replace(inputs=inputs)), 1)
+
+    rows_fn = per_example(cross_entropy(apply_fn))
+    found = jax.jit(jax.grad(functools.partial(of_row, rows_fn)))(batch.inputs)
+    single = jax.tree.map(lambda leaf: leaf[1:2], batch)
+
+    def plain(inputs):
+        update = jax.grad(cross_entropy(apply_fn))(params, single._replace(inputs=inputs))
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(update))
+
+    close(found[1:2], jax.grad(plain)(single.inputs), 1e-4)
+    np.testing.assert_array_equal(found[jnp.array([0, 2, 3])], 0)

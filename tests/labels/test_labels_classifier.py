@@ -1,0 +1,108 @@
+"""The last layer by its path, and labels from counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gia_jax import labels
+from gia_jax.labels.classifier import greedy_labels, labels_from_counts
+
+KERNEL, BIAS = jnp.ones((4, 3)), jnp.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("path", "tree"),
+    [
+        (("head",), {"head": {"kernel": KERNEL, "bias": BIAS}}),
+        (("params", "Dense_0"), {"params": {"Dense_0": {"kernel": KERNEL, "bias": BIAS}}}),
+        (("linear", 1), {"linear": [None, {"w": KERNEL, "b": BIAS}]}),
+        ((), {"w": KERNEL, "b": BIAS}),
+    ],
+)
+def test_dense_finds_the_layer(path, tree):
+    layer = labels.dense(*path)(tree)
+    assert layer.kernel is KERNEL
+    assert layer.bias is BIAS
+
+
+def test_dense_without_a_bias():
+    assert labels.dense("head")({"head": {"kernel": KERNEL}}).bias is None
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("tail",), r"path \('tail',\) does not exist: 'tail' not found"),
+        (("head", "inner"), r"'inner' not found"),
+        (("list", 3), "3 not found"),
+        (("conv",), r"must hold 'kernel' or 'w', got \['scale'\]"),
+    ],
+)
+def test_dense_refuses_paths_that_lead_nowhere(path, message):
+    tree = {"head": {"kernel": KERNEL}, "list": [KERNEL], "conv": {"scale": BIAS}}
+    with pytest.raises(ValueError, match=message):
+        labels.dense(*path)(tree)
+
+
+counts = st.lists(st.floats(-5, 12, width=32), min_size=1, max_size=6)
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(counts=counts, size=st.integers(1, 9))
+def test_rounding_gives_the_nearest_counts_of_that_sum(counts, size):
+    found = np.bincount(labels_from_counts(jnp.array(counts), size), minlength=len(counts))
+    assert found.sum() == size
+    assert found.min() >= 0
+    # No label moved from one class to another brings the counts nearer.
+    target = np.asarray(counts, np.float64)
+    distance = np.sum((found - target) ** 2)
+    for give in np.flatnonzero(found):
+        for take in range(len(counts)):
+            moved = found.copy()
+            moved[give] -= 1
+            moved[take] += 1
+            assert np.sum((moved - target) ** 2) >= distance - 1e-4
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(data=st.data(), whole=st.lists(st.integers(0, 7), min_size=2, max_size=6).filter(any))
+def test_rounding_forgives_errors_below_one_half(data, whole):
+    error = data.draw(st.lists(st.floats(-0.49, 0.49), min_size=len(whole), max_size=len(whole)))
+    noisy = jnp.asarray(np.add(whole, error), jnp.float32)
+    found = labels_from_counts(noisy, sum(whole))
+    np.testing.assert_array_equal(np.bincount(found, minlength=len(whole)), whole)
+
+
+def test_rounding_does_not_forgive_errors_above_one_half():
+    found = labels_from_counts(jnp.array([2.0 + 0.6, 1.0 - 0.6]), 3)
+    assert list(np.bincount(found)) == [3]
+
+
+def python_greedy(values, impact, offset, size):
+    values, found = list(values), []
+    for c in np.argsort(values, kind="stable"):
+        if values[c] < 0 and len(found) < size:
+            found.append(int(c))
+    for c in found:
+        values[c] -= impact
+    while len(found) < size:
+        c = int(np.argmin(np.subtract(values, offset)))
+        values[c] -= impact
+        found.append(c)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_greedy_labels_are_the_two_stages(seed, size):
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=5).astype(np.float32)
+    offset = generator.normal(size=5).astype(np.float32) / 4
+    impact = np.float32(np.minimum(values, 0).sum() / size)
+    found = jax.jit(greedy_labels, static_argnums=3)(
+        jnp.asarray(values), jnp.asarray(impact), jnp.asarray(offset), size
+    )
+    assert sorted(map(int, found)) == sorted(python_greedy(values, impact, offset, size))

@@ -1,0 +1,110 @@
+"""Counts from the last bias: exact where the softmax is known, nearly so in an untrained network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gia_jax import Batch, Observation, ThreatModel, clients, labels, models, observe
+
+HEAD = labels.dense("head")
+
+
+def overlap(found, truth):
+    return np.minimum(np.bincount(found, minlength=100), np.bincount(truth, minlength=100)).sum() / len(truth)
+
+
+def from_probabilities(probabilities, truth):
+    """What a client of these predictions shares of its last bias."""
+    size, classes = probabilities.shape
+    bias = np.mean(probabilities - np.eye(classes)[truth], 0)
+    update = {"head": {"kernel": jnp.zeros((2, classes)), "bias": jnp.asarray(bias, jnp.float32)}}
+    return Observation({}, update, {"inputs_like": jnp.zeros((size, 2))})
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(truth=st.lists(st.integers(0, 4), min_size=1, max_size=60))
+def test_bias_counts_are_exact_for_uniform_predictions(truth):
+    uniform = np.full((len(truth), 5), 0.2)
+    found = labels.bias_counts(HEAD)(from_probabilities(uniform, truth))
+    assert sorted(found.tolist()) == sorted(truth)
+
+
+@settings(derandomize=True, max_examples=20, deadline=None)
+@given(truth=st.lists(st.integers(0, 4), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_bias_counts_are_exact_where_the_mean_prediction_is_known(truth, seed):
+    mean = np.random.default_rng(seed).dirichlet(np.ones(5))
+    observation = from_probabilities(np.tile(mean, (len(truth), 1)), truth)
+    # A network that predicts the same for every input: the dummies then give the mean prediction itself.
+    rule = labels.bias_counts(HEAD, apply_fn=lambda params, x: jnp.tile(jnp.log(mean), (x.shape[0], 1)), num_dummies=3)
+    assert sorted(rule(observation).tolist()) == sorted(truth)
+
+
+def test_bias_counts_are_exact_up_to_an_error_of_one_over_twice_the_batch():
+    truth = [0, 0, 1, 2, 2, 2]
+    for error, exact in ((0.9, True), (1.4, False)):
+        mean = np.full(4, 0.25) + error / (2 * len(truth)) * np.array([1, -1, 1, -1])
+        found = labels.bias_counts(HEAD)(from_probabilities(np.tile(mean, (len(truth), 1)), truth))
+        assert (sorted(found.tolist()) == truth) == exact
+
+
+def test_bias_counts_need_the_mean_prediction_of_a_trained_network():
+    truth = np.arange(40) % 4
+    confident = np.tile([0.85, 0.05, 0.05, 0.05], (40, 1))
+    observation = from_probabilities(confident, truth)
+    blind = labels.bias_counts(HEAD)(observation)
+    logits = jnp.log(jnp.asarray(confident[0]))
+    informed = labels.bias_counts(HEAD, apply_fn=lambda params, x: jnp.tile(logits, (x.shape[0], 1)))(observation)
+    assert overlap(blind, truth) < 0.8
+    assert overlap(informed, truth) == 1
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """`(keys, labels) -> labels by rule`, on untrained networks and random inputs."""
+    apply_fn, start = models.functional(models.MLP((12,), hidden=(64,), rngs=nnx.Rngs(0)))
+    client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+    rules = {
+        "bias_counts": labels.bias_counts(HEAD),
+        "with dummies": labels.bias_counts(HEAD, apply_fn=apply_fn, num_dummies=64),
+        "greedy_bias": labels.greedy_bias(HEAD),
+    }
+
+    def one(key, truth):
+        params = jax.tree.map(lambda p: p + 0.03 * jax.random.normal(key, p.shape), start)
+        inputs = jax.random.normal(jax.random.fold_in(key, 1), (truth.shape[0], 12))
+        observation = observe(key, ThreatModel(), client_fn, params, Batch(inputs, truth))
+        return {name: rule(observation) for name, rule in rules.items()}
+
+    return jax.jit(jax.vmap(one))
+
+
+def mean_overlaps(draws, truths):
+    found = draws(jax.random.split(jax.random.key(0), len(truths)), jnp.asarray(truths, jnp.int32))
+    return {name: np.mean([overlap(f, t) for f, t in zip(np.asarray(rows), truths)]) for name, rows in found.items()}
+
+
+def test_distinct_labels_in_an_untrained_network_are_found_by_every_rule(draws):
+    generator = np.random.default_rng(0)
+    truths = np.stack([generator.permutation(10)[:4] for _ in range(20)])
+    assert mean_overlaps(draws, truths) == {"bias_counts": 1, "with dummies": 1, "greedy_bias": 1}
+
+
+def test_more_images_than_classes(draws):
+    shares = mean_overlaps(draws, np.random.default_rng(1).integers(0, 10, (20, 40)))
+    assert shares["with dummies"] > 0.97
+    assert shares["bias_counts"] > 0.85
+    assert shares["greedy_bias"] < shares["bias_counts"] - 0.15  # the baseline does not count duplicates
+
+
+def test_refusals_by_name():
+    no_bias = Observation({}, {"head": {"kernel": jnp.zeros((2, 3))}}, {"inputs_like": jnp.zeros((1, 2))})
+    for name in ("bias_counts", "greedy_bias"):
+        with pytest.raises(ValueError, match=f"{name} needs a bias in the last layer, got none"):
+            getattr(labels, name)(HEAD)(no_bias)
+        unsized = Observation({}, {"head": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}, {})
+        with pytest.raises(ValueError, match="does not grant 'inputs_like'"):
+            getattr(labels, name)(HEAD)(unsized)

@@ -1,0 +1,205 @@
+"""Priors against loops over pixels, on constant images, and the statistics of a model's own inputs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gia_jax import Batch, Observation
+from gia_jax.matching import priors
+
+NOTHING_SEEN = Observation({}, {}, {})
+
+
+def batch(inputs):
+    inputs = jnp.asarray(inputs, jnp.float32)
+    return Batch(inputs, jnp.zeros(inputs.shape[0], jnp.int32))
+
+
+def photos(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, size=shape).astype(np.float32)
+
+
+def value(prior_fn, inputs):
+    return float(prior_fn(batch(inputs), NOTHING_SEEN))
+
+
+def gradient(prior_fn, inputs):
+    return np.asarray(jax.grad(lambda x: prior_fn(batch(x), NOTHING_SEEN))(jnp.asarray(inputs, jnp.float32)))
+
+
+def loop_anisotropic(images):
+    b, h, w, c = images.shape
+    down = [abs(images[n, i + 1, j, k] - images[n, i, j, k]) for n, i, j, k in np.ndindex(b, h - 1, w, c)]
+    across = [abs(images[n, i, j + 1, k] - images[n, i, j, k]) for n, i, j, k in np.ndindex(b, h, w - 1, c)]
+    return np.mean(down) + np.mean(across)
+
+
+def loop_variation(images, p, q):
+    """Forward differences, none beyond the lower and right border, mean over all pixels."""
+    b, h, w, c = images.shape
+    total = 0.0
+    for n, i, j, k in np.ndindex(b, h, w, c):
+        down = abs(images[n, i + 1, j, k] - images[n, i, j, k]) if i + 1 < h else 0.0
+        across = abs(images[n, i, j + 1, k] - images[n, i, j, k]) if j + 1 < w else 0.0
+        total += (down**p + across**p) ** q
+    return total / images.size
+
+
+def opponents(images):
+    red, green, blue = images[..., 0], images[..., 1], images[..., 2]
+    return np.stack([red, green, blue, red - green, red - blue, green - blue], -1)
+
+
+@pytest.mark.parametrize("color_opponents", [False, True])
+def test_anisotropic_variation_is_the_loop(color_opponents):
+    images = photos(2, 4, 5, 3)
+    expected = loop_anisotropic(opponents(images) if color_opponents else images)
+    assert value(priors.total_variation(color_opponents=color_opponents), images) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("p", "q"), [(2.0, 0.5), (2.0, 1.25), (1.0, 0.5), (0.5, 2.0)])
+@pytest.mark.parametrize("color_opponents", [False, True])
+def test_variation_with_exponents_is_the_loop(p, q, color_opponents):
+    images = photos(2, 4, 5, 3, seed=1)
+    prior_fn = priors.total_variation(inner_exponent=p, outer_exponent=q, color_opponents=color_opponents)
+    expected = loop_variation(opponents(images) if color_opponents else images, p, q)
+    assert value(prior_fn, images) == pytest.approx(expected, rel=1e-3)
+
+
+def test_isotropic_variation_of_one_corner_by_hand():
+    image = np.zeros((1, 2, 2, 1))
+    image[0, 0, 0, 0] = 1
+    # Only the upper left pixel has neighbours that differ: the root of 1 + 1, over four pixels.
+    prior_fn = priors.total_variation(inner_exponent=2.0, outer_exponent=0.5)
+    assert value(prior_fn, image) == pytest.approx(2**0.5 / 4, rel=1e-5)
+    # Of the two differences down and the two across, one each is 1.
+    assert value(priors.total_variation(), image) == pytest.approx(0.5 + 0.5)
+
+
+@pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 0.5), (2.0, 1.25), (1.0, 0.5)])
+def test_constant_images_cost_nothing_and_have_a_derivative(p, q):
+    grey = np.full((2, 4, 4, 3), 0.3, np.float32)
+    prior_fn = priors.total_variation(inner_exponent=p, outer_exponent=q)
+    assert value(prior_fn, grey) == pytest.approx(0, abs=2e-4)
+    assert np.isfinite(gradient(prior_fn, grey)).all()
+
+
+def test_variation_does_not_see_a_shift_of_brightness_but_sees_contrast():
+    images = photos(1, 5, 5, 3, seed=2)
+    prior_fn = priors.total_variation(inner_exponent=2.0, outer_exponent=0.5, color_opponents=True)
+    assert value(prior_fn, images + 2) == pytest.approx(value(prior_fn, images), rel=1e-4)
+    assert value(prior_fn, 3 * images) == pytest.approx(3 * value(prior_fn, images), rel=1e-4)
+
+
+def test_color_opponents_see_a_hue_edge_that_channels_see_too_and_grey_edges_do_not_count_twice():
+    grey_edge = np.zeros((1, 4, 4, 3))
+    grey_edge[:, 2:] = 1
+    # In a grey image the opponents are flat: six channels share the edges of three.
+    plain, opposed = priors.total_variation(), priors.total_variation(color_opponents=True)
+    assert value(opposed, grey_edge) == pytest.approx(0.5 * value(plain, grey_edge), rel=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
+def test_norm_is_the_mean_power(exponent):
+    images = photos(2, 3, 3, 1, seed=3)
+    expected = np.mean(np.abs(images) ** exponent) / exponent
+    assert value(priors.norm(exponent=exponent), images) == pytest.approx(expected, rel=1e-5)
+    assert value(priors.norm(exponent=exponent), 0 * images) == 0
+    assert np.isfinite(gradient(priors.norm(exponent=exponent), 0 * images)).all()
+
+
+def test_orthogonality_is_the_sum_over_pairs():
+    images = photos(4, 3, 3, 2, seed=4)
+    pairs = itertools.permutations(range(4), 2)
+    expected = sum(np.mean((images[i] * images[j]) ** 2) for i, j in pairs)
+    assert value(priors.orthogonality, images) == pytest.approx(expected, rel=1e-5)
+
+
+def test_orthogonality_of_one_image_and_of_disjoint_images_is_zero():
+    assert value(priors.orthogonality, photos(1, 3, 3, 1)) == pytest.approx(0, abs=1e-7)
+    disjoint = np.zeros((2, 4, 4, 1))
+    disjoint[0, :2], disjoint[1, 2:] = 1, 1
+    assert value(priors.orthogonality, disjoint) == 0
+
+
+def statistics_of(inputs):
+    """Two "layers": the inputs' channels, and their doubled squares."""
+    axes = tuple(range(inputs.ndim - 1))
+    return [(jnp.mean(x, axes), jnp.var(x, axes)) for x in (inputs, 2 * inputs**2)]
+
+
+def test_batch_norm_statistics_are_weighted_distances():
+    images, others = photos(3, 4, 4, 3, seed=5), photos(3, 4, 4, 3, seed=6)
+    prior_fn = priors.batch_norm_statistics(lambda params, inputs: statistics_of(inputs), first_layer_weight=7.0)
+    observation = Observation({}, {}, {"statistics": statistics_of(jnp.asarray(others))})
+    expected = 0.0
+    for weight, x, y in ((7, images, others), (1, 2 * images**2, 2 * others**2)):
+        expected += weight * np.linalg.norm(x.mean((0, 1, 2)) - y.mean((0, 1, 2)))
+        expected += weight * np.linalg.norm(x.var((0, 1, 2)) - y.var((0, 1, 2)))
+    assert float(prior_fn(batch(images), observation)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_batch_norm_statistics_vanish_at_the_truth_with_a_derivative():
+    images = photos(3, 4, 4, 3, seed=7)
+    prior_fn = priors.batch_norm_statistics(lambda params, inputs: statistics_of(inputs))
+    observation = Observation({}, {}, {"statistics": statistics_of(jnp.asarray(images))})
+    assert float(prior_fn(batch(images), observation)) == pytest.approx(0, abs=1e-6)
+    slope = jax.grad(lambda x: prior_fn(batch(x), observation))(jnp.asarray(images))
+    assert np.isfinite(slope).all()
+
+
+def test_batch_norm_statistics_take_the_parameters_and_any_target():
+    images = photos(2, 3, 3, 2, seed=8)
+
+    def statistics_fn(params, inputs):
+        return [(params["scale"] * jnp.mean(inputs, (0, 1, 2)), jnp.zeros(2))]
+
+    prior_fn = priors.batch_norm_statistics(
+        statistics_fn, lambda observation: [(observation.extra["mine"], jnp.zeros(2))], first_layer_weight=1.0
+    )
+    observation = Observation({"scale": jnp.asarray(3.0)}, {}, {"mine": jnp.array([1.0, -1.0])})
+    expected = np.linalg.norm(3 * images.mean((0, 1, 2)) - [1, -1])
+    assert float(prior_fn(batch(images), observation)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_norm_statistics_refuse_missing_grants_and_layers():
+    prior_fn = priors.batch_norm_statistics(lambda params, inputs: statistics_of(inputs))
+    with pytest.raises(ValueError, match="does not grant 'statistics'"):
+        prior_fn(batch(photos(1, 2, 2, 1)), NOTHING_SEEN)
+    one_layer = Observation({}, {}, {"statistics": statistics_of(jnp.zeros((1, 2, 2, 1)))[:1]})
+    with pytest.raises(ValueError, match="got 1 for 2 layers"):
+        prior_fn(batch(photos(1, 2, 2, 1)), one_layer)
+
+
+def test_combine_adds_weighted_priors():
+    images = photos(2, 4, 4, 3, seed=9)
+    both = priors.combine((0.5, priors.total_variation()), (3.0, priors.norm()), (0.0, priors.orthogonality))
+    expected = 0.5 * value(priors.total_variation(), images) + 3 * value(priors.norm(), images)
+    assert value(both, images) == pytest.approx(expected, rel=1e-5)
+    assert value(priors.combine(), images) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: priors.combine((-1.0, priors.norm())), r"weight must not be negative, got -1\.0"),
+        (lambda: priors.total_variation(inner_exponent=0.0), "inner_exponent must be positive, got 0"),
+        (lambda: priors.total_variation(outer_exponent=-2.0), "outer_exponent must be positive, got -2"),
+        (lambda: priors.norm(exponent=0.0), "exponent must be positive, got 0"),
+        (lambda: value(priors.total_variation(), photos(2, 4)), r"must be images .* got \(2, 4\)"),
+        (
+            lambda: value(priors.total_variation(color_opponents=True), photos(1, 4, 4, 1)),
+            "color_opponents needs three channels, got 1",
+        ),
+        (
+            lambda: priors.batch_norm_statistics(lambda params, inputs: [], first_layer_weight=-1.0),
+            "first_layer_weight must not be negative, got -1",
+        ),
+    ],
+)
+def test_refusals_name_argument_and_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

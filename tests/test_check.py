@@ -1,0 +1,119 @@
+"""Checks of arguments: every refusal names the argument and the value, and a trace never trips over one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gia_jax import _check
+
+INPUTS, LABELS = jnp.zeros((2, 3)), jnp.array([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": jnp.array([0.0, jnp.nan])}, r"thing must be finite, got nan at thing\['a'\]"),
+        ((jnp.zeros(2), [jnp.array([-jnp.inf])]), r"thing must be finite, got -inf at thing\[1\]\[0\]"),
+    ],
+)
+def test_finite_names_the_first_bad_leaf(tree, message):
+    with pytest.raises(ValueError, match=message):
+        _check.finite("thing", tree)
+
+
+def test_finite_accepts_integers_keys_and_the_largest_numbers():
+    _check.finite("thing", {"i": jnp.array([2**31 - 1]), "k": jax.random.key(0), "f": jnp.array([3e38, -3e38, 0.0])})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": jnp.zeros(2)}, r"update does not fit params: update\['b'\] is missing"),
+        ({"a": jnp.zeros(2), "b": jnp.zeros(1), "c": jnp.zeros(1)}, r"update\['c'\] is one too many"),
+        ({"a": jnp.zeros((2, 1)), "b": jnp.zeros(1)}, r"update\['a'\] has shape \(2, 1\), expected \(2,\)"),
+    ],
+)
+def test_same_structure_names_the_place(tree, message):
+    like = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    _check.same_structure("update", like, "params", like)
+    with pytest.raises(ValueError, match=message):
+        _check.same_structure("update", tree, "params", like)
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, -1e-9, float("nan"), np.array([1.0, -2.0])])
+def test_positive_refuses(value):
+    wrong = np.asarray(value).ravel()[-1]
+    with pytest.raises(ValueError, match=f"width must be positive, got {wrong}"):
+        _check.positive(width=value)
+
+
+@pytest.mark.parametrize("value", [-1, -1e-9, float("nan")])
+def test_not_negative_refuses(value):
+    with pytest.raises(ValueError, match=f"width must not be negative, got {value}"):
+        _check.not_negative(width=value)
+
+
+def test_bounds_accept():
+    _check.positive(a=1, b=1e-30, c=None, d={"x": jnp.ones(2)})
+    _check.not_negative(a=0, b=0.0, c=None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (jnp.zeros((0, 3)), jnp.zeros(0, jnp.int32), r"batch\.inputs must have shape .* got \(0, 3\)"),
+        (jnp.zeros(3), LABELS, r"batch\.inputs must have shape .* got \(3,\)"),
+        (INPUTS, jnp.array([0]), r"batch\.labels must have shape \(2,\) or \(2, c\), got \(1,\)"),
+        (INPUTS, jnp.zeros((2, 1, 1)), r"batch\.labels must have shape .* got \(2, 1, 1\)"),
+        (INPUTS, jnp.array(1), r"batch\.labels must have shape .* got \(\)"),
+        (INPUTS.at[1, 2].set(jnp.nan), LABELS, r"batch\.inputs must be finite, got nan"),
+        (INPUTS.at[0, 0].set(jnp.inf), LABELS, r"batch\.inputs must be finite, got inf"),
+        (INPUTS, jnp.array([[0.5, 0.5], [jnp.nan, 1.0]]), r"batch\.labels must be finite, got nan"),
+        (INPUTS, jnp.array([0.0, 1.0]), r"batch\.labels of shape \(b,\) must be integers, got float32"),
+        (INPUTS, jnp.array([0, -1]), r"batch\.labels must be at least 0 and below 5, got -1"),
+        (INPUTS, jnp.array([5, 0]), r"batch\.labels must be at least 0 and below 5, got 5"),
+    ],
+)
+def test_batches_are_refused_by_name(inputs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        _check.batch(inputs, labels, 5)
+
+
+@pytest.mark.parametrize("labels", [jnp.array([0, 4]), jnp.full((2, 5), 0.2)])
+def test_right_batches_pass(labels):
+    _check.batch(INPUTS, labels, 5)
+
+
+def test_without_the_number_of_classes_only_negative_labels_are_refused():
+    _check.batch(INPUTS, jnp.array([0, 1_000]))
+    with pytest.raises(ValueError, match="must be at least 0, got -7"):
+        _check.batch(INPUTS, jnp.array([-7, 0]))
+
+
+def test_traced_values_pass_and_traced_shapes_do_not():
+    @jax.jit
+    def traced(inputs, labels, width):
+        _check.batch(inputs, labels, 5)
+        _check.finite("inputs", inputs)
+        _check.positive(width=width)
+        return inputs
+
+    traced(jnp.full((2, 3), jnp.nan), jnp.array([-1, 9]), -1.0)
+    with pytest.raises(ValueError, match=r"batch\.labels must have shape"):
+        traced(INPUTS, jnp.array([0]), 1.0)
+
+
+def test_concrete_values_within_a_trace_are_checked():
+    poisoned = jnp.array([jnp.nan])
+
+    @jax.jit
+    def traced(x):
+        _check.batch(INPUTS, LABELS, 2)
+        with pytest.raises(ValueError, match="below 1, got 1"):
+            _check.batch(INPUTS, LABELS, 1)
+        with pytest.raises(ValueError, match="got nan"):
+            _check.finite("x", poisoned)
+        return x
+
+    traced(jnp.zeros(1))

@@ -1,0 +1,336 @@
+"""What every attack promises, whatever its paper. A new attack joins by a row in `CASES`."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gia_jax
+from gia_jax import Attack, Batch, Observation, ThreatModel, attacks, clients, gradient_matching, keep_best, observe
+from gia_jax.attacks.named import ATTACKS, SOLVERS, Target, make_attack
+from gia_jax.labels import Dense
+from gia_jax.matching.initializations import near_grey
+from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
+
+NUM_CLASSES = 4
+NUM_STEPS = 3
+NUM_RESTARTS = 2
+IMAGE = (6, 6, 3)
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
+
+
+class Case(NamedTuple):
+    """How an attack is built from public facts alone, and on which victims it is tried.
+
+    Attributes:
+        build: From what an attacker knows, the attack: iterative, or a function from observation to reconstruction.
+        batch_size: Images of a client.
+        labels: Whether the threat model grants them.
+        x64: Whether the case runs in float64.
+        is_random: Whether two keys must give two reconstructions.
+        first_layer: "conv" or "dense".
+    """
+
+    build: Callable[[Target], Attack | gia_jax.ReconstructFn]
+    batch_size: int = 1
+    labels: bool = False
+    x64: bool = False
+    is_random: bool = True
+    first_layer: str = "conv"
+
+
+def named(name: str, solver: str) -> Callable[[Target], Attack]:
+    labels = ATTACKS[name].labels
+    return lambda target: make_attack(name, target, labels=labels, solver=solver, num_steps=100)
+
+
+def dlg(target: Target) -> Attack:
+    return attacks.dlg(target.client_fn, num_classes=target.num_classes)
+
+
+def idlg(target: Target) -> Attack:
+    return attacks.idlg(target.client_fn, target.classifier_fn)
+
+
+def inverting_gradients(target: Target) -> Attack:
+    return attacks.inverting_gradients(target.client_fn, bounds=target.bounds, num_steps=100)
+
+
+def exact(target: Target) -> Attack:
+    return gradient_matching(target.client_fn, init_fn=near_grey(), optimizer=levenberg_marquardt())
+
+
+def linear_inversion(target: Target) -> gia_jax.ReconstructFn:
+    return attacks.linear_inversion(lambda tree: _layers(tree)[0])
+
+
+def continued(target: Target) -> Attack:
+    first = keep_best(attacks.idlg(target.client_fn, target.classifier_fn, init_fn=near_grey()))
+    second = attacks.idlg(target.client_fn, target.classifier_fn, optimizer=levenberg_marquardt())
+    return keep_best(gia_jax.continued(first, second, num_steps=5))
+
+
+CASES = {
+    "gradient_matching": Case(lambda target: gradient_matching(target.client_fn), batch_size=2, labels=True),
+    "dlg": Case(dlg),
+    "dlg keep_best": Case(lambda target: keep_best(dlg(target)), batch_size=2, x64=True),
+    "dlg lbfgs": Case(named("dlg", "lbfgs"), x64=True),
+    "idlg": Case(idlg),
+    "idlg adam": Case(named("idlg", "adam"), x64=True),
+    "inverting_gradients": Case(inverting_gradients, batch_size=2, labels=True),
+    "inverting_gradients fixed_step_lbfgs": Case(
+        named("inverting_gradients", "fixed_step_lbfgs"), labels=True, x64=True
+    ),
+    "levenberg_marquardt": Case(exact, labels=True, x64=True),
+    "continued": Case(continued, x64=True),
+    "linear_inversion": Case(linear_inversion, labels=True, is_random=False, first_layer="dense"),
+    "linear_inversion float64": Case(
+        linear_inversion, batch_size=2, labels=True, x64=True, is_random=False, first_layer="dense"
+    ),
+}
+
+
+class Subject(NamedTuple):
+    """An attack as the tests use it. Both functions are traced once, for all victims, or the test fails.
+
+    Attributes:
+        one: `(key, observation) -> reconstruction`.
+        lanes: The same for victims under `vmap`, the best of `NUM_RESTARTS` for each.
+    """
+
+    case: Case
+    client_fn: Any
+    params: Any
+    attack: Attack | gia_jax.ReconstructFn
+    one: Callable[..., Any]
+    lanes: Callable[..., Any]
+
+
+@pytest.fixture(params=CASES)
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    with jax.enable_x64(CASES[request.param].x64):
+        yield _subject(request.param)
+
+
+@functools.cache
+def _subject(name: str) -> Subject:
+    case = CASES[name]
+    params = _params(case)
+    client_fn = clients.federated_sgd(clients.cross_entropy(_apply))
+    attack = case.build(_target(case, client_fn))
+    reconstruct_fn = _reconstruct_fn(attack)
+    one = jax.jit(_traced_once(reconstruct_fn), compiler_options=QUICK)
+    in_axes = (0, Observation(params=None, update=0, extra=0))
+    best_fn = gia_jax.restarts(reconstruct_fn, NUM_RESTARTS)
+    lanes = jax.jit(_traced_once(jax.vmap(best_fn, in_axes)), compiler_options=QUICK)
+    return Subject(case, client_fn, params, attack, one, lanes)
+
+
+def _traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with an error when it is traced again; chex's counter takes all lambdas of a line for one."""
+    traces = []
+
+    def once(*args: Any) -> Any:
+        traces.append(args)
+        assert len(traces) == 1, "traced again"
+        return fn(*args)
+
+    return once
+
+
+def _params(case: Case) -> dict[str, dict[str, jax.Array]]:
+    key_first, key_head = jax.random.split(jax.random.key(0))
+    shape, features = {"conv": ((3, 3, 3, 8), 8 * 3 * 3), "dense": ((6 * 6 * 3, 24), 24)}[case.first_layer]
+    return {
+        "first": {"kernel": 0.5 * jax.random.normal(key_first, shape), "bias": jnp.full(shape[-1], 0.1)},
+        "head": {"kernel": jax.random.normal(key_head, (features, NUM_CLASSES)), "bias": jnp.zeros(NUM_CLASSES)},
+    }
+
+
+def _layers(tree: Any) -> tuple[Dense, Dense]:
+    """The layers of parameters given as dicts or as nested tuples."""
+    if isinstance(tree, dict):
+        tree = tuple((layer["kernel"], layer["bias"]) for layer in (tree["first"], tree["head"]))
+    return Dense(*tree[0]), Dense(*tree[1])
+
+
+def _apply(params: Any, inputs: jax.Array) -> jax.Array:
+    first, head = _layers(params)
+    if first.kernel.ndim == 2:
+        hidden = inputs.reshape(len(inputs), -1) @ first.kernel
+    else:
+        hidden = jax.lax.conv_general_dilated(
+            inputs, first.kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    return jax.nn.sigmoid(hidden + first.bias).reshape(len(inputs), -1) @ head.kernel + head.bias
+
+
+def _target(case: Case, client_fn: gia_jax.ClientFn) -> Target:
+    bounds = (jnp.full(3, -2.0), jnp.full(3, 2.0))
+    return Target(client_fn, lambda tree: _layers(tree)[1], NUM_CLASSES, case.batch_size, bounds)
+
+
+def _reconstruct_fn(attack: Attack | gia_jax.ReconstructFn) -> gia_jax.ReconstructFn:
+    if isinstance(attack, Attack):
+        return lambda key, observation: gia_jax.run(attack, key, observation, num_steps=NUM_STEPS)[0]
+    return attack
+
+
+def _batch(subject: Subject, seed: int) -> Batch:
+    key_inputs, key_labels = jax.random.split(jax.random.key(seed))
+    inputs = 0.5 * jax.random.normal(key_inputs, (subject.case.batch_size, *IMAGE))
+    return Batch(inputs, jax.random.randint(key_labels, inputs.shape[:1], 0, NUM_CLASSES))
+
+
+def _observe(subject: Subject, batch: Batch, *, client_fn: Any = None, seed: int = 0) -> Observation:
+    threat = ThreatModel(labels=subject.case.labels)
+    return observe(jax.random.key(seed), threat, client_fn or subject.client_fn, subject.params, batch)
+
+
+def _victims(subject: Subject, count: int = 3) -> list[Observation]:
+    return [_observe(subject, _batch(subject, 10 + v)) for v in range(count)]
+
+
+def _stack(victims: list[Observation]) -> Observation:
+    update, extra = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(v.update, v.extra) for v in victims])
+    return Observation(victims[0].params, update, extra)
+
+
+def _keys(count: int = 3) -> jax.Array:
+    return jax.random.split(jax.random.key(1), count)
+
+
+def _assert_close(subject: Subject, actual: Any, desired: Any) -> None:
+    """Equal up to the rounding of another order of the same sums."""
+    tolerance = 1e-9 if subject.case.x64 else 1e-4
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(want))))
+
+
+def test_a_second_victim_does_not_retrace(subject: Subject) -> None:
+    first, second, *_ = _victims(subject)
+    key = _keys()[0]
+    a, b = subject.one(key, first), subject.one(key, second)  # the second trace would raise
+    assert a.is_finite
+    assert b.is_finite
+    assert not np.array_equal(a.batch.inputs, b.batch.inputs)
+
+
+def test_reconstructions_look_like_the_batch(subject: Subject) -> None:
+    batch = _batch(subject, 10)
+    found = subject.one(_keys()[0], _observe(subject, batch))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found.batch.inputs, batch.inputs)
+    assert len(found.batch.labels) == len(batch.labels)
+    chex.assert_shape([found.loss, found.is_finite], ())
+    assert found.loss.dtype == batch.inputs.dtype
+    assert found.is_finite.dtype == bool
+
+
+def test_vmap_over_victims_and_restarts_equals_a_loop(subject: Subject) -> None:
+    victims, keys = _victims(subject), _keys()
+    found = subject.lanes(keys, _stack(victims))
+    for v, observation in enumerate(victims):
+        loop = [subject.one(key, observation) for key in jax.random.split(keys[v], NUM_RESTARTS)]
+        best = min(loop, key=lambda restart: restart.loss)
+        best = best._replace(restart_losses=jnp.stack([restart.loss for restart in loop]))
+        _assert_close(subject, jax.tree.map(lambda leaf, v=v: leaf[v], found), best)
+
+
+def test_the_key_alone_decides(subject: Subject) -> None:
+    observation = _victims(subject)[0]
+    first, again, other = (subject.one(jax.random.key(k), observation) for k in (0, 0, 1))
+    chex.assert_trees_all_equal(first, again)
+    assert np.array_equal(first.batch.inputs, other.batch.inputs) != subject.case.is_random
+
+
+def test_a_nan_stays_in_its_lane(subject: Subject) -> None:
+    victims, keys = _stack(_victims(subject)), _keys()
+    broken = victims._replace(update=jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), victims.update))
+    whole, hurt = subject.lanes(keys, victims), subject.lanes(keys, broken)
+    assert hurt.is_finite.tolist() == [True, False, True]
+    for lane in (0, 2):
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf, lane=lane: leaf[lane], r) for r in (whole, hurt)))
+
+
+def test_state_in_is_state_out(subject: Subject) -> None:
+    if not isinstance(subject.attack, Attack):
+        pytest.skip("an analytic attack has no state")
+    key, observation = _keys()[0], _victims(subject)[0]
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+    state = jax.eval_shape(subject.attack.init, key, observation)
+    stepped, info = jax.eval_shape(subject.attack.step, key, state, observation)
+    assert described(state) == described(stepped)
+    assert {leaf.shape for leaf in info} == {()}
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert set(floats) == {observation.params["head"]["bias"].dtype}
+
+
+@pytest.mark.parametrize("subject", [name for name, case in CASES.items() if not case.x64], indirect=True)
+def test_params_may_be_nested_tuples(subject: Subject) -> None:
+    def as_tuples(tree: Any) -> Any:
+        return tuple((layer.kernel, layer.bias) for layer in _layers(tree))
+
+    observation, key = _victims(subject)[0], _keys()[0]
+    tuples = observation._replace(params=as_tuples(observation.params), update=as_tuples(observation.update))
+    attack = subject.case.build(_target(subject.case, subject.client_fn))
+    found = jax.jit(_reconstruct_fn(attack), compiler_options=QUICK)(key, tuples)
+    _assert_close(subject, found, subject.one(key, observation))
+
+
+def test_the_truth_is_out_of_reach(subject: Subject) -> None:
+    batch, other = _batch(subject, 10), _batch(subject, 99)
+    observation, key = _observe(subject, batch), _keys()[0]
+
+    def same_update(params: Any, batch: Batch) -> Any:
+        del params, batch
+        return observation.update
+
+    # The update and what is granted are kept; all else the client held is replaced. Traced, so that NaN is let in.
+    labels = batch.labels if subject.case.labels else other.labels
+    lies = [Batch(jnp.full_like(batch.inputs, jnp.nan), labels), Batch(other.inputs, labels)]
+    lies.append(Batch(batch.inputs[::-1, ::-1], labels))
+    found = subject.one(key, observation)
+    blinds = [jax.jit(lambda lie: _observe(subject, lie, client_fn=same_update))(lie) for lie in lies]
+    for blind in blinds:
+        chex.assert_trees_all_equal(subject.one(key, blind), found)
+    # Restarts are chosen, and the best of them is, as if the client had held other images.
+    keys = _keys(len(lies))
+    chex.assert_trees_all_equal(
+        subject.lanes(keys, _stack(blinds)), subject.lanes(keys, _stack([observation] * len(lies)))
+    )
+
+
+@pytest.mark.parametrize("subject", [name for name, case in CASES.items() if case.batch_size == 1], indirect=True)
+def test_the_order_of_granted_labels_does_not_matter_for_one_image(subject: Subject) -> None:
+    batch = _batch(subject, 10)
+    first, second = (subject.one(_keys()[0], _observe(subject, batch, seed=seed)) for seed in (0, 1))
+    chex.assert_trees_all_equal(first, second)
+
+
+@pytest.mark.parametrize("name", attacks.__all__)
+def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(name: str) -> None:
+    first, *rest = inspect.signature(getattr(attacks, name)).parameters.values()
+    assert first.name == ("layer_fn" if name == "linear_inversion" else "client_fn")
+    positional = {p.name for p in rest if p.kind is not inspect.Parameter.KEYWORD_ONLY}
+    assert positional <= {"classifier_fn"}
+    for parameter in (first, *rest):
+        assert parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        assert not {"truth", "true", "target", "victim", "images", "batch"} & set(parameter.name.split("_"))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "linear"])
+def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> None:
+    target = _target(Case(dlg), lambda params, batch: params)
+    attack = make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
+    parameters = [list(inspect.signature(fn).parameters) for fn in attack]
+    assert parameters == [["key", "observation"], ["key", "state", "observation"], ["candidate", "observation"]]

@@ -1,0 +1,38 @@
+"""The README's example is a test, and its commands are those that the package answers to."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_example_leaks_the_photograph() -> None:
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    scores = names["metrics"].image_scores(names["image"], names["photos"].images)
+    assert float(scores.psnr[0]) > 18
+    assert int(names["found"].batch.labels[0]) == int(names["photos"].labels[0])
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+
+
+def test_an_update_of_noise_leaks_nothing() -> None:
+    (example,) = blocks("python")
+    noise = """
+def noise(u):
+    return jax.random.normal(jax.random.key(5), u.shape)
+observation = observation._replace(update=jax.tree.map(noise, observation.update))
+"""
+    names: dict = {}
+    exec(compile(example.replace("\nattack = ", noise + "attack = ", 1), "README.md", "exec"), names)
+    assert float(names["metrics"].image_scores(names["image"], names["photos"].images).psnr[0]) < 15
+
+
+def test_two_commands() -> None:
+    start, check = (block.strip() for block in blocks("bash"))
+    assert start.endswith("python -m gia_jax")
+    assert check.endswith("pytest")

@@ -1,0 +1,171 @@
+"""Numbers for people: scores, guesses without a gradient, noise in place of updates, tables and JSON."""
+
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gia_jax import Batch, Observation, Reconstruction, report
+from gia_jax.data import ImageData
+from gia_jax.study import Study, Timing
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+def _data(images: np.ndarray) -> ImageData:
+    labels = np.arange(len(images), dtype=np.int32)
+    names = [str(i) for i in labels]
+    return ImageData("made up", images.astype(np.float32), labels, names, names, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+@pytest.fixture
+def data() -> ImageData:
+    return _data(np.random.default_rng(0).uniform(0.1, 0.9, (6, 12, 12, 3)))
+
+
+def _truth(data: ImageData) -> Batch:
+    """Three victims of two images."""
+    inputs = data.normalize(data.images).reshape(3, 2, *data.images.shape[1:])
+    return Batch(jnp.asarray(inputs), jnp.asarray(data.labels.reshape(3, 2)))
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether `right` is `left` read back from JSON."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, float) and not math.isfinite(left):
+        return isinstance(right, str) and (float(right) == left or (math.isnan(left) and math.isnan(float(right))))
+    return left == right
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(JSON_VALUES)
+def test_anything_becomes_valid_json_and_reads_back(content: Any) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert _same(content, json.loads(report.to_json(content), parse_constant=refuse))
+
+
+def test_numpy_numbers_and_infinities_become_json() -> None:
+    content = {"a": np.float32(np.inf), "b": [np.int64(3), -np.inf, (np.float64(np.nan),)], 4: np.bool_(True).item()}
+    read = json.loads(report.to_json(content))
+    assert read == {"a": "inf", "b": [3, "-inf", ["nan"]], "4": True}
+    assert float(read["a"]) == math.inf
+
+
+def test_a_perfect_reconstruction_scores_perfectly_in_any_order(data: ImageData) -> None:
+    truth = _truth(data)
+    scores = report.score(Batch(truth.inputs[:, ::-1], truth.labels[:, ::-1]), truth, data)
+    assert scores.psnr.shape == scores.ssim.shape == scores.mse.shape == (3, 2)
+    assert scores.psnr.min() > 100
+    np.testing.assert_allclose(scores.ssim, 1, atol=1e-5)
+    np.testing.assert_allclose(scores.label_correct, 1)
+    np.testing.assert_allclose(scores.images.reshape(data.images.shape), data.images, atol=1e-6)
+
+
+def test_scores_are_in_pixels_and_clipped(data: ImageData) -> None:
+    """An offset of one standard deviation a channel is std in pixels, where no pixel leaves [0, 1]."""
+    data = _data(np.full_like(data.images, 0.5))
+    truth = _truth(data)
+    shifted = report.score(Batch(truth.inputs + 1, truth.labels), truth, data)
+    np.testing.assert_allclose(shifted.mse, np.mean(np.square(data.std)), rtol=1e-5)
+    np.testing.assert_allclose(shifted.psnr, -10 * np.log10(np.mean(np.square(data.std))), rtol=1e-5)
+    far = report.score(Batch(truth.inputs + 1e3, truth.labels), truth, data)
+    np.testing.assert_allclose(far.mse, 0.25, rtol=1e-5)
+
+
+def test_a_reconstruction_of_nan_is_scored_as_a_grey_one(data: ImageData) -> None:
+    truth = _truth(data)
+    inputs = truth.inputs.at[1].set(jnp.nan)
+    scores = report.score(Batch(inputs, truth.labels), truth, data)
+    assert scores.psnr[[0, 2]].min() > 100
+    np.testing.assert_allclose(scores.psnr[1], report.baselines(data.images[2:4], data.images)["grey"], rtol=1e-5)
+    np.testing.assert_array_equal(scores.images[1], 0.5)
+
+
+def test_baselines_are_the_mean_squared_errors_of_their_guesses(data: ImageData) -> None:
+    truth = data.images[:4].reshape(2, 2, 12, 12, 3)
+    gallery = np.concatenate([data.images[4:], data.images[1:2] + np.float32(0.01)])
+    found = report.baselines(truth, gallery)
+    assert {name: psnr.shape for name, psnr in found.items()} == dict.fromkeys(
+        ("grey", "data mean", "nearest image"), (2, 2)
+    )
+
+    def psnr(guess: np.ndarray) -> np.ndarray:
+        return -10 * np.log10(np.mean((truth - guess) ** 2, (2, 3, 4)))
+
+    np.testing.assert_allclose(found["grey"], psnr(np.asarray(0.5)), rtol=1e-5)
+    np.testing.assert_allclose(found["data mean"], psnr(gallery.mean(0)), rtol=1e-5)
+    every = np.stack([psnr(image) for image in gallery])
+    np.testing.assert_allclose(found["nearest image"], every.max(0), rtol=1e-5)
+    np.testing.assert_allclose(found["nearest image"][0, 1], 40, rtol=1e-2)  # an error of 0.01
+
+
+def _observations() -> Observation:
+    params = {"kernel": jnp.zeros((20, 30)), "bias": jnp.zeros(30)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    update = {"kernel": jax.random.normal(keys[0], (3, 20, 30)), "bias": 5 * jax.random.normal(keys[1], (3, 30))}
+    return Observation(params, update, {"inputs_like": jnp.zeros((3, 1, 4, 4, 1))})
+
+
+def test_random_updates_have_the_norms_of_the_true_ones_and_nothing_else() -> None:
+    true = _observations()
+    noise = report.random_updates(jax.random.key(1), true)
+    for name, leaf in noise.update.items():
+        flat, want = leaf.reshape(3, -1), true.update[name].reshape(3, -1)
+        np.testing.assert_allclose(jnp.linalg.norm(flat, axis=1), jnp.linalg.norm(want, axis=1), rtol=1e-5)
+        cosines = jnp.sum(flat * want, 1) / jnp.linalg.norm(want, axis=1) ** 2
+        assert np.abs(cosines).max() < 5 / flat.shape[1] ** 0.5
+        assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 5 / flat.shape[1] ** 0.5  # every victim its own noise
+    assert noise.params is true.params
+    assert noise.extra is true.extra
+    other = report.random_updates(jax.random.key(2), true)
+    assert not np.allclose(noise.update["bias"], other.update["bias"])
+
+
+def test_a_zero_update_stays_zero() -> None:
+    true = _observations()
+    noise = report.random_updates(jax.random.key(1), true._replace(update=jax.tree.map(jnp.zeros_like, true.update)))
+    assert all(not leaf.any() for leaf in jax.tree.leaves(noise.update))
+
+
+def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None:
+    truth = _truth(data)
+    losses = jnp.asarray([[0.1, jnp.inf], [0.3, 0.2], [0.5, 0.5]])
+    reconstruction = Reconstruction(truth, losses.min(1), jnp.asarray([True, True, False]), losses)
+    study = Study(reconstruction, np.zeros((3, 2, 4)), Timing(1.0, 2.0, 3.0))
+    scores = report.score(Batch(truth.inputs + 0.1, truth.labels), truth, data)
+    content = report.results(study, scores, settings={"seed": 1}, threat_model="a curious server", extra={"more": 2})
+    read = json.loads(report.to_json(content))
+    assert read["settings"] == {"seed": 1}
+    assert read["threat_model"] == "a curious server"
+    assert read["more"] == 2
+    assert [read[name] for name in ("compile_seconds", "run_seconds", "ms_per_step_per_restart")] == [1, 2, 3]
+    assert read["versions"]["jax"] == jax.__version__
+    assert read["hardware"]
+    assert len(read["victims"]) == 3
+    for v, victim in enumerate(read["victims"]):
+        named = {"psnr", "ssim", "mse", "label_correct", "loss", "is_finite", "restart_losses"}
+        assert named <= victim.keys()
+        assert victim["psnr"] == pytest.approx(np.mean(scores.psnr[v]))
+        assert victim["label_correct"] == 1
+        assert victim["is_finite"] == (v < 2)
+    assert read["victims"][0]["restart_losses"] == [pytest.approx(0.1), "inf"]
+
+
+def test_tables_align_their_columns() -> None:
+    lines = report.table(["name", "dB"], [["a", "12.5"], ["longer", "3"]]).splitlines()
+    assert lines == ["name      dB", "------------", "a       12.5", "longer     3"]

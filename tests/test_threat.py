@@ -1,0 +1,151 @@
+"""What reaches the adversary: what is granted, and nothing of the truth beside it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, observe
+
+PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+BATCH = Batch(jax.random.normal(jax.random.key(0), (8, 4)), jnp.array([0, 1, 2, 0, 1, 2, 2, 2]))
+STATISTICS = [(jnp.arange(4.0), jnp.ones(4))]
+CLIENT = clients.federated_sgd(clients.cross_entropy(lambda params, x: x @ params["kernel"] + params["bias"]))
+GRANTS = {"batch_size": "inputs_like", "labels": "labels", "statistics": "statistics"}
+EVERY_THREAT = [
+    ThreatModel(batch_size=batch_size, labels=labels, statistics=statistics)
+    for batch_size, labels, statistics in itertools.product([False, True], repeat=3)
+]
+
+
+def silent_client(params, batch):
+    """Its update tells nothing: what else arrives comes from the grants alone."""
+    del batch
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def see(threat, batch=BATCH, *, seed=1, client_fn=CLIENT, statistics=STATISTICS):
+    return observe(jax.random.key(seed), threat, client_fn, PARAMS, batch, statistics=statistics)
+
+
+def equal(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
+
+
+def test_params_and_update_are_what_server_and_client_sent():
+    observation = see(ThreatModel())
+    assert equal(observation.params, PARAMS)
+    assert equal(observation.update, CLIENT(PARAMS, BATCH))
+
+
+@pytest.mark.parametrize("threat", EVERY_THREAT, ids=ThreatModel.describe)
+def test_exactly_the_grants_are_named(threat):
+    assert set(see(threat).extra) == {name for grant, name in GRANTS.items() if getattr(threat, grant)}
+
+
+@pytest.mark.parametrize("threat", EVERY_THREAT, ids=ThreatModel.describe)
+def test_what_is_not_granted_leaves_no_trace(threat):
+    other = Batch(
+        -3 * BATCH.inputs,
+        BATCH.labels if threat.labels else (BATCH.labels + 1) % 3,
+    )
+    statistics = STATISTICS if threat.statistics else [(jnp.full(4, jnp.nan),) * 2]
+    before = see(threat, client_fn=silent_client)
+    after = see(threat, other, client_fn=silent_client, statistics=statistics)
+    assert equal(before, after)
+
+
+def test_the_batch_size_grants_a_shape_without_pixels():
+    like = see(ThreatModel()).extra["inputs_like"]
+    assert (like.shape, like.dtype) == (BATCH.inputs.shape, BATCH.inputs.dtype)
+    assert not np.any(like)
+
+
+def test_an_order_of_the_batch_does_not_show_in_unordered_labels():
+    """The multiset is granted; a permuted batch gives an observation of the same distribution."""
+    labels = [see(ThreatModel(labels=True), seed=seed).extra["labels"] for seed in range(12)]
+    for found in labels:
+        np.testing.assert_array_equal(np.sort(found), np.sort(BATCH.labels))
+    assert len({tuple(map(int, found)) for found in labels}) > 6
+    again = see(ThreatModel(labels=True), seed=3).extra["labels"]
+    np.testing.assert_array_equal(again, labels[3])
+
+
+def test_the_order_of_labels_comes_only_with_its_grant():
+    found = see(ThreatModel(labels=True, label_order=True)).extra["labels"]
+    np.testing.assert_array_equal(found, BATCH.labels)
+    with pytest.raises(ValueError, match="label_order=True needs labels=True, got labels=False"):
+        ThreatModel(label_order=True)
+
+
+def test_soft_labels_are_shuffled_by_rows():
+    soft = jax.nn.softmax(jax.random.normal(jax.random.key(2), (8, 3)))
+    found = np.asarray(see(ThreatModel(labels=True), BATCH._replace(labels=soft)).extra["labels"])
+    matches = np.all(found[:, None] == np.asarray(soft)[None], -1)
+    np.testing.assert_array_equal(matches.sum(0), np.ones(8))
+    assert not np.array_equal(found, soft)
+
+
+def test_statistics_are_passed_on_or_missed():
+    assert equal(see(ThreatModel(statistics=True)).extra["statistics"], STATISTICS)
+    with pytest.raises(ValueError, match="statistics must be given where the threat model grants them, got None"):
+        see(ThreatModel(statistics=True), statistics=None)
+
+
+def test_description_names_every_grant():
+    assert ThreatModel(batch_size=False).describe() == "honest-but-curious server; knows parameters, update"
+    everything = ThreatModel(name="eavesdropper", labels=True, statistics=True).describe()
+    assert everything == ("eavesdropper; knows parameters, update, batch size, labels (unordered), batch statistics")
+    assert "labels (in order)" in ThreatModel(labels=True, label_order=True).describe()
+
+
+def test_many_victims_are_observed_under_vmap_and_jit():
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1], leaf]), BATCH)
+    keys = jax.random.split(jax.random.key(4), 3)
+    threat = ThreatModel(labels=True)
+    many = jax.jit(jax.vmap(lambda key, batch: observe(key, threat, CLIENT, PARAMS, batch)))(keys, batches)
+    for i in range(3):
+        one = observe(keys[i], threat, CLIENT, PARAMS, jax.tree.map(lambda leaf, i=i: leaf[i], batches))
+        np.testing.assert_allclose(many.update["kernel"][i], one.update["kernel"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(many.extra["labels"][i], one.extra["labels"])
+
+
+def test_a_missing_grant_is_named_with_what_there_is():
+    nothing = Observation(PARAMS, PARAMS, {})
+    with pytest.raises(ValueError, match=r"does not grant 'labels'; observation\.extra has nothing"):
+        granted_labels(nothing)
+    with pytest.raises(ValueError, match=r"does not grant 'statistics'; .* \['inputs_like', 'labels'\]"):
+        granted(see(ThreatModel(labels=True)), "statistics")
+
+
+def unlike(params, batch):
+    del batch
+    return {"kernel": params["kernel"]}
+
+
+def not_a_number(params, batch):
+    del batch
+    return jax.tree.map(lambda p: p * jnp.nan, params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": Batch(BATCH.inputs[:0], BATCH.labels[:0])}, r"batch\.inputs .* got \(0, 4\)"),
+        ({"batch": Batch(BATCH.inputs[:3], BATCH.labels)}, r"batch\.labels must have shape \(3,\) .* got \(8,\)"),
+        ({"batch": BATCH._replace(labels=BATCH.labels + 1)}, r"batch\.labels must be at least 0 and below 3, got 3"),
+        ({"batch": BATCH._replace(labels=BATCH.labels - 2)}, r"batch\.labels .* got -2"),
+        ({"batch": BATCH._replace(inputs=BATCH.inputs * jnp.nan)}, r"batch\.inputs must be finite, got nan"),
+        ({"params": {**PARAMS, "bias": jnp.full(3, jnp.nan)}}, r"params must be finite, got nan at params\['bias'\]"),
+        ({"client_fn": unlike}, r"update does not fit params: update\['bias'\] is missing"),
+        ({"client_fn": not_a_number}, r"update must be finite, got nan"),
+    ],
+)
+def test_refusals_name_argument_and_value(arguments, message):
+    given = {"client_fn": CLIENT, "params": PARAMS, "batch": BATCH, **arguments}
+    with pytest.raises(ValueError, match=message):
+        observe(jax.random.key(0), ThreatModel(), **given, num_classes=3)
