@@ -26,9 +26,9 @@ def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[
     """Raises ValueError naming the first place where `tree` has not the structure and shapes of `like`."""
     got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     want = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(like)}
-    for key in want.keys() - got.keys():
+    for key in [key for key in want if key not in got]:
         raise ValueError(f"{name} does not fit {like_name}: {name}{key} is missing")
-    for key in got.keys() - want.keys():
+    for key in [key for key in got if key not in want]:
         raise ValueError(f"{name} does not fit {like_name}: {name}{key} is one too many")
     for key, shape in want.items():
         if got[key] != shape:
@@ -63,6 +63,9 @@ def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
     finite("batch.inputs", inputs)
     if jnp.ndim(labels) == 2:
         finite("batch.labels", labels)
+        not_negative(**{"batch.labels": labels})
+        if num_classes is not None and labels.shape[1] != num_classes:
+            raise ValueError(f"batch.labels must have {num_classes} columns, got {labels.shape[1]}")
         return
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"batch.labels of shape (b,) must be integers, got {labels.dtype}")

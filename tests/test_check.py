@@ -70,6 +70,8 @@ def test_bounds_accept():
         (INPUTS.at[1, 2].set(jnp.nan), LABELS, r"batch\.inputs must be finite, got nan"),
         (INPUTS.at[0, 0].set(jnp.inf), LABELS, r"batch\.inputs must be finite, got inf"),
         (INPUTS, jnp.array([[0.5, 0.5], [jnp.nan, 1.0]]), r"batch\.labels must be finite, got nan"),
+        (INPUTS, jnp.full((2, 4), 0.25), r"batch\.labels must have 5 columns, got 4"),
+        (INPUTS, jnp.full((2, 5), 0.2).at[1, 1].set(-0.5), r"batch\.labels must not be negative, got -0\.5"),
         (INPUTS, jnp.array([0.0, 1.0]), r"batch\.labels of shape \(b,\) must be integers, got float32"),
         (INPUTS, jnp.array([0, -1]), r"batch\.labels must be at least 0 and below 5, got -1"),
         (INPUTS, jnp.array([5, 0]), r"batch\.labels must be at least 0 and below 5, got 5"),

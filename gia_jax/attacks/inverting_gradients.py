@@ -1,7 +1,8 @@
 """Inverting Gradients: Geiping, Bauermeister, Droege, Moeller, Inverting Gradients, NeurIPS 2020."""
 
 import optax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from gia_jax.base import Attack, ClientFn, InitFn, LabelFn
 from gia_jax.matching import priors
@@ -17,7 +18,7 @@ NUM_STEPS = 4_800  # the authors' library; their command line runs 24,000
 def inverting_gradients(
     client_fn: ClientFn,
     *,
-    bounds: tuple[Float[Array, "..."] | float, Float[Array, "..."] | float],
+    bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]],
     num_steps: int = NUM_STEPS,
     total_variation_weight: float = 1e-2,
     label_fn: LabelFn = granted_labels,

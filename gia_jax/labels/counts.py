@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gia_jax import _check
 from gia_jax.base import LabelFn, Observation, Params
 from gia_jax.labels.classifier import ClassifierFn, batch_size, bias_gradient, greedy_labels, labels_from_counts
 
@@ -18,11 +19,12 @@ def bias_counts(classifier_fn: ClassifierFn, *, apply_fn=None, num_dummies: int 
     Args:
         classifier_fn: Picks the last layer; it must have a bias.
         apply_fn: `(params, inputs) -> logits`, to estimate p on standard normal inputs; None takes p = 1 / C.
-        num_dummies: Random inputs for that estimate.
+        num_dummies: Random inputs for that estimate, >= 1.
 
     Returns:
         The rule; it raises ValueError where there is no bias.
     """
+    _check.positive(num_dummies=num_dummies)
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
         gradient, size = bias_gradient("bias_counts", classifier_fn, observation), batch_size(observation)

@@ -135,6 +135,8 @@ def convolution(
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
+    features_flipped = [a for a in flipped if a not in rhs_spec[2:]]
+    rhs = lax.rev(rhs, features_flipped) if features_flipped else rhs
     geometry = _Geometry(
         tuple(inputs),
         tuple(window),

@@ -62,7 +62,8 @@ def total_variation(
             images = jnp.concatenate([images, red - green, red - blue, green - blue], -1)
         down, across = jnp.diff(images, axis=1), jnp.diff(images, axis=2)
         if inner_exponent == outer_exponent == 1:
-            return jnp.mean(jnp.abs(down)) + jnp.mean(jnp.abs(across))
+            # An image one pixel high or wide has no neighbours there: the mean over none is 0.
+            return sum((jnp.sum(jnp.abs(d)) / max(d.size, 1) for d in (down, across)), jnp.zeros((), images.dtype))
         down = jnp.pad(down, ((0, 0), (0, 1), (0, 0), (0, 0)))
         across = jnp.pad(across, ((0, 0), (0, 0), (0, 1), (0, 0)))
         inner = (jnp.abs(down) + eps) ** inner_exponent + (jnp.abs(across) + eps) ** inner_exponent

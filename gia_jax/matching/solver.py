@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
@@ -121,7 +122,7 @@ def gradient_matching(
     return Attack(init, step, finalize)
 
 
-def box(low: Float[Array, "..."] | float, high: Float[Array, "..."] | float) -> Callable[[Array], Array]:
+def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
     """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel)."""
     if _check.is_concrete((low, high)) and not np.all(np.asarray(low) < np.asarray(high)):
         raise ValueError(f"low must be below high={high}, got {low}")

@@ -3,6 +3,7 @@
 Models of other libraries (linen, haiku, equinox, hand-written) already are such functions, or become one by a lambda.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -53,10 +54,10 @@ def functional(
         model.train() if batch_norm == "training" else model.eval()
         if statistics is None:
             return model(inputs)
-        given = iter(statistics)
-        _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, given))
+        take = functools.partial(next, iter(statistics), None)
+        _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, take))
         outputs = model(inputs)
-        if next(given, None) is not None:
+        if take() is not None:
             raise ValueError("statistics must have one entry for every batch-normalisation layer, got more")
         return outputs
 
@@ -133,10 +134,10 @@ class _RunningReader(_Wrapper):
 
 class _WithStatistics(_Wrapper):
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        try:
-            self.norm.mean[...], self.norm.var[...] = next(self.side)
-        except StopIteration:
-            raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer") from None
+        own = self.side()
+        if own is None:
+            raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer")
+        self.norm.mean[...], self.norm.var[...] = own
         return self.norm(x, *args, **kwargs)
 
 

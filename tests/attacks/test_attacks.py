@@ -72,12 +72,12 @@ def _observations(threat: ThreatModel, params: Any) -> Observation:
     return jax.vmap(of_one)(_truth())._replace(params=params)
 
 
-def _best_of_four(attack: Attack, num_steps: int) -> Callable[..., Reconstruction]:
+def _best_of(num_restarts: int, attack: Attack, num_steps: int) -> Callable[..., Reconstruction]:
     def one(key: jax.Array, observation: Observation) -> Reconstruction:
         return gia_jax.run(attack, key, observation, num_steps=num_steps)[0]
 
     in_axes = (None, Observation(params=None, update=0, extra=0))
-    return jax.jit(jax.vmap(gia_jax.restarts(one, 4), in_axes))
+    return jax.jit(jax.vmap(gia_jax.restarts(one, num_restarts), in_axes))
 
 
 def _psnr(found: Reconstruction) -> np.ndarray:
@@ -89,7 +89,7 @@ ITERATIVE = {
     "dlg": (lambda: attacks.dlg(CLIENT, num_classes=NUM_CLASSES, init_fn=near_grey()), ThreatModel()),
     "idlg": (lambda: attacks.idlg(CLIENT, HEAD, init_fn=near_grey()), ThreatModel()),
     "inverting_gradients": (
-        lambda: attacks.inverting_gradients(CLIENT, bounds=DIGITS.bounds(), num_steps=300, total_variation_weight=1e-4),
+        lambda: attacks.inverting_gradients(CLIENT, bounds=DIGITS.bounds(), num_steps=150, total_variation_weight=1e-4),
         ThreatModel(labels=True),
     ),
 }
@@ -98,9 +98,9 @@ ITERATIVE = {
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_the_true_gradient_gives_the_image_away_and_noise_does_not(name: str) -> None:
     build, threat = ITERATIVE[name]
-    solve = _best_of_four(keep_best(build()), 300)
+    solve = _best_of(12, keep_best(build()), 150)
     observations = _observations(threat, _params(64, 32, NUM_CLASSES))
-    for key in jax.random.split(jax.random.key(7), 3):
+    for key in jax.random.split(jax.random.key(7)):
         key_attack, key_noise = jax.random.split(key)
         found = solve(key_attack, observations)
         assert _psnr(found).min() > SOLVED
@@ -117,7 +117,7 @@ def test_the_true_gradient_gives_the_image_away_and_noise_does_not(name: str) ->
 def test_inverting_gradients_improves_on_its_start() -> None:
     attack = ITERATIVE["inverting_gradients"][0]()
     observations = _observations(ThreatModel(labels=True), _params(64, 32, NUM_CLASSES))
-    one_step, all_steps = (_best_of_four(attack, n)(jax.random.key(0), observations) for n in (1, 300))
+    one_step, all_steps = (_best_of(1, attack, n)(jax.random.key(0), observations) for n in (1, 150))
     assert _psnr(one_step).max() < UNSOLVED
     assert (all_steps.loss < one_step.loss / 100).all()
     assert (_psnr(all_steps) > _psnr(one_step) + 20).all()
@@ -130,7 +130,7 @@ def test_idlg_with_the_wrong_label_fails_and_its_loss_tells() -> None:
         return (label_rules.idlg(HEAD)(observation) + 1) % NUM_CLASSES
 
     attack = keep_best(attacks.idlg(CLIENT, HEAD, label_fn=wrong, init_fn=near_grey()))
-    found = _best_of_four(attack, 300)(jax.random.key(0), observations)
+    found = _best_of(4, attack, 150)(jax.random.key(0), observations)
     assert _psnr(found).max() < UNSOLVED
     assert found.loss.min() > 1e-2
 
@@ -140,7 +140,7 @@ def test_levenberg_marquardt_is_exact_where_the_gradient_is_true(monkeypatch: py
     monkeypatch.setattr(named, "WARM_UP", 100)
     target = Target(CLIENT, HEAD, NUM_CLASSES, 1, DIGITS.bounds())
     attack = make_attack("idlg", target, labels="inferred", solver="levenberg_marquardt", num_steps=20)
-    solve = _best_of_four(attack, 20)
+    solve = _best_of(2, attack, 12)
     observations = _observations(ThreatModel(), _params(64, 32, NUM_CLASSES))
     assert _psnr(solve(jax.random.key(0), observations)).min() > 150
     noise = report.random_updates(jax.random.key(1), observations)

@@ -103,8 +103,8 @@ def test_derivatives(name, x64):
     for view, args in views.values():
         fast = functools.partial(view, parameter_gradient(loss_fn, lowering="matmul"))
         plain = functools.partial(view, jax.grad(loss_fn))
-        derive = DERIVATIVES[name]
-        close(jax.jit(lambda *a, fn=fast: derive(fn, *a))(*args), jax.jit(lambda *a, fn=plain: derive(fn, *a))(*args))
+        found, expected = (jax.jit(functools.partial(DERIVATIVES[name], fn))(*args) for fn in (fast, plain))
+        close(found, expected)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

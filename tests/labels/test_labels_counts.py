@@ -101,6 +101,8 @@ def test_more_images_than_classes(draws):
 
 
 def test_refusals_by_name():
+    with pytest.raises(ValueError, match="num_dummies must be positive, got 0"):
+        labels.bias_counts(HEAD, num_dummies=0)
     no_bias = Observation({}, {"head": {"kernel": jnp.zeros((2, 3))}}, {"inputs_like": jnp.zeros((1, 2))})
     for name in ("bias_counts", "greedy_bias"):
         with pytest.raises(ValueError, match=f"{name} needs a bias in the last layer, got none"):

@@ -176,7 +176,7 @@ def test_lbfgs_solves_a_quadratic_in_little_more_steps_than_unknowns(x64, size):
 def test_lbfgs_first_step_is_no_longer_than_one(x64):
     transform = optimizers.fixed_step_lbfgs(learning_rate=0.5)
     for gradient, length in ((jnp.array([300.0, -100.0]), 1 / 400), (jnp.array([0.01, 0.02]), 1)):
-        updates, _ = transform.update(gradient, transform.init(gradient), jnp.zeros(2))
+        updates, _ = jax.jit(transform.update)(gradient, transform.init(gradient), jnp.zeros(2))
         np.testing.assert_allclose(updates, -0.5 * length * gradient, rtol=1e-12)
 
 
