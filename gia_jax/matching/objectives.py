@@ -215,7 +215,7 @@ def _unit(update: Updates) -> Updates:
 
 def _length(update: Updates) -> Float[Array, ""]:
     """The norm; infinite where it is too small to divide by, so that quotients and their derivatives are 0."""
-    squared = optax.tree.vdot(update, update)
+    squared = jnp.asarray(optax.tree.vdot(update, update))
     return jnp.sqrt(jnp.where(squared > TINY, squared, jnp.inf))
 
 

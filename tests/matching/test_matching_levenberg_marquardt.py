@@ -1,5 +1,7 @@
 """Levenberg-Marquardt: on problems with known solutions, and inside gradient matching."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,7 @@ def rosenbrock(x):
 def test_rosenbrock_is_solved_and_never_rises(linear_solver) -> None:
     x, values = minimise(rosenbrock, jnp.full(6, -1.2), 60, equations=None, linear_solver=linear_solver)
     np.testing.assert_allclose(x, 1, atol=1e-9)
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
 
 
 def overdetermined(dimensions=12, equations=200):
