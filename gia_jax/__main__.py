@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"--seed must be at least 0 and below 2^32, got {args.seed}")
         if args.command == "list":
             _list()
         elif args.command == "attack":
@@ -84,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
     attack.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
     attack.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
-    attack.add_argument("--seed", type=int, default=0, help="of the model's weights and of the attack")
-    attack.add_argument("--out", default="gia_jax_out", help="folder for results.json and the picture")
+    # The same options after the command; without a default here, those before it are kept.
+    attack.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")
+    attack.add_argument("--out", default=argparse.SUPPRESS, help="as before the command")
     return parser
 
 

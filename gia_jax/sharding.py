@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., Any]:
@@ -29,6 +29,8 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}, got {axis!r}")
     devices = mesh.shape[axis]
     lanes = PartitionSpec(axis)
+    # `jax.make_mesh` makes explicit axes: their arguments are not placed on the way in.
+    explicit = dict(zip(mesh.axis_names, mesh.axis_types))[axis] == AxisType.Explicit
     mapped = jax.shard_map(jax.vmap(fn), mesh=mesh, in_specs=lanes, out_specs=lanes, check_vma=False)
 
     def checked(*args: Any) -> Any:
@@ -38,6 +40,6 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
                 raise ValueError(
                     f"lanes must be a multiple of the {devices} devices, got shape {leaf.shape} at args{name}"
                 )
-        return mapped(*args)
+        return mapped(*(jax.reshard(args, NamedSharding(mesh, lanes)) if explicit else args))
 
     return checked

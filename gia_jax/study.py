@@ -6,6 +6,7 @@ This is a driver: it compiles, runs lanes in batches, shows progress, and can be
 import hashlib
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Attack, Observation, ReconstructFn, Reconstruction
@@ -45,7 +46,7 @@ class Study(NamedTuple):
     timing: Timing
 
 
-def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> PRNGKeyArray:
+def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> Key[Array, "v r"]:
     """The key of every restart of every victim, shape (v, r): independent of how many of each there are."""
     per_victim = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_victims))
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(per_victim, jnp.arange(num_restarts))
@@ -61,6 +62,7 @@ def study(
     lanes: int = 16,
     progress_fn: ProgressFn | None = None,
     checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30,
 ) -> Study:
     """Runs an attack on victims that share the server's parameters.
 
@@ -72,14 +74,15 @@ def study(
         num_restarts: Restarts of every victim, >= 1; the one of the lowest finite loss is kept.
         lanes: Restarts under one `vmap`, >= 1.
         progress_fn: Called with steps done, steps in all (over all lanes), and seconds so far.
-        checkpoint: A file that keeps the state of an interrupted run, at most twice a minute; a run with equal
-            arguments goes on from it, and removes it at its end.
+        checkpoint: A file that keeps the state of an interrupted run. A run of the same attack with equal arguments
+            goes on from it, any other replaces it; both remove it at their end.
+        checkpoint_seconds: Between two checkpoints, at least.
 
     Returns:
         The study.
 
     Raises:
-        ValueError: A count below one, or observations that are not finite.
+        ValueError: A count below one, observations that are not finite, or a `checkpoint` that is no checkpoint.
     """
     _check.positive(num_steps=num_steps, num_restarts=num_restarts, lanes=lanes)
     _check.finite("observations", observations)
@@ -88,7 +91,6 @@ def study(
     lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike
     keys = victim_keys(key, victims, num_restarts).reshape(-1)
     chunk = _chunk(num_steps)
-    fingerprint = _fingerprint(keys, observations, num_steps, num_restarts, lanes)
 
     def start_fn(key: PRNGKeyArray, observation: Observation) -> Any:
         return attack.init(jax.random.split(key)[0], observation)
@@ -102,14 +104,18 @@ def study(
     example = _select(observations, index // num_restarts)
     start_lanes = _over_lanes(start_fn, (0, SHARED_PARAMS), lanes)
     finish_lanes = _over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
-    start = jax.jit(start_lanes).lower(keys[index], example).compile()
     state = jax.eval_shape(start_lanes, keys[index], example)
-    step = jax.jit(_over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
-    step = step.lower(keys[index], state, example, jnp.asarray(0)).compile()
-    finish = jax.jit(finish_lanes).lower(state.candidate, example).compile()
+    step_lanes = jax.jit(_over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
+    programs = [
+        jax.jit(start_lanes).lower(keys[index], example),
+        step_lanes.lower(keys[index], state, example, jnp.asarray(0)),
+        jax.jit(finish_lanes).lower(state.candidate, example),
+    ]
+    start, step, finish = (program.compile() for program in programs)
     compiled = time.perf_counter() - began
 
-    saved = _Checkpoint(checkpoint, fingerprint)
+    settings = (num_steps, num_restarts, lanes)
+    saved = _Checkpoint(checkpoint, "" if checkpoint is None else _fingerprint(programs, keys, observations, settings))
     finished, curves, position, at, resumed = saved.load(state, jax.eval_shape(finish_lanes, state.candidate, example))
     began, last_saved = time.perf_counter(), time.perf_counter()
     for first in range(position, total, lanes):
@@ -123,7 +129,7 @@ def study(
             if progress_fn is not None:
                 done = min(first, total) * num_steps + (t + chunk) * min(lanes, total - first)
                 progress_fn(done, total * num_steps, time.perf_counter() - began)
-            if checkpoint is not None and time.perf_counter() - last_saved > 30:
+            if checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
                 saved.save(finished, curves, first, t + chunk, state)
                 last_saved = time.perf_counter()
         at = 0
@@ -187,8 +193,11 @@ def _select(observations: Observation, victims: np.ndarray) -> Observation:
     return Observation(params, update, extra)
 
 
-def _fingerprint(keys: PRNGKeyArray, observations: Observation, *settings: int) -> str:
+def _fingerprint(programs: list[Any], keys: Key[Array, " lanes"], observations: Observation, settings: tuple) -> str:
+    """Of everything a result depends on; the attack and its settings are told by the programs they became."""
     digest = hashlib.sha256(repr(settings).encode())
+    for program in programs:
+        digest.update(program.as_text().encode())
     for leaf in jax.tree.leaves((jax.random.key_data(keys), observations)):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
@@ -215,16 +224,22 @@ class _Checkpoint:
     def load(self, state: Any, reconstruction: Any) -> tuple[list[Any], list[np.ndarray], int, int, Any]:
         if self.path is None or not self.path.exists():
             return [], [], 0, 0, None
-        with np.load(self.path) as file:
-            if str(file["fingerprint"]) != self.fingerprint:
-                return [], [], 0, 0, None
-            first, at, done, curves = (int(n) for n in file["place"])
-            count = len(jax.tree.leaves(reconstruction))
-            tree = jax.tree.structure(reconstruction)
-            finished = [jax.tree.unflatten(tree, [file[f"done_{n}_{i}"] for i in range(count)]) for n in range(done)]
-            leaves = [jnp.asarray(file[f"state_{i}"]) for i in range(len(jax.tree.leaves(state)))]
-            resumed = jax.tree.unflatten(jax.tree.structure(state), leaves)
-            return finished, [file[f"curve_{i}"] for i in range(curves)], first, at, resumed
+        try:
+            with np.load(self.path) as file:
+                return self._read(file, state, reconstruction)
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"checkpoint must be a file that a study wrote, got {str(self.path)!r}: {error}") from None
+
+    def _read(self, file: Any, state: Any, reconstruction: Any) -> tuple[list[Any], list[np.ndarray], int, int, Any]:
+        if str(file["fingerprint"]) != self.fingerprint:
+            return [], [], 0, 0, None
+        first, at, done, curves = (int(n) for n in file["place"])
+        count = len(jax.tree.leaves(reconstruction))
+        tree = jax.tree.structure(reconstruction)
+        finished = [jax.tree.unflatten(tree, [file[f"done_{n}_{i}"] for i in range(count)]) for n in range(done)]
+        leaves = [jnp.asarray(file[f"state_{i}"]) for i in range(len(jax.tree.leaves(state)))]
+        resumed = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        return finished, [file[f"curve_{i}"] for i in range(curves)], first, at, resumed
 
     def remove(self) -> None:
         if self.path is not None:

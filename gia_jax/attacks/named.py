@@ -131,5 +131,9 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
 
 
 def make_linear(target: Target, *, layer_fn: ClassifierFn, labels: str) -> ReconstructFn:
-    """The analytic attack, on the layer that sees the example."""
-    return linear_inversion(layer_fn, label_fn=label_rule(labels, target))
+    """The analytic attack, on the layer that sees the example.
+
+    Inferred labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
+    """
+    label_fn = bias_counts(target.classifier_fn) if labels == "inferred" else label_rule(labels, target)
+    return linear_inversion(layer_fn, label_fn=label_fn)

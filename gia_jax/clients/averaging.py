@@ -2,8 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
 from gia_jax.clients.gradient import parameter_gradient
@@ -13,7 +12,7 @@ from gia_jax.lowering import Lowering
 def federated_averaging(
     loss_fn: LossFn,
     *,
-    learning_rate: float,
+    learning_rate: float | Float[Array, ""],
     local_epochs: int = 1,
     minibatch_size: int | None = None,
     order_key: PRNGKeyArray | None = None,
@@ -70,7 +69,7 @@ def federated_averaging(
             return jax.tree.map(lambda p, g: p - jnp.asarray(learning_rate, p.dtype) * g, current, gradient), None
 
         trained, _ = jax.lax.scan(local_step, params, indices)
-        scale = 1 / (indices.shape[0] * learning_rate)
-        return optax.tree.scale(scale, optax.tree.sub(params, trained))
+        total = indices.shape[0] * learning_rate
+        return jax.tree.map(lambda before, after: (before - after) / jnp.asarray(total, before.dtype), params, trained)
 
     return client_fn

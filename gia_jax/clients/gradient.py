@@ -78,7 +78,7 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not SymbolicZero]
-        moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.inexact)]
+        moving = [i for i in moving if jnp.issubdtype(jnp.result_type(primals[i]), jnp.inexact)]
         wanted = (*wrt, *(i for i in moving if i >= count))
         linear: dict[str, jex_core.Jaxpr] = {}
 

@@ -1,0 +1,179 @@
+"""The command line: what it writes, and what it says when it is asked for something it cannot do."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from gia_jax import ThreatModel, data, models
+from gia_jax.__main__ import main
+from gia_jax.attacks.named import ATTACKS, SOLVERS
+
+pytest.importorskip("sklearn")
+
+QUICK = ["attack", "--model", "linear", "--data", "digits", "--victims", "2", "--no-prior-only"]
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """`main` chooses the precision of its process."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be compiled: mistakes are found before."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("compiled before the arguments were checked")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr("gia_jax.__main__.study", refuse)
+    monkeypatch.setattr("gia_jax.__main__.study_analytic", refuse)
+
+
+def _read(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    words = capsys.readouterr().out.split()
+    for name in (*ATTACKS, *SOLVERS, *models.MODELS, "photos", "digits", "bias_counts", "ilrg"):
+        assert name in words
+
+
+def test_the_module_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "gia_jax", "list"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "inverting_gradients" in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_attack_writes_results_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "folder"
+    steps = ["--steps", "20", "--restarts", "2", "--seed", "3", "--lanes", "3", "--solver", "adam", "--labels", "known"]
+    assert main(["attack", "--model", "linear", "--data", "digits", "--victims", "2", "--out", str(out), *steps]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["reconstructions.png", "results.json"]
+    assert (out / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
+    read = _read(out)
+    known = {"attack": "inverting_gradients", "model": "linear", "data": "digits", "solver": "adam", "seed": 3}
+    assert known.items() <= read["settings"].items()
+    assert read["settings"]["steps"] == 20
+    assert read["threat_model"] == ThreatModel(labels=True).describe()
+    assert read["versions"]["jax"] == jax.__version__
+    assert read["compile_seconds"] > 0
+    assert read["run_seconds"] > 0
+    assert read["ms_per_step_per_restart"] > 0
+    assert set(read["baselines_psnr"]) == {"grey", "data mean", "nearest image"}
+    assert len(read["prior_only_psnr"]) == 2
+    assert len(read["victims"]) == 2
+    for victim in read["victims"]:
+        assert victim["is_finite"]
+        assert victim["label_correct"] == 1
+        assert len(victim["restart_losses"]) == 2
+        assert victim["loss"] == min(victim["restart_losses"])
+    printed = capsys.readouterr()
+    assert read["threat_model"] in printed.out
+    assert str(out / "results.json") in printed.out
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+    victims = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main([*QUICK, "--attack", "linear", "--seed", seed, "--out", str(tmp_path / name)]) == 0
+        victims.append(_read(tmp_path / name)["victims"])
+    assert victims[0] == victims[1] != victims[2]
+
+
+def test_the_linear_attack_is_exact_and_says_what_it_knew(tmp_path: Path) -> None:
+    assert main([*QUICK, "--attack", "linear", "--out", str(tmp_path)]) == 0
+    read = _read(tmp_path)
+    assert all(victim["psnr"] > 60 and victim["label_correct"] == 1 for victim in read["victims"])
+    assert read["threat_model"] == ThreatModel().describe()
+    assert "prior_only_psnr" not in read
+
+
+@pytest.mark.parametrize("name", ["--out", "--seed"])
+def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([name, "7", *QUICK, "--attack", "linear"]) == 0
+    read = _read(tmp_path / ("7" if name == "--out" else "gia_jax_out"))
+    assert read["settings"]["seed"] == (7 if name == "--seed" else 0)
+
+
+@pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attack", "magic"], f"--attack must be one of {', '.join(ATTACKS)}, got 'magic'"),
+        (["--model", "magic"], f"--model must be one of {', '.join(models.MODELS)}, got 'magic'"),
+        (["--solver", "magic"], f"--solver must be one of {', '.join(SOLVERS)}, got 'magic'"),
+        (["--victims", "0"], "--victims must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
+        (["--restarts", "0"], "--restarts must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--local-steps", "0"], "--local-steps must be at least 1, got 0"),
+        (["--lanes", "0"], "--lanes must be at least 1, got 0"),
+        (["--victims", "9999"], "--victims times --batch-size must be at most 1797 for digits, got 9999"),
+        (["--local-steps", "2", "--local-learning-rate", "nan"], "learning_rate must be positive, got nan"),
+        (["--local-steps", "2", "--local-learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
+        (["--attack", "linear", "--model", "lenet"], "--attack linear needs a model that starts fully connected"),
+        (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
+        (["--seed", "9" * 30], "--seed must be"),
+        (["--seed", "-1"], "--seed must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    began = time.perf_counter()
+    status = main([*QUICK, "--out", str(tmp_path / "out"), *arguments])
+    assert time.perf_counter() - began < 20  # seconds, of which the import of a model's library is the most
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("gia_jax: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.usefixtures("no_compile")
+def test_an_unknown_data_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorflow_datasets")
+    assert main([*QUICK, "--out", str(tmp_path), "--data", "no_such_set"]) == 2
+    error = capsys.readouterr().err
+    assert "data must be photos, digits or a TFDS set, got 'no_such_set'" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize("command", [["attack"], []])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--out", str(tmp_path / "file" / "out"), *command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gia_jax: error: --out must be a folder that can be written, got ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["attack", "--labels", "guessed"], ["attack", "--steps", "x"], ["nonesuch"]])
+def test_argparse_mistakes_have_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "invalid" in capsys.readouterr().err
+
+
+def test_data_the_command_line_offers_can_be_loaded() -> None:
+    assert len(data.load("digits", limit=3).images) == 3
