@@ -305,6 +305,7 @@ def test_the_truth_is_out_of_reach(subject: Subject) -> None:
     found = subject.one(key, observation)
     blinds = [jax.jit(lambda lie: _observe(subject, lie, client_fn=same_update))(lie) for lie in lies]
     for blind in blinds:
+        chex.assert_trees_all_equal(blind, observation)
         chex.assert_trees_all_equal(subject.one(key, blind), found)
     # Restarts are chosen, and the best of them is, as if the client had held other images.
     keys = _keys(len(lies))

@@ -28,7 +28,8 @@ def by_path(tree) -> dict[str, jax.Array]:
 def drawn_model(name: str, dtype: str):
     """The model of a golden file with its drawn parameters and running statistics, as `(apply_fn, params)`."""
     model_name, side, mode = recipe.CASES[name]
-    module = getattr(models, model_name)((side, side, 3), recipe.CLASSES, rngs=nnx.Rngs(0))
+    make = getattr(models, model_name)
+    module = nnx.eval_shape(lambda: make((side, side, 3), recipe.CLASSES, rngs=nnx.Rngs(0)))
     state = nnx.state(module, (nnx.Param, nnx.BatchStat))
     pure = nnx.to_pure_dict(state)
     values = recipe.variables({path: leaf.shape for path, leaf in by_path(pure).items()})

@@ -6,17 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from jax import lax
 
-from gia_jax import Batch, models
+from gia_jax import Batch
 from gia_jax.clients import cross_entropy, federated_sgd, per_example
 
 
+def apply_fn(params, x):
+    layout = ("NHWC", "HWIO", "NHWC")
+    x = jax.nn.sigmoid(lax.conv_general_dilated(x, params["conv"], (2, 2), "SAME", dimension_numbers=layout))
+    return x.reshape(x.shape[0], -1) @ params["head"]
+
+
 @pytest.fixture(scope="module")
-def model():
-    apply_fn, params = models.functional(models.LeNet((8, 8, 2), 5, rngs=nnx.Rngs(0)))
-    inputs = np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype(np.float32)
-    return apply_fn, params, Batch(jnp.asarray(inputs), jnp.array([3, 0, 0, 2]))
+def problem():
+    """Parameters and a batch of four."""
+    rng = np.random.default_rng(0)
+    params = {"conv": rng.normal(size=(5, 5, 2, 4)), "head": rng.normal(size=(64, 5)) / 4}
+    inputs = rng.normal(size=(4, 8, 8, 2))
+    params, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, inputs))
+    return params, Batch(inputs, jnp.array([3, 0, 0, 2]))
 
 
 def close(found, expected, tolerance=1e-5):
@@ -25,8 +34,8 @@ def close(found, expected, tolerance=1e-5):
         assert np.linalg.norm(f - e) <= tolerance * np.linalg.norm(e)
 
 
-def test_cross_entropy_in_closed_form(model):
-    apply_fn, params, batch = model
+def test_cross_entropy_in_closed_form(problem):
+    params, batch = problem
     logits = np.asarray(apply_fn(params, batch.inputs), np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     loss_fn = cross_entropy(apply_fn)
@@ -40,30 +49,31 @@ def test_cross_entropy_in_closed_form(model):
 
 @pytest.mark.parametrize("lowering", ["matmul", "native", "auto"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_federated_sgd_shares_the_gradient(model, lowering, soft):
-    apply_fn, params, batch = model
+def test_federated_sgd_shares_the_gradient(problem, lowering, soft):
+    params, batch = problem
     batch = batch._replace(labels=jax.nn.one_hot(batch.labels, 5) * 0.9 + 0.02) if soft else batch
     loss_fn = cross_entropy(apply_fn)
-    update = federated_sgd(loss_fn, lowering=lowering)(params, batch)
+    update = jax.jit(federated_sgd(loss_fn, lowering=lowering))(params, batch)
     assert jax.tree.structure(update) == jax.tree.structure(params)
-    close(update, jax.grad(loss_fn)(params, batch))
+    close(update, jax.jit(jax.grad(loss_fn))(params, batch))
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_per_example_rows_average_to_the_batch_gradient(model, soft):
-    apply_fn, params, batch = model
+def test_per_example_rows_average_to_the_batch_gradient(problem, soft):
+    params, batch = problem
     batch = batch._replace(labels=jax.nn.one_hot(batch.labels, 5)) if soft else batch
     loss_fn = cross_entropy(apply_fn)
-    rows = per_example(loss_fn)(params, batch)
-    close(jax.tree.map(lambda leaf: leaf.mean(0), rows), federated_sgd(loss_fn)(params, batch))
+    gradient_fn = jax.jit(jax.grad(loss_fn))
+    rows = jax.jit(per_example(loss_fn))(params, batch)
+    close(jax.tree.map(lambda leaf: leaf.mean(0), rows), gradient_fn(params, batch))
     for i in range(4):
         single = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)
-        close(jax.tree.map(lambda leaf, i=i: leaf[i], rows), jax.grad(loss_fn)(params, single))
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], rows), gradient_fn(params, single))
 
 
-def test_per_example_rows_can_be_differentiated(model):
+def test_per_example_rows_can_be_differentiated(problem):
     # Clipping needs the norm of every row, and an adaptive attack its derivative.
-    apply_fn, params, batch = model
+    params, batch = problem
 
     def norm(rows, i):
         return sum(jnp.sum(leaf[i] ** 2) for leaf in jax.tree.leaves(rows))
@@ -79,5 +89,5 @@ def test_per_example_rows_can_be_differentiated(model):
         update = jax.grad(cross_entropy(apply_fn))(params, single._replace(inputs=inputs))
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(update))
 
-    close(found[1:2], jax.grad(plain)(single.inputs), 1e-4)
+    close(found[1:2], jax.jit(jax.grad(plain))(single.inputs), 1e-4)
     np.testing.assert_array_equal(found[jnp.array([0, 2, 3])], 0)

@@ -69,8 +69,9 @@ LAYERS = {
 
 
 def gradients(layer, shape, lowering, dtype):
-    """Loss gradient of two chained layers' parameters, and of a distance of such gradients: data and parameters."""
-    apply_fn, params = functional(nnx.Sequential(layer(rngs=nnx.Rngs(0)), lambda y: y.reshape(len(y), -1)))
+    """The gradient of a loss of the layer, and the gradient of a distance of such gradients: parameters and data."""
+    flatten = lambda y: y.reshape(len(y), -1)  # noqa: E731
+    apply_fn, params = functional(nnx.eval_shape(lambda: nnx.Sequential(layer(rngs=nnx.Rngs(0)), flatten)))
     params = jax.tree.map(lambda p: 3 * normal(*p.shape, seed=1, dtype=dtype) / p.size**0.5, params)
     data, other = normal(3, *shape, seed=2, dtype=dtype), normal(3, *shape, seed=3, dtype=dtype)
     client_fn = parameter_gradient(lambda p, x: jnp.mean(jnp.sin(apply_fn(p, x)) ** 2), lowering=lowering)
