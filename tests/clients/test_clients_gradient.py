@@ -150,12 +150,12 @@ def test_lanes(axes, x64):
 def test_lanes_of_cotangents(x64):
     # `vmap` over the linear map alone: what it kept is shared, what moves is not; and two levels of it.
     params, x, labels, _ = problem()
-    outputs = []
-    for client_fn in (parameter_gradient(loss_fn, lowering="matmul"), jax.grad(loss_fn)):
-        value, pull = jax.vjp(lambda images, fn=client_fn: fn(params, images, labels), x)
-        cotangents = jax.tree.map(lambda leaf: normal(2, 3, *leaf.shape), value)
-        outputs.append(jax.vmap(jax.vmap(pull))(cotangents))
-    close(*outputs)
+
+    def pulled(client_fn):
+        value, pull = jax.vjp(lambda images: client_fn(params, images, labels), x)
+        return jax.vmap(jax.vmap(pull))(jax.tree.map(lambda leaf: normal(2, 3, *leaf.shape), value))
+
+    close(*(jax.jit(pulled, static_argnums=0)(fn) for fn in (parameter_gradient(loss_fn), jax.grad(loss_fn))))
 
 
 def test_inside_scan(x64):
@@ -189,9 +189,9 @@ def test_loss_that_closes_over_traced_values(lowering, x64):
     for make in (
         lambda fn: jax.jit(fn)(x, 0.7),
         lambda fn: jax.jit(jax.grad(fn, (0, 1)))(x, 0.7),
-        lambda fn: jax.jvp(fn, (x, 0.7), (x, 1.0)),
-        lambda fn: jax.vmap(jax.grad(fn), (None, 0))(x, scales),
-        lambda fn: lax.map(lambda scale: jax.grad(fn)(x, scale), scales),
+        lambda fn: jax.jvp(functools.partial(fn, x), (0.7,), (1.0,)),
+        jax.jit(lambda fn: jax.vmap(jax.grad(fn), (None, 0))(x, scales), static_argnums=0),
+        jax.jit(lambda fn: lax.map(lambda scale: jax.grad(fn)(x, scale), scales), static_argnums=0),
     ):
         close(make(fast), make(plain))
 

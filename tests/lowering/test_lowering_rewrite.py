@@ -13,7 +13,6 @@ from jax.extend import core as jex_core
 
 from gia_jax.clients import federated_averaging, federated_sgd, parameter_gradient, per_example
 from gia_jax.lowering import lower, lowers_to_matmul
-from gia_jax.models import functional
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4}
 
@@ -56,7 +55,10 @@ LAYERS = {
     "asymmetric": ((7, 6, 3), functools.partial(nnx.Conv, 3, 4, (3, 3), (2, 1), padding=((0, 2), (3, 1)))),
     "circular": ((7, 6, 3), functools.partial(nnx.Conv, 3, 4, (3, 3), padding="CIRCULAR")),
     "dilated kernel": ((9, 9, 3), functools.partial(nnx.Conv, 3, 4, (3, 3), kernel_dilation=(2, 3))),
-    "dilated input": ((4, 5, 3), functools.partial(nnx.Conv, 3, 4, (3, 3), input_dilation=(2, 3))),
+    "dilated input": (
+        (4, 5, 3),
+        functools.partial(nnx.Conv, 3, 4, (3, 3), padding=((1, 2), (2, 0)), input_dilation=(2, 3)),
+    ),
     "groups": ((7, 6, 4), functools.partial(nnx.Conv, 4, 6, (3, 3), 2, feature_group_count=2)),
     "depthwise": ((7, 6, 3), functools.partial(nnx.Conv, 3, 6, (3, 3), feature_group_count=3)),
     "pointwise": ((7, 6, 3), functools.partial(nnx.Conv, 3, 4, (1, 1), 2, padding="VALID")),
@@ -70,11 +72,11 @@ LAYERS = {
 
 def gradients(layer, shape, lowering, dtype):
     """The gradient of a loss of the layer, and the gradient of a distance of such gradients: parameters and data."""
-    flatten = lambda y: y.reshape(len(y), -1)  # noqa: E731
-    apply_fn, params = functional(nnx.eval_shape(lambda: nnx.Sequential(layer(rngs=nnx.Rngs(0)), flatten)))
-    params = jax.tree.map(lambda p: 3 * normal(*p.shape, seed=1, dtype=dtype) / p.size**0.5, params)
+    graph, state = nnx.split(nnx.eval_shape(lambda: layer(rngs=nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    params = jax.tree.map(lambda p: 3 * normal(*p.shape, seed=1, dtype=dtype) / p.size**0.5, shapes)
     data, other = normal(3, *shape, seed=2, dtype=dtype), normal(3, *shape, seed=3, dtype=dtype)
-    client_fn = parameter_gradient(lambda p, x: jnp.mean(jnp.sin(apply_fn(p, x)) ** 2), lowering=lowering)
+    client_fn = parameter_gradient(lambda p, x: jnp.mean(jnp.sin(nnx.merge(graph, p)(x)) ** 2), lowering=lowering)
 
     def distance(params, data, target):
         difference = jax.tree.map(jnp.subtract, client_fn(params, data), target)
