@@ -334,21 +334,21 @@ def newton(client_fn: ClientFn, params: Params, victims: Victims, name: str) -> 
 
 def levenberg_marquardt(args: argparse.Namespace) -> None:
     """The second-order solver, in float64, one start."""
+    number = args.newton_victims
     with jax.enable_x64(True):
-        rows = [newton(*lenet_client(0), victims_of(16), "sigmoid LeNet, batch 1")]
-        _write_newton("levenberg_marquardt", "Levenberg-Marquardt, LeNet untrained, 16 CIFAR-10 test images", rows)
+        rows = [newton(*lenet_client(0), victims_of(number), "sigmoid LeNet, batch 1")]
+        name = "levenberg_marquardt" if number == 16 else f"levenberg_marquardt_{number}"
+        _write_newton(name, f"Levenberg-Marquardt, LeNet untrained, {number} CIFAR-10 test images", rows)
 
 
 def levenberg_marquardt_limits(args: argparse.Namespace) -> None:
     """Where the second-order solver ends: other activations, larger batches."""
     with jax.enable_x64(True):
         rows = [
-            newton(*lenet_client(0, activation=activation), victims_of(4), f"{activation.__name__} LeNet, batch 1")
+            newton(*lenet_client(0, activation=activation), victims_of(2), f"{activation.__name__} LeNet, batch 1")
             for activation in (jax.nn.tanh, jax.nn.gelu, jax.nn.relu)
         ]
-        for batch_size in (2, 4):
-            victims = victims_of(2, batch_size=batch_size)
-            rows.append(newton(*lenet_client(0), victims, f"sigmoid LeNet, batch {batch_size}"))
+        rows.append(newton(*lenet_client(0), victims_of(1, batch_size=2), "sigmoid LeNet, batch 2"))
         _write_newton("levenberg_marquardt_limits", "Levenberg-Marquardt: other activations and batches", rows)
 
 
@@ -517,6 +517,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--victims", type=int, default=100, help="images of the part `cosine`")
+    parser.add_argument("--newton-victims", type=int, default=16, help="images of the part `levenberg_marquardt`")
     parser.add_argument("--seeds", type=int, default=3, help="model seeds of the part `cosine`")
     parser.add_argument("--steps", type=int, default=4_800, help="of signed Adam on LeNet")
     parser.add_argument("--deep-steps", type=int, default=1_000, help="of signed Adam on the deeper nets")
