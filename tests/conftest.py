@@ -1,6 +1,10 @@
 """What the tests share."""
 
+import os
 from collections.abc import Iterator
+
+# Hundreds of small programs run once each, compiling them is the cost: optimise little. Set before JAX starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest
