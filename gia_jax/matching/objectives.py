@@ -206,17 +206,18 @@ def cosine_residuals(simulated: Updates, observed: Updates) -> Updates:
 
 
 def _cosine(a: Updates, b: Updates) -> Float[Array, ""]:
-    return jnp.asarray(optax.tree.vdot(a, b) / _length(a) / _length(b))
+    lengths = _inverse_length(a) * _inverse_length(b)
+    return jnp.asarray(optax.tree.vdot(a, b) * lengths)
 
 
 def _unit(update: Updates) -> Updates:
-    return optax.tree.scale(1 / _length(update), update)
+    return optax.tree.scale(_inverse_length(update), update)
 
 
-def _length(update: Updates) -> Float[Array, ""]:
-    """The norm; infinite where it is too small to divide by, so that quotients and their derivatives are 0."""
+def _inverse_length(update: Updates) -> Float[Array, ""]:
+    """One over the norm; 0 where that is too small to divide by, and so is the derivative."""
     squared = jnp.asarray(optax.tree.vdot(update, update))
-    return jnp.sqrt(jnp.where(squared > TINY, squared, jnp.inf))
+    return jax.lax.rsqrt(jnp.where(squared > TINY, squared, jnp.inf))
 
 
 def _divide(update: Updates, scale: float | Updates) -> Updates:
