@@ -22,7 +22,6 @@ NUM_CLASSES = 4
 NUM_STEPS = 3
 NUM_RESTARTS = 2
 IMAGE = (6, 6, 3)
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 class Case(NamedTuple):
@@ -125,10 +124,10 @@ def _subject(name: str) -> Subject:
     client_fn = clients.federated_sgd(clients.cross_entropy(_apply))
     attack = case.build(_target(case, client_fn))
     reconstruct_fn = _reconstruct_fn(attack)
-    one = jax.jit(_traced_once(reconstruct_fn), compiler_options=QUICK)
+    one = jax.jit(_traced_once(reconstruct_fn))
     in_axes = (0, Observation(params=None, update=0, extra=0))
     best_fn = gia_jax.restarts(reconstruct_fn, NUM_RESTARTS)
-    lanes = jax.jit(_traced_once(jax.vmap(best_fn, in_axes)), compiler_options=QUICK)
+    lanes = jax.jit(_traced_once(jax.vmap(best_fn, in_axes)))
     return Subject(case, client_fn, params, attack, one, lanes)
 
 
@@ -286,7 +285,7 @@ def test_params_may_be_nested_tuples(subject: Subject) -> None:
     observation, key = _victims(subject)[0], _keys()[0]
     tuples = observation._replace(params=as_tuples(observation.params), update=as_tuples(observation.update))
     attack = subject.case.build(_target(subject.case, subject.client_fn))
-    found = jax.jit(_reconstruct_fn(attack), compiler_options=QUICK)(key, tuples)
+    found = jax.jit(_reconstruct_fn(attack))(key, tuples)
     _assert_close(subject, found, subject.one(key, observation))
 
 

@@ -77,7 +77,8 @@ def _best_of(num_restarts: int, attack: Attack, num_steps: int) -> Callable[...,
         return gia_jax.run(attack, key, observation, num_steps=num_steps)[0]
 
     in_axes = (None, Observation(params=None, update=0, extra=0))
-    return jax.jit(jax.vmap(gia_jax.restarts(one, num_restarts), in_axes))
+    fast = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
+    return jax.jit(jax.vmap(gia_jax.restarts(one, num_restarts), in_axes), compiler_options=fast)
 
 
 def _psnr(found: Reconstruction) -> np.ndarray:
