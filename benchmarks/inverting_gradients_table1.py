@@ -10,7 +10,6 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 from flax import nnx
+from parts import run_parts
 from training import train_lenet
 
 from gia_jax import Batch, ThreatModel, clients, data, gradient_matching, keep_best, labels, models, observe, report
@@ -107,12 +107,12 @@ def run(
 
 def figures(psnr: np.ndarray, ssim: np.ndarray) -> dict[str, str]:
     flat = psnr.ravel()
-    error = flat.std(ddof=1) / np.sqrt(len(flat)) if len(flat) > 1 else np.nan
+    deviation = flat.std(ddof=1) if len(flat) > 1 else np.nan
     return {
         "n": str(len(flat)),
         "PSNR mean": f"{flat.mean():.2f}",
-        "standard error": f"{error:.2f}",
-        "standard deviation": f"{flat.std(ddof=1) if len(flat) > 1 else np.nan:.2f}",
+        "standard error": f"{deviation / np.sqrt(len(flat)):.2f}",
+        "standard deviation": f"{deviation:.2f}",
         "median": f"{np.median(flat):.1f}",
         "min": f"{flat.min():.1f}",
         ">= 20 dB": f"{np.mean(flat >= 20):.0%}",
@@ -199,7 +199,7 @@ def lbfgs(args: argparse.Namespace) -> None:
     victims, (client_fn, params) = victims_of(number), lenet_client(0)
     starts = jax.random.normal(jax.random.key(7), (restarts, 1, 32, 32, 3))
     observations = observe_all(client_fn, params, victims, 0)
-    found, losses, psnr, seconds = [], [], [], []
+    losses, psnr, seconds = [], [], []
     for start in starts:
         attack = gradient_matching(client_fn, init_fn=given(start), optimizer=fixed_step_lbfgs())
         one = study(
@@ -210,15 +210,13 @@ def lbfgs(args: argparse.Namespace) -> None:
             lanes=8,
             progress_fn=progress("L-BFGS"),
         )
-        found.append(one)
         losses.append(one.reconstruction.loss)
         psnr.append(report.score(one.reconstruction.batch, victims.truth, victims.images).psnr[:, 0])
         seconds.append(one.timing.run_seconds)
-    chosen = np.argmin(np.where(np.isfinite(losses), losses, np.inf), 0)
     rows = [
         {
             "solver": "gia_jax fixed_step_lbfgs",
-            **_many(np.stack(psnr), chosen),
+            **_many(np.stack(psnr), np.stack(losses)),
             "s an image": f"{sum(seconds) / number:.0f}",
         }
     ]
@@ -236,11 +234,9 @@ def lbfgs(args: argparse.Namespace) -> None:
             pixels = victims.images.denormalize(image)
             peer_psnr[r, v] = -10 * np.log10(np.mean((pixels - victims.pixels[v]) ** 2))
             print(f"torch image {v} start {r}: {peer_psnr[r, v]:.1f} dB", flush=True)
-    chosen = np.argmin(np.where(np.isfinite(peer_loss), peer_loss, np.inf), 0)
     spent = (time.perf_counter() - began) / number
-    rows.append(
-        {"solver": f"torch.optim.LBFGS {torch.__version__}", **_many(peer_psnr, chosen), "s an image": f"{spent:.0f}"}
-    )
+    found = _many(peer_psnr, peer_loss)
+    rows.append({"solver": f"torch.optim.LBFGS {torch.__version__}", **found, "s an image": f"{spent:.0f}"})
     record.write(
         "inverting_gradients_lbfgs",
         "Euclidean matching by L-BFGS without line search, LeNet untrained, 8 CIFAR-10 test images, 4 starts",
@@ -253,7 +249,9 @@ def lbfgs(args: argparse.Namespace) -> None:
     )
 
 
-def _many(psnr: np.ndarray, chosen: np.ndarray) -> dict[str, str]:
+def _many(psnr: np.ndarray, losses: np.ndarray) -> dict[str, str]:
+    """Figures of starts (first axis) of images, for each of which the start of the lowest loss is kept."""
+    chosen = np.argmin(np.where(np.isfinite(losses), losses, np.inf), 0)
     best = psnr[chosen, np.arange(psnr.shape[1])]
     return {
         "n": str(len(best)),
@@ -307,18 +305,17 @@ def torch_lbfgs(
     return best, best_loss
 
 
-def newton_attack(client_fn: ClientFn, victims: Victims) -> Attack:
-    low, high = victims.bounds
-    target = Target(client_fn, labels.dense("head"), CLASSES, victims.truth.inputs.shape[1], (low, high))
-    return make_attack(
-        "idlg", target, labels="known", solver="levenberg_marquardt", num_steps=LEVENBERG_MARQUARDT_STEPS
-    )
+def run_newton(
+    client_fn: ClientFn, params: Params, victims: Victims, name: str
+) -> tuple[Study, report.Scores, np.ndarray]:
+    steps = LEVENBERG_MARQUARDT_STEPS
+    target = Target(client_fn, labels.dense("head"), CLASSES, victims.truth.inputs.shape[1], victims.bounds)
+    attack = make_attack("idlg", target, labels="known", solver="levenberg_marquardt", num_steps=steps)
+    return run(attack, client_fn, params, victims, num_steps=steps, lanes=1, name=name)
 
 
 def newton(client_fn: ClientFn, params: Params, victims: Victims, name: str) -> dict[str, str]:
-    steps = LEVENBERG_MARQUARDT_STEPS
-    attack = newton_attack(client_fn, victims)
-    found, scores, _ = run(attack, client_fn, params, victims, num_steps=steps, lanes=1, name=name)
+    found, scores, _ = run_newton(client_fn, params, victims, name)
     flat = scores.psnr.ravel()
     return {
         "case": name,
@@ -397,10 +394,7 @@ def trained(args: argparse.Namespace) -> None:
     )
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        few = victims_of(4)
-        attack = newton_attack(client_fn, few)
-        steps = LEVENBERG_MARQUARDT_STEPS
-        found, scores, _ = run(attack, client_fn, wide, few, num_steps=steps, lanes=1, name="trained, second order")
+        found, scores, _ = run_newton(client_fn, wide, victims_of(4), "trained, second order")
     rows.append(
         {"attack": "Levenberg-Marquardt", **figures(scores.psnr, scores.ssim), "prior only": "-", **cost(found)}
     )
@@ -438,7 +432,7 @@ def deep(args: argparse.Namespace) -> None:
     at = np.unique(np.geomspace(1, steps, 60).astype(int)) - 1
     lines = [",".join(["step", *(f"{name} image {i}" for name in curves for i in range(5))])]
     lines += [",".join([str(t), *(f"{curves[name][i, t]:.5f}" for name in curves for i in range(5))]) for t in at]
-    (Path(record.RESULTS) / "inverting_gradients_deep_losses.csv").write_text("\n".join(lines) + "\n")
+    (record.RESULTS / "inverting_gradients_deep_losses.csv").write_text("\n".join(lines) + "\n")
 
 
 def fedavg(args: argparse.Namespace) -> None:
@@ -506,29 +500,18 @@ def analytic(args: argparse.Namespace) -> None:
         )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
-    part.__name__: part
-    for part in (
-        sweep, cosine, lbfgs, levenberg_marquardt, levenberg_marquardt_limits, trained, deep, fedavg, analytic,
-    )
-}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--victims", type=int, default=100, help="images of the part `cosine`")
     parser.add_argument("--newton-victims", type=int, default=16, help="images of the part `levenberg_marquardt`")
     parser.add_argument("--seeds", type=int, default=3, help="model seeds of the part `cosine`")
     parser.add_argument("--steps", type=int, default=4_800, help="of signed Adam on LeNet")
     parser.add_argument("--deep-steps", type=int, default=1_000, help="of signed Adam on the deeper nets")
     parser.add_argument("--deep-weight", type=float, default=1e-2, help="of total variation on the deeper nets")
-    args = parser.parse_args()
-    for part in args.parts or PARTS:
-        if part not in PARTS:
-            parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
-    for part in args.parts or PARTS:
-        PARTS[part](args)
+    run_parts(
+        parser,
+        *(sweep, cosine, lbfgs, levenberg_marquardt, levenberg_marquardt_limits, trained, deep, fedavg, analytic),
+    )
 
 
 if __name__ == "__main__":

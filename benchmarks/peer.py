@@ -8,6 +8,8 @@ import numpy as np
 
 NAMES = {"lenet": "lenet_zhu", "resnet18": "resnet18", "convnet": "convnet"}
 
+_KEPT: list[Any] = []
+
 
 def _breaching() -> Any:
     warnings.filterwarnings("ignore")
@@ -19,7 +21,7 @@ def _breaching() -> Any:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_library"] = library  # definitions last as long as this object
+        _KEPT.append(library)  # definitions last as long as this object
         import breaching
     return breaching
 

@@ -20,13 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import record
 from flax import nnx
+from parts import run_parts
 
 from gia_jax import Batch, ThreatModel, advance, clients, data, keep_best, models, observe, restarts, run
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import Attack, Observation
 from gia_jax.lowering import Lowering
+from gia_jax.study import over_lanes
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MODELS = {"lenet": (8, 8, 12), "resnet18": (1, 1, 512), "convnet": (3, 3, 256)}
@@ -65,8 +68,7 @@ def case(model: str, batch_size: int, lowering: Lowering = "auto", peer: Any = N
     observation = jax.jit(lambda p, b: observe(jax.random.key(2), threat, client_fn, p, b))(params, batch)
     if peer is not None:
         theirs = to_jax([g.numpy() for g in peer.gradient], params, MODELS[model])
-        error = jnp.sqrt(sum(map(_squares, jax.tree.leaves(jax.tree.map(jnp.subtract, observation.update, theirs)))))
-        error = error / jnp.sqrt(sum(map(_squares, jax.tree.leaves(theirs))))
+        error = optax.tree.norm(optax.tree.sub(observation.update, theirs)) / optax.tree.norm(theirs)
         if not error < 1e-4:
             raise RuntimeError(f"the gradients of {model} differ by {error}")
     photos = data.load("photos")
@@ -75,22 +77,13 @@ def case(model: str, batch_size: int, lowering: Lowering = "auto", peer: Any = N
     return Case(keep_best(attack), observation, float((cost or {}).get("flops", np.nan)))
 
 
-def _squares(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(leaf))
-
-
 def stepper(attack: Attack, num_restarts: int, num_steps: int) -> Callable[..., Any]:
     """`(keys, states, observation) -> states`, `num_steps` steps of all restarts."""
 
-    def steps(keys: jax.Array, states: Any, observation: Observation) -> Any:
-        def one(key: jax.Array, state: Any) -> Any:
-            return advance(attack, key, state, observation, start=0, num_steps=num_steps)[0]
+    def one(key: jax.Array, state: Any, observation: Observation) -> Any:
+        return advance(attack, key, state, observation, start=0, num_steps=num_steps)[0]
 
-        if num_restarts == 1:
-            return jax.tree.map(lambda leaf: leaf[None], one(keys[0], jax.tree.map(lambda leaf: leaf[0], states)))
-        return jax.vmap(one)(keys, states)
-
-    return steps
+    return over_lanes(one, (0, 0, None), num_restarts)
 
 
 def prepare(built: Case, num_restarts: int, num_steps: int) -> tuple[Any, Any, Any, float]:
@@ -169,7 +162,7 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def lanes(args: argparse.Namespace) -> None:
-    """Time a restart as the number of restarts grows, and against native convolutions."""
+    """Time a restart as the number of restarts grows."""
     built, num_steps, times, rows = case("lenet", 1), 100, {}, []
     counts = (1, 8, 64, 512)
     compiled = {}
@@ -268,23 +261,13 @@ def child(kind: str, model: str, batch_size: str, lowering: Any) -> None:
     print("|".join(f"{key}={value}" for key, value in columns.items()))
 
 
-PARTS = {"steps": steps, "lanes": lanes, "compile_and_memory": compile_and_memory}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="A/B rounds")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        child(*args.child)
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
         return
-    for part in args.parts or PARTS:
-        if part not in PARTS:
-            parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
-    for part in args.parts or PARTS:
-        PARTS[part](args)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="A/B rounds")
+    run_parts(parser, steps, lanes, compile_and_memory)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[
     """Raises ValueError naming the first place where `tree` has not the structure and shapes of `like`."""
     got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     want = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(like)}
-    for key in [key for key in want if key not in got]:
-        raise ValueError(f"{name} does not fit {like_name}: {name}{key} is missing")
-    for key in [key for key in got if key not in want]:
-        raise ValueError(f"{name} does not fit {like_name}: {name}{key} is one too many")
+    for key in want:
+        if key not in got:
+            raise ValueError(f"{name} does not fit {like_name}: {name}{key} is missing")
+    for key in got:
+        if key not in want:
+            raise ValueError(f"{name} does not fit {like_name}: {name}{key} is one too many")
     for key, shape in want.items():
         if got[key] != shape:
             raise ValueError(f"{name} does not fit {like_name}: {name}{key} has shape {got[key]}, expected {shape}")

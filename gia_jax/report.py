@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 from gia_jax.base import Batch, Observation
 from gia_jax.data import ImageData
 from gia_jax.metrics import image_scores, label_overlap, nearest
+from gia_jax.metrics.images import as_pixels
 from gia_jax.study import Study
 
 
@@ -40,7 +41,7 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
     def one(r: Batch, t: Batch) -> tuple[Any, Any, Any]:
         pixels, true_pixels = (x * jnp.asarray(data.std) + jnp.asarray(data.mean) for x in (r.inputs, t.inputs))
         scores = image_scores(pixels.astype(jnp.float32), jnp.clip(true_pixels, 0, 1).astype(jnp.float32))
-        matched = jnp.nan_to_num(jnp.clip(pixels[scores.assignment], 0, 1), nan=0.5)
+        matched = as_pixels(pixels[scores.assignment])
         mse = jnp.mean(jnp.square(matched - true_pixels), (1, 2, 3))
         return scores._replace(mse=mse), label_overlap(r.labels, t.labels), matched
 

@@ -102,10 +102,10 @@ def study(
     began = time.perf_counter()
     index = _lane_indices(0, lanes, total)
     example = _select(observations, index // num_restarts)
-    start_lanes = _over_lanes(start_fn, (0, SHARED_PARAMS), lanes)
-    finish_lanes = _over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
+    start_lanes = over_lanes(start_fn, (0, SHARED_PARAMS), lanes)
+    finish_lanes = over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
     state = jax.eval_shape(start_lanes, keys[index], example)
-    step_lanes = jax.jit(_over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
+    step_lanes = jax.jit(over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
     programs = [
         jax.jit(start_lanes).lower(keys[index], example),
         step_lanes.lower(keys[index], state, example, jnp.asarray(0)),
@@ -167,7 +167,7 @@ def _chunk(num_steps: int) -> int:
     return max(n for n in range(1, max(1, num_steps // 10) + 1) if num_steps % n == 0)
 
 
-def _over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
+def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
     """`vmap`; but a single lane runs as it is, so that `lax.cond` really skips what it need not compute."""
     if lanes > 1:
         return jax.vmap(fn, in_axes)

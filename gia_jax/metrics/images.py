@@ -44,7 +44,7 @@ def image_scores(reconstructed: Images, truth: Images) -> ImageScores:
     """
     if reconstructed.shape != truth.shape or truth.ndim != 4:
         raise ValueError(f"reconstructed must have the shape {truth.shape} of truth, got {reconstructed.shape}")
-    clipped = _pixels(reconstructed)
+    clipped = as_pixels(reconstructed)
     cost = jnp.mean(jnp.square(truth[:, None] - clipped[None]), (2, 3, 4))
     rows, columns = optax.assignment.hungarian_algorithm(cost)
     assignment = jnp.zeros(truth.shape[0], columns.dtype).at[rows].set(columns)
@@ -75,7 +75,7 @@ def retrieval_rank(
     reconstruction: 1 means that the reconstruction identifies it, (n + 1) / 2 is chance. The reconstruction is clipped
     as in `image_scores`.
     """
-    distances = jnp.sum(jnp.square(gallery - _pixels(reconstructed)[None]), (1, 2, 3))
+    distances = jnp.sum(jnp.square(gallery - as_pixels(reconstructed)[None]), (1, 2, 3))
     return 1 + jnp.sum(distances < distances[index])
 
 
@@ -90,5 +90,6 @@ def nearest(images: Images, gallery: Float[Array | np.ndarray, "n h w c"]) -> Fl
     return jax.lax.map(one, images)
 
 
-def _pixels(images: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+def as_pixels(images: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """Clipped to [0, 1], NaN as 0.5: how every metric reads a reconstruction."""
     return jnp.nan_to_num(jnp.clip(images, 0, 1), nan=0.5)

@@ -1,20 +1,13 @@
 """Counts from the last bias: exact where the softmax is known, nearly so in an untrained network."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from untrained import APPLY, HEAD, draws_of, mean_overlaps, overlap
 
-from gia_jax import Batch, Observation, ThreatModel, clients, labels, models, observe
-
-HEAD = labels.dense("head")
-
-
-def overlap(found, truth):
-    return np.minimum(np.bincount(found, minlength=100), np.bincount(truth, minlength=100)).sum() / len(truth)
+from gia_jax import Observation, labels
 
 
 def from_probabilities(probabilities, truth):
@@ -64,27 +57,13 @@ def test_bias_counts_need_the_mean_prediction_of_a_trained_network():
 
 @pytest.fixture(scope="module")
 def draws():
-    """`(keys, labels) -> labels by rule`, on untrained networks and random inputs."""
-    apply_fn, start = models.functional(models.MLP((12,), hidden=(64,), rngs=nnx.Rngs(0)))
-    client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-    rules = {
-        "bias_counts": labels.bias_counts(HEAD),
-        "with dummies": labels.bias_counts(HEAD, apply_fn=apply_fn, num_dummies=64),
-        "greedy_bias": labels.greedy_bias(HEAD),
-    }
-
-    def one(key, truth):
-        params = jax.tree.map(lambda p: p + 0.03 * jax.random.normal(key, p.shape), start)
-        inputs = jax.random.normal(jax.random.fold_in(key, 1), (truth.shape[0], 12))
-        observation = observe(key, ThreatModel(), client_fn, params, Batch(inputs, truth))
-        return {name: rule(observation) for name, rule in rules.items()}
-
-    return jax.jit(jax.vmap(one))
-
-
-def mean_overlaps(draws, truths):
-    found = draws(jax.random.split(jax.random.key(0), len(truths)), jnp.asarray(truths, jnp.int32))
-    return {name: np.mean([overlap(f, t) for f, t in zip(np.asarray(rows), truths)]) for name, rows in found.items()}
+    return draws_of(
+        {
+            "bias_counts": labels.bias_counts(HEAD),
+            "with dummies": labels.bias_counts(HEAD, apply_fn=APPLY, num_dummies=64),
+            "greedy_bias": labels.greedy_bias(HEAD),
+        }
+    )
 
 
 def test_distinct_labels_in_an_untrained_network_are_found_by_every_rule(draws):

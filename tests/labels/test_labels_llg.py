@@ -1,20 +1,11 @@
 """LLG and LLG+ on the gradients they are made for, and on those they are not."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from untrained import CLIENT, HEAD, START, draws_of, mean_overlaps
 
-from gia_jax import Batch, Observation, ThreatModel, clients, labels, models, observe
-
-HEAD = labels.dense("head")
-APPLY, START = models.functional(models.MLP((12,), hidden=(64,), rngs=nnx.Rngs(0)))
-CLIENT = clients.federated_sgd(clients.cross_entropy(APPLY))
-
-
-def overlap(found, truth):
-    return np.minimum(np.bincount(found, minlength=10), np.bincount(truth, minlength=10)).sum() / len(truth)
+from gia_jax import Observation, labels
 
 
 def last_layer(features, probabilities, truth):
@@ -26,20 +17,7 @@ def last_layer(features, probabilities, truth):
 
 @pytest.fixture(scope="module")
 def draws():
-    rules = {"llg": labels.llg(HEAD), "llg_plus": labels.llg_plus(CLIENT, HEAD)}
-
-    def one(key, truth):
-        params = jax.tree.map(lambda p: p + 0.03 * jax.random.normal(key, p.shape), START)
-        inputs = jax.random.normal(jax.random.fold_in(key, 1), (truth.shape[0], 12))
-        observation = observe(key, ThreatModel(), CLIENT, params, Batch(inputs, truth))
-        return {name: rule(observation) for name, rule in rules.items()}
-
-    return jax.jit(jax.vmap(one))
-
-
-def mean_overlaps(draws, truths):
-    found = draws(jax.random.split(jax.random.key(0), len(truths)), jnp.asarray(truths, jnp.int32))
-    return {name: np.mean([overlap(f, t) for f, t in zip(np.asarray(rows), truths)]) for name, rows in found.items()}
+    return draws_of({"llg": labels.llg(HEAD), "llg_plus": labels.llg_plus(CLIENT, HEAD)})
 
 
 def test_few_distinct_labels_in_an_untrained_network_are_found(draws):
