@@ -116,7 +116,7 @@ def steps(args: argparse.Namespace) -> None:
     for model, batch_size, num_restarts, floor in CASES:
         peer = Peer(model, batch_size, THREADS)
         built = case(model, batch_size, peer=peer)
-        peer_block, own_block = (100, 400 // num_restarts) if model == "lenet" else (8, 8 if num_restarts == 1 else 2)
+        peer_block, own_block = (100, 400 // num_restarts) if model == "lenet" else (8, 8)
         compiled, keys, states, _ = prepare(built, num_restarts, own_block)
         compiled(keys, states, built.observation)
         theirs, ours, rates = [], [], []

@@ -3,6 +3,7 @@
 Sums run over all entries of all layers; `weighted` and `selected` change what a layer counts.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -206,17 +207,22 @@ def cosine_residuals(simulated: Updates, observed: Updates) -> Updates:
 
 
 def _cosine(a: Updates, b: Updates) -> Float[Array, ""]:
-    lengths = _inverse_length(a) * _inverse_length(b)
-    return jnp.asarray(optax.tree.vdot(a, b) * lengths)
+    highest = jax.lax.Precision.HIGHEST
+    vdot = functools.partial(jnp.vdot, precision=highest)
+    layers = [jax.tree.leaves(jax.tree.map(vdot, x, y)) for x, y in ((a, a), (b, b), (a, b))]
+    # The sums over layers are a matrix product, because XLA fuses a chain of additions into each of its readers: every
+    # element of the derivative is scaled by these sums, and would add up all layers again.
+    products = jnp.stack([jnp.stack(row) for row in layers])
+    aa, bb, ab = jnp.matmul(products, jnp.ones(products.shape[1], products.dtype), precision=highest)
+    return ab * (_inverse_root(aa) * _inverse_root(bb))
 
 
 def _unit(update: Updates) -> Updates:
-    return optax.tree.scale(_inverse_length(update), update)
+    return optax.tree.scale(_inverse_root(jnp.asarray(optax.tree.norm(update, squared=True))), update)
 
 
-def _inverse_length(update: Updates) -> Float[Array, ""]:
+def _inverse_root(squared: Float[Array, ""]) -> Float[Array, ""]:
     """One over the norm; 0 where that is too small to divide by, and so is the derivative."""
-    squared = jnp.asarray(optax.tree.vdot(update, update))
     return jax.lax.rsqrt(jnp.where(squared > TINY, squared, jnp.inf))
 
 
