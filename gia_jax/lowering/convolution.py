@@ -25,10 +25,13 @@ from jax import lax
 from gia_jax.lowering import winograd
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-# Below this many columns XLA's CPU matrix product is faster the other way round (measured, benchmarks/lowering.py).
+# Measured on XLA's CPU backend. Below NARROW columns its matrix product is faster the other way round. Winograd's
+# algorithm gains from WIDE features and LARGE many pixels on; for kernel gradients from LARGE_SUM, below which it costs
+# compile time alone.
 NARROW = 128
 WIDE = 64
 LARGE = 512
+LARGE_SUM = 2048
 
 Dot = Callable[..., jax.Array]
 
@@ -398,7 +401,7 @@ def _winograd(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
         padded = _pad(x, widths).to(["n", "s0", "s1", "c"])
         taps = taps[::-1, ::-1] if geometry.flipped[0] else taps
         return _Named(winograd.forward(padded, taps, contracted, dot), ("n", "s0", "s1", "o"))
-    wide = min(x.size("n"), kernel.size("o")) >= WIDE and x.size("c") * math.prod(geometry.window) >= LARGE
+    wide = min(x.size("n"), kernel.size("o")) >= WIDE and x.size("c") * math.prod(geometry.window) >= LARGE_SUM
     if geometry.outputs == (3, 3) and wide and not any(geometry.flipped):
         padded = _pad(x, widths).to(["c", "s0", "s1", "n"])
         y = winograd.kernel_gradient(padded, kernel.to(["c", "k0", "k1", "o"]), dot)

@@ -111,8 +111,8 @@ def test_layouts(specs, x64):
 WIDE = {
     "forward": equation((2, 64, 16, 16), (64, 64, 3, 3), padding=((1, 1), (1, 1))),
     "forward, odd": equation((3, 64, 15, 17), (65, 64, 3, 3), padding=((0, 1), (2, -1))),
-    "kernel gradient": equation((64, 2, 18, 18), (64, 2, 16, 16)),
-    "kernel gradient, odd": equation((65, 3, 15, 15), (64, 3, 14, 15), padding=((1, 0), (1, 1))),
+    "kernel gradient": equation((64, 8, 18, 18), (64, 8, 16, 16)),
+    "kernel gradient, odd": equation((65, 10, 15, 15), (64, 10, 14, 15), padding=((1, 0), (1, 1))),
     "groups": equation((2, 128, 16, 16), (128, 64, 3, 3), feature_group_count=2, padding=((1, 1), (1, 1))),
 }
 
