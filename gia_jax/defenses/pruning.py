@@ -1,0 +1,160 @@
+"""Gradient pruning: only the largest entries of an update are shared.
+
+Aji and Heafield, Sparse Communication for Distributed Gradient Descent, EMNLP 2017, section 3 (threshold for each
+tensor or for all, residuals kept); as a defense Zhu et al., Deep Leakage from Gradients, NeurIPS 2019, section 5.2, and
+Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, section 3.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int
+
+from gia_jax.base import Updates
+
+SCOPES = ("tensor", "global")
+
+
+class PruneState(NamedTuple):
+    """What was pruned and not yet shared, a tree like the update; () without error feedback."""
+
+    residual: Any
+
+
+def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) -> optax.GradientTransformation:
+    """Sets the entries of least magnitude to zero.
+
+    Of n entries exactly n - floor(ratio * n) are kept, `ratio` read as the decimal it is written as (0.7 of 10 is 7,
+    although 0.7 * 10 is not in binary). Of entries of equal magnitude the first in the order of the tree, and of the
+    flattened array, is kept. NaN counts as the largest magnitude: it is shared, not hidden. The mask is a constant
+    under differentiation: the derivative is that of the entries kept.
+
+    Args:
+        ratio: Share of entries to prune, in [0, 1).
+        scope: "tensor" prunes this share of each leaf, "global" of all leaves together.
+        error_feedback: Whether what was pruned is added to the next update (a client that trains; one that shares a
+            single update sees no difference).
+
+    Returns:
+        The transformation. Its state is empty, or the residual, a tree like the update.
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1), or `scope` is unknown.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    exact = Fraction(str(ratio))
+
+    def init_fn(params: Updates) -> PruneState:
+        return PruneState(optax.tree.zeros_like(params) if error_feedback else ())
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        if error_feedback:
+            updates = optax.tree.add(updates, state.residual)
+        leaves, treedef = jax.tree.flatten(updates)
+        if scope == "global":
+            masks = largest(leaves, _kept(sum(leaf.size for leaf in leaves), exact))
+        else:
+            masks = [largest([leaf], _kept(leaf.size, exact))[0] for leaf in leaves]
+        shared = [jnp.where(mask, leaf, 0) for mask, leaf in zip(masks, leaves, strict=True)]
+        shared = jax.tree.unflatten(treedef, shared)
+        return shared, PruneState(optax.tree.sub(updates, shared) if error_feedback else ())
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransformation:
+    """Top-k sparsification of the whole update, with error feedback: `prune` with scope "global".
+
+    Stich et al., Sparsified SGD with Memory, NeurIPS 2018, definition 2.1 and algorithm 1.
+
+    Args:
+        ratio: Share of entries that are not sent, in [0, 1).
+        error_feedback: As for `prune`.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1).
+    """
+    return prune(ratio, scope="global", error_feedback=error_feedback)
+
+
+def _kept(size: int, ratio: Fraction) -> int:
+    return size - math.floor(ratio * size)
+
+
+def largest(leaves: Sequence[Array], count: int) -> list[Bool[Array, "..."]]:
+    """Masks of the `count` entries of largest magnitude, the first of equal ones.
+
+    The bits of a magnitude, read as an integer, are in the order of magnitudes: the threshold is found by bisection on
+    integers, with a count of entries a step, and nothing is sorted.
+    """
+    total = sum(leaf.size for leaf in leaves)
+    if count >= total:
+        return [jnp.ones(leaf.shape, bool) for leaf in leaves]
+    if total > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"leaves must have fewer than 2^31 entries in all, got {total}")
+    dtype = jnp.result_type(*leaves)
+    keys = [_ordered_bits(leaf.astype(dtype)) for leaf in leaves]
+    zero = jnp.zeros((), keys[0].dtype)
+    threshold, reached = _bisect(
+        lambda t: _count([key >= t for key in keys]), count, zero, zero + jnp.iinfo(keys[0].dtype).max
+    )
+    # Of those that equal the threshold, the last ones that are too many go.
+    ties = [key == threshold for key in keys]
+    starts = np.cumsum([0] + [leaf.size for leaf in leaves[:-1]])
+    places = [
+        jnp.int32(start) + jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
+        for start, leaf in zip(starts, leaves, strict=True)
+    ]
+    excess = reached - count
+    bound, _ = _bisect(
+        lambda b: _count([tie & (place >= b) for tie, place in zip(ties, places, strict=True)]),
+        excess,
+        jnp.where(excess == 0, total, 0).astype(jnp.int32),
+        jnp.int32(total),
+    )
+    return [(k >= threshold) & ~(tie & (place >= bound)) for k, tie, place in zip(keys, ties, places, strict=True)]
+
+
+def _ordered_bits(leaf: Array) -> Array:
+    magnitude = jnp.abs(jax.lax.stop_gradient(leaf))
+    return jax.lax.bitcast_convert_type(magnitude, f"int{8 * leaf.dtype.itemsize}")
+
+
+def _count(masks: Sequence[Array]) -> Int[Array, ""]:
+    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
+
+
+def _bisect(
+    count_fn: Callable[[Array], Array], target: int | Array, low: Array, high: Array
+) -> tuple[Array, Int[Array, ""]]:
+    """An argument in [low, high] of the non-increasing `count_fn` where it is `target`, else the last where it is more.
+
+    Returns:
+        The argument, and the count there.
+    """
+
+    def unsettled(bounds: tuple[Array, Array]) -> Array:
+        return bounds[0] < bounds[1]
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = high - (high - low) // 2
+        count = count_fn(middle)
+        low = jnp.where(count >= target, middle, low)
+        return low, jnp.where(count == target, middle, jnp.where(count > target, high, middle - 1))
+
+    found, _ = jax.lax.while_loop(unsettled, halve, (low, high))
+    return found, count_fn(found)

@@ -1,0 +1,163 @@
+"""What every defense of the update must do; a new one is one more row."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gia_jax import Batch, clients, defenses, models
+
+STATIC = {
+    "prune": lambda key: defenses.prune(0.5),
+    "prune, global": lambda key: defenses.prune(0.5, scope="global"),
+    "prune, error feedback": lambda key: defenses.prune(0.5, error_feedback=True),
+    "top_k": lambda key: defenses.top_k(0.75),
+    "clip": lambda key: defenses.clip(1.0),
+    "sign": lambda key: defenses.sign(),
+}
+RANDOM = {
+    "gaussian_noise": lambda key: defenses.gaussian_noise(key, 0.1),
+    "laplace_noise": lambda key: defenses.laplace_noise(key, 0.1),
+    "ternary": defenses.ternary,
+    "quantize": lambda key: defenses.quantize(key, 4),
+}
+ALL = STATIC | RANDOM
+CHAIN = {
+    "chain": lambda key: optax.chain(
+        defenses.clip(2.0), defenses.prune(0.5), defenses.gaussian_noise(key, 0.05), defenses.quantize(key, 6)
+    )
+}
+
+EVERY = pytest.mark.parametrize("make", (ALL | CHAIN).values(), ids=ALL | CHAIN)
+EVERY_RANDOM = pytest.mark.parametrize("make", (RANDOM | CHAIN).values(), ids=RANDOM | CHAIN)
+
+
+def update_of(key, dtype=jnp.float32):
+    """Nested, with a scalar leaf and one that is all zeros."""
+    a, b = jax.random.split(key)
+    return {
+        "conv": (jax.random.normal(a, (3, 3, 2, 4), dtype), jnp.zeros(4, dtype)),
+        "head": {"w": jax.random.normal(b, (5, 7), dtype), "scale": jnp.ones((), dtype)},
+    }
+
+
+def once(make, key, update):
+    transformation = make(key)
+    return transformation.update(update, transformation.init(update))[0]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_structure_shapes_and_types_are_kept(make, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        update = update_of(jax.random.key(0), jnp.dtype(dtype))
+        shared = once(make, jax.random.key(1), update)
+        chex.assert_trees_all_equal_shapes_and_dtypes(shared, update)
+        chex.assert_tree_all_finite(shared)
+
+
+@EVERY
+def test_jit_agrees_and_does_not_trace_twice(make):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def compiled(key, update):
+        return once(make, key, update)
+
+    for seed in range(2):
+        key, update = jax.random.key(seed), update_of(jax.random.key(10 + seed))
+        chex.assert_trees_all_close(compiled(key, update), once(make, key, update), rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+def test_vmap_over_clients_is_a_loop(make):
+    keys = jax.random.split(jax.random.key(0), 3)
+    updates = jax.vmap(update_of)(keys)
+    together = jax.vmap(lambda key, update: once(make, key, update))(keys, updates)
+    for i in range(3):
+        alone = once(make, keys[i], jax.tree.map(lambda leaf, i=i: leaf[i], updates))
+        chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_RANDOM
+def test_clients_and_rounds_draw_differently_and_keys_repeat(make):
+    update = update_of(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    shared = jax.vmap(lambda key: once(make, key, update))(keys)["head"]["w"]
+    assert not np.allclose(shared[0], shared[1])
+    transformation = make(keys[0])
+    first, state = transformation.update(update, transformation.init(update))
+    second, _ = transformation.update(update, state)
+    assert not np.allclose(first["head"]["w"], second["head"]["w"])
+    chex.assert_trees_all_equal(first, once(make, keys[0], update))
+
+
+@EVERY_RANDOM
+def test_leaves_draw_differently(make):
+    same = jax.random.normal(jax.random.key(0), (64,))
+    shared = once(make, jax.random.key(1), {"a": same, "b": same})
+    assert not np.allclose(shared["a"], shared["b"])
+
+
+@EVERY
+def test_state_keeps_its_structure_so_that_a_loop_can_scan(make):
+    update = update_of(jax.random.key(0))
+    transformation = make(jax.random.key(1))
+
+    def step(state, _):
+        shared, state = transformation.update(update, state)
+        return state, optax.tree.norm(shared)
+
+    _, norms = jax.lax.scan(step, transformation.init(update), None, length=3)
+    assert np.isfinite(norms).all()
+
+
+@EVERY
+def test_it_trains(make):
+    """Regression in two dimensions: every defense leaves a direction that descends."""
+    inputs = jax.random.normal(jax.random.key(0), (64, 4))
+    target = inputs @ jnp.array([1.0, -2.0, 0.5, 3.0])
+
+    def loss_fn(params):
+        return jnp.mean(jnp.square(inputs @ params["w"] + params["b"] - target))
+
+    transformation = optax.chain(make(jax.random.key(1)), optax.sgd(0.02))
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = transformation.update(jax.grad(loss_fn)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (trained, _), _ = jax.lax.scan(step, (params, transformation.init(params)), None, length=300)
+    assert loss_fn(trained) < 0.5 * loss_fn(params)
+
+
+@EVERY
+def test_a_client_behind_it_can_be_attacked(make):
+    """The defended client is differentiable in its inputs, in reverse mode and under vmap."""
+    apply_fn, params = models.functional(models.MLP((6,), 3, hidden=(5,), rngs=nnx.Rngs(0)))
+    client_fn = defenses.defended(clients.federated_sgd(clients.cross_entropy(apply_fn)), make(jax.random.key(0)))
+    inputs = jax.random.normal(jax.random.key(1), (2, 1, 6))
+
+    def objective(x):
+        return optax.tree.norm(client_fn(params, Batch(x, jnp.array([1]))), squared=True)
+
+    gradients = jax.jit(jax.vmap(jax.grad(objective)))(inputs)
+    assert gradients.shape == inputs.shape
+    assert np.isfinite(gradients).all()
+
+
+@EVERY
+def test_a_nan_stays_with_its_client(make):
+    keys = jax.random.split(jax.random.key(0), 2)
+    updates = jax.vmap(update_of)(keys)
+    spoiled = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), updates)
+    shared = jax.vmap(lambda key, update: once(make, key, update))
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(lambda leaf: leaf[1], shared(keys, tree)) for tree in (updates, spoiled))
+    )

@@ -1,0 +1,94 @@
+"""Noise of the stated distribution; quantisers without bias."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gia_jax.defenses import clip, gaussian_noise, laplace_noise, quantize, sign, ternary
+
+
+def shared(transformation, update):
+    return transformation.update(update, transformation.init(update))[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "law"), [(gaussian_noise, stats.norm(scale=0.3)), (laplace_noise, stats.laplace(scale=0.3))]
+)
+def test_noise_has_the_stated_law(make, law):
+    noise = shared(make(jax.random.key(0), 0.3), {"w": jnp.zeros(20_000)})["w"]
+    assert stats.kstest(np.asarray(noise), law.cdf).pvalue > 1e-3
+    # A case it must refuse: twice the scale.
+    assert stats.kstest(2 * np.asarray(noise), law.cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("make", [gaussian_noise, laplace_noise])
+def test_noise_of_scale_zero_is_none(make):
+    update = jnp.arange(5.0)
+    np.testing.assert_array_equal(shared(make(jax.random.key(0), 0.0), update), update)
+
+
+@pytest.mark.parametrize("make", [gaussian_noise, laplace_noise])
+def test_a_negative_scale_is_named(make):
+    with pytest.raises(ValueError, match=r"scale must not be negative, got -1\.0"):
+        make(jax.random.key(0), -1.0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_stochastic_rounding_is_unbiased(bits):
+    values = jax.random.normal(jax.random.key(0), (40,))
+    keys = jax.random.split(jax.random.key(1), 4_000)
+    drawn = np.asarray(jax.vmap(lambda key: shared(quantize(key, bits), values))(keys), np.float64)
+    error = drawn.mean(0) - np.asarray(values, np.float64)
+    spread = drawn.std(0) / np.sqrt(len(keys))
+    varies = spread > 1e-6
+    # One z for all entries together: they are drawn independently.
+    z = error[varies].sum() / np.sqrt(np.sum(spread[varies] ** 2))
+    assert abs(z) < 4
+    assert varies.sum() >= 39
+    assert np.abs(error[~varies]).max() < 1e-5
+    # A case it must refuse: rounding to nearest is biased.
+    step = np.abs(values).max() / (2 ** (bits - 1) - 1)
+    biased = np.round(np.asarray(values) / step) * step - np.asarray(values)
+    assert np.sum(biased**2) > 20 * np.sum(error**2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 16])
+def test_levels_are_as_many_as_the_bits_hold(bits):
+    values = jax.random.normal(jax.random.key(0), (5_000,))
+    drawn = np.asarray(shared(quantize(jax.random.key(1), bits), values), np.float64)
+    unit = np.abs(np.asarray(values)).max() / (2 ** (bits - 1) - 1)
+    np.testing.assert_allclose(drawn / unit, np.round(drawn / unit), atol=2e-2)
+    assert np.abs(np.round(drawn / unit)).max() <= 2 ** (bits - 1) - 1
+    # Not further than one level from what it stands for.
+    assert np.abs(drawn - np.asarray(values)).max() <= unit * (1 + 1e-5)
+
+
+def test_ternary_is_two_bits():
+    values, key = jax.random.normal(jax.random.key(0), (50,)), jax.random.key(1)
+    np.testing.assert_array_equal(shared(ternary(key), values), shared(quantize(key, 2), values))
+    largest = np.abs(values).max()
+    assert set(np.unique(np.asarray(shared(ternary(key), values)) / largest)) <= {-1.0, 0.0, 1.0}
+
+
+@pytest.mark.parametrize("bits", [1, 0, 17])
+def test_bits_that_are_not_a_width_are_named(bits):
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got"):
+        quantize(jax.random.key(0), bits)
+
+
+def test_signs_keep_the_mean_magnitude():
+    np.testing.assert_allclose(shared(sign(), jnp.array([1.0, -2.0, 0.0, 5.0])), [2, -2, 0, 2])
+
+
+def test_clipping_bounds_the_norm_and_leaves_short_updates():
+    update = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    np.testing.assert_allclose(jax.tree.leaves(shared(clip(1.0), update)), [[0.6], [0.8]], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(shared(clip(6.0), update)), [[3.0], [4.0]])
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_clipping_by_nothing_is_named(norm):
+    with pytest.raises(ValueError, match=f"norm must be positive, got {norm}"):
+        clip(norm)
