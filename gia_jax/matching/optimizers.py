@@ -38,7 +38,8 @@ def soft_sign(num_steps: int) -> optax.GradientTransformation:
 def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Adds scale * N(0, I) to the update: last in a chain it is noise on the pixels, first it is noise on the gradient.
 
-    The noise comes from the attack's own key of each step, so restarts under `vmap` draw different noise.
+    The noise comes from the attack's own key of each step, so restarts under `vmap` draw different noise. Two of these
+    in one chain draw the same.
 
     Args:
         scale: Standard deviation >= 0, or a schedule of it.
