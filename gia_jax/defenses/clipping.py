@@ -1,23 +1,52 @@
-"""Clipping of the whole update. Alone it is no defense: cosine similarity does not see it."""
+"""Clipping of the whole update. Alone it is no defense: cosine similarity does not see it.
 
+Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013, algorithm 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from gia_jax import _check
+from gia_jax.base import Updates
 
 
-def clip(norm: float) -> optax.GradientTransformation:
-    """Scales the update to an L2 norm of at most `norm`, all parameters together: `optax.clip_by_global_norm`, checked.
+def clip(norm: Float[ArrayLike, ""]) -> optax.GradientTransformation:
+    """Scales the update to an L2 norm of at most `norm`, all parameters together.
 
-    Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013, algorithm 1.
+    The numbers are those of `optax.clip_by_global_norm`; its derivative is NaN where the update vanishes, this one's is
+    that of no clipping. In the direction of a clipped update itself the derivative is 0: the length is lost.
 
     Args:
-        norm: Largest L2 norm > 0.
+        norm: Largest L2 norm, positive and finite.
 
     Returns:
-        The transformation, without state.
+        The transformation, without state. An attacker that knows the defense may leave it out and compare directions
+        (`objectives.cosine`).
 
     Raises:
-        ValueError: If `norm` is not positive.
+        ValueError: If `norm` is not positive and finite.
     """
-    _check.positive(norm=norm)
-    return optax.clip_by_global_norm(norm)
+    positive_and_finite(norm=norm)
+    return optax.stateless(lambda updates, _: clipped(updates, norm))
+
+
+def clipped(update: Updates, norm: Float[ArrayLike, ""]) -> Updates:
+    """`update` times min(1, norm / |update|), each leaf in its own precision."""
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(update)]
+    squared = jnp.asarray(optax.tree.norm(wide, squared=True))
+    # A root of 0 has no derivative, and a quotient not taken must not divide by almost 0 either.
+    length: Float[Array, ""] = jnp.sqrt(jnp.where(squared > 0, squared, 1))
+    factor = norm / jnp.where((squared > 0) & (length > norm), length, norm)
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), update)
+
+
+def positive_and_finite(**values: Float[ArrayLike, ""]) -> None:
+    """Raises ValueError naming a concrete number that is not."""
+    _check.positive(**values)
+    for name, value in values.items():
+        if _check.is_concrete(value) and not np.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")

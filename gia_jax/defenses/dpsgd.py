@@ -1,18 +1,21 @@
 """DP-SGD inside the client: each example's gradient is clipped, and the mean of them gets Gaussian noise.
 
-Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1.
+Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1; but the batch is the one given, not a
+Poisson sample, and the sum is divided by its own size.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
 from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.defenses.clipping import clipped, positive_and_finite
+from gia_jax.defenses.noise import add_noise
 from gia_jax.lowering import Lowering
 
 
@@ -20,8 +23,8 @@ def dp_sgd(
     loss_fn: LossFn,
     key: PRNGKeyArray,
     *,
-    norm: float,
-    noise_multiplier: float,
+    norm: Float[ArrayLike, ""],
+    noise_multiplier: Float[ArrayLike, ""],
     microbatch_size: int | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
@@ -32,51 +35,61 @@ def dp_sgd(
 
     Args:
         loss_fn: `(params, batch) -> ` scalar; it sees batches of one example.
-        key: Of this client's round, never the attacker's. `vmap` over clients, each with a key of its own.
-        norm: Largest L2 norm > 0 of one example's gradient, all parameters together.
-        noise_multiplier: Standard deviation of the noise on the sum over `norm`, >= 0.
+        key: Of this client and this round, never the attacker's. A key used twice draws the same noise, which the
+            difference of the two updates cancels. `vmap` over clients, each with a key of its own.
+        norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
+        noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0.
         microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
         lowering: As for `clients.federated_sgd`.
 
     Returns:
-        `(params, batch) -> update`, with one noise for each key: the same update in every call on the same data.
+        `(params, batch) -> update`, with one noise for each key: the same in every call.
 
     Raises:
-        ValueError: If `norm` or `microbatch_size` is not positive, `noise_multiplier` is negative, or the size of a
-            batch is no multiple of `microbatch_size`.
+        ValueError: If `norm` is not positive and finite, `noise_multiplier` is negative, `microbatch_size` is no
+            positive integer, or a batch is empty or its size no multiple of `microbatch_size`.
 
     Formal Guarantees:
-        Adding or removing one example changes the sum by at most `norm` in L2 (the sensitivity); replacing one, by at
-        most 2 `norm`. Division by b assumes that b is public. Clipping without noise has no epsilon.
+        In exact arithmetic (rounding adds to it; bfloat16 visibly) adding or removing one example changes the sum by at
+        most `norm` in L2, and replacing one by at most 2 `norm`. The shared mean is that sum over a public b, so
+        replacing is the relation of one release. There is no sampling, hence no amplification, and without noise no
+        epsilon.
     """
-    _check.positive(norm=norm, microbatch_size=microbatch_size)
+    positive_and_finite(norm=norm)
     _check.not_negative(noise_multiplier=noise_multiplier)
+    if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
+        raise ValueError(f"microbatch_size must be a positive integer, got {microbatch_size}")
+    noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))
     gradient_fn = parameter_gradient(loss_fn, lowering=lowering)
 
     def clipped_sum(params: Params, batch: Batch) -> Updates:
         def one(example: Batch) -> Updates:
-            gradient = gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example))
-            squared = optax.tree.norm(gradient, squared=True)
-            # The root of a norm of zero has no derivative; such a gradient is not clipped.
-            length = jnp.sqrt(jnp.where(squared > norm**2, squared, norm**2))
-            return optax.tree.scale(norm / length, gradient)
+            return clipped(gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example)), norm)
 
         return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch))
 
     def client_fn(params: Params, batch: Batch) -> Updates:
         size = batch.inputs.shape[0]
-        if microbatch_size is None or microbatch_size == size:
+        if size == 0:
+            raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {batch.inputs.shape}")
+        microbatch = microbatch_size or size
+        if size % microbatch:
+            raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")
+
+        def add(total: Updates, part: Batch) -> tuple[Updates, None]:
+            return optax.tree.add(total, clipped_sum(params, part)), None
+
+        if microbatch == size:
             total = clipped_sum(params, batch)
         else:
-            if size % microbatch_size:
-                raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch_size}")
-            parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch_size, *leaf.shape[1:]), batch)
-            zeros = optax.tree.zeros_like(params)
-            add: Callable = jax.checkpoint(lambda total, part: optax.tree.add(total, clipped_sum(params, part)))
-            total, _ = jax.lax.scan(lambda total, part: (add(total, part), None), zeros, parts)
-        if _check.is_concrete(noise_multiplier) and noise_multiplier == 0:
-            return optax.tree.scale(1 / size, total)
-        noise = optax.tree.random_like(key, total, jax.random.normal)
-        return optax.tree.scale(1 / size, optax.tree.add_scale(total, norm * noise_multiplier, noise))
+            parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), batch)
+            total, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), optax.tree.zeros_like(params), parts)
+        if not noiseless:
+            total = add_noise(key, total, norm * noise_multiplier, jax.random.normal)
+
+        def mean(leaf: Array) -> Array:
+            return leaf / jnp.asarray(size, leaf.dtype)
+
+        return jax.tree.map(mean, total)
 
     return client_fn

@@ -2,7 +2,7 @@
 
 Aji and Heafield, Sparse Communication for Distributed Gradient Descent, EMNLP 2017, section 3 (threshold for each
 tensor or for all, residuals kept); as a defense Zhu et al., Deep Leakage from Gradients, NeurIPS 2019, section 5.2, and
-Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, section 3.
+Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
 """
 
 import math
@@ -42,12 +42,13 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
             single update sees no difference).
 
     Returns:
-        The transformation. Its state is empty, or the residual, a tree like the update.
+        The transformation. Its state is empty, or the residual, a tree like the update. An attacker that knows the
+        defense reads the support from the observation: `masked_cosine` on the undefended client.
 
     Raises:
         ValueError: If `ratio` is outside [0, 1), or `scope` is unknown.
     """
-    if not 0 <= ratio < 1:
+    if isinstance(ratio, bool) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), got {ratio}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
@@ -65,9 +66,10 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
             masks = largest(leaves, _kept(sum(leaf.size for leaf in leaves), exact))
         else:
             masks = [largest([leaf], _kept(leaf.size, exact))[0] for leaf in leaves]
-        shared = [jnp.where(mask, leaf, 0) for mask, leaf in zip(masks, leaves, strict=True)]
-        shared = jax.tree.unflatten(treedef, shared)
-        return shared, PruneState(optax.tree.sub(updates, shared) if error_feedback else ())
+        mask = jax.tree.unflatten(treedef, masks)
+        shared = jax.tree.map(lambda kept, leaf: jnp.where(kept, leaf, 0), mask, updates)
+        rest = jax.tree.map(lambda kept, leaf: jnp.where(kept, 0, leaf), mask, updates) if error_feedback else ()
+        return shared, PruneState(rest)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -75,7 +77,8 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
 def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransformation:
     """Top-k sparsification of the whole update, with error feedback: `prune` with scope "global".
 
-    Stich et al., Sparsified SGD with Memory, NeurIPS 2018, definition 2.1 and algorithm 1.
+    Stich et al., Sparsified SGD with Memory, NeurIPS 2018, algorithm 1; the residual is of the update, before the
+    learning rate.
 
     Args:
         ratio: Share of entries that are not sent, in [0, 1).

@@ -1,11 +1,12 @@
 """Updates of few bits an entry: signs, and unbiased stochastic rounding.
 
-Bernstein et al., signSGD, ICML 2018, algorithm 1; Wen et al., TernGrad, NeurIPS 2017, equations 2-3; Alistarh et al.,
-QSGD, NeurIPS 2017, section 3.1, with the largest magnitude of a tensor for its norm, as in their experiments.
+Bernstein et al., signSGD, ICML 2018, algorithm 1; Wen et al., TernGrad, NeurIPS 2017 (without its clipping); Alistarh
+et al., QSGD, NeurIPS 2017, section 3.1, with the largest magnitude of each tensor in place of the L2 norm.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
@@ -17,7 +18,9 @@ def sign() -> optax.GradientTransformation:
     """Shares the sign of every entry, scaled by the mean magnitude of its tensor; 0 stays 0.
 
     The signs are those of signSGD; the scale, one number a tensor, keeps the update usable as a gradient (Karimireddy
-    et al., Error Feedback Fixes SignSGD, ICML 2019, algorithm 1). The derivative of the signs is 0.
+    et al., Error Feedback Fixes SignSGD, ICML 2019, algorithm 1). The derivative of the signs is 0: an attack through
+    this transformation hardly moves, which says nothing of the defense. An attacker that knows it compares the
+    undefended client with the signs observed, by `layerwise_cosine`.
 
     Returns:
         The transformation, without state.
@@ -38,38 +41,37 @@ def ternary(key: PRNGKeyArray) -> optax.GradientTransformation:
     return quantize(key, 2)
 
 
-def quantize(key: PRNGKeyArray, bits: int) -> optax.GradientTransformation:
+def quantize(key: PRNGKeyArray, bits: int | np.integer) -> optax.GradientTransformation:
     """Rounds at random to one of 2^bits - 1 levels, evenly spaced from -s to s, so that the expectation is the entry.
 
     s is the largest magnitude of the tensor, which is shared too. With L = 2^(bits - 1) - 1 and u = L |g| / s, the
     entry becomes sign(g) (s / L) (floor(u) + b), where b is 1 with probability u - floor(u).
 
     Args:
-        key: Of one client. Build the transformation inside the `vmap` over clients, from a key of each: `vmap` over
-            `init` alone gives all of them the same rounding.
+        key: As for `gaussian_noise`: of this transformation of one client.
         bits: An integer in [2, 16], the sign included.
 
     Returns:
         The transformation; its state is the key of the next update. Its derivative is that of its expectation: the
-        identity.
+        identity. An attacker that knows the defense attacks the undefended client, whose update is the expectation.
 
     Raises:
         ValueError: If `bits` is not an integer in [2, 16].
     """
-    if not isinstance(bits, int) or not 2 <= bits <= 16:
-        raise ValueError(f"bits must be an integer from 2 to 16, got {bits}")
-    levels = 2 ** (bits - 1) - 1
+    if not isinstance(bits, int | np.integer) or not 2 <= bits <= 16:
+        raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}")
+    levels = 2 ** (int(bits) - 1) - 1
 
     def one(key: PRNGKeyArray, leaf: Array) -> Array:
         # A half-precision uniform has too few values for a probability.
         exact = jax.lax.stop_gradient(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         largest = jnp.max(jnp.abs(exact), initial=0)
-        scaled = jnp.abs(exact) * (levels / jnp.where(largest > 0, largest, 1))
+        scaled = jnp.abs(exact) / jnp.where(largest > 0, largest, 1) * levels
         below = jnp.floor(scaled)
         up = jax.random.uniform(key, exact.shape, exact.dtype) < scaled - below
         # Rounding errors may lift the largest entry over the last level.
         level = jnp.minimum(below + up, levels)
-        rounded = (jnp.sign(exact) * level * (largest / levels)).astype(leaf.dtype)
+        rounded = (jnp.sign(exact) * (level / levels) * largest).astype(leaf.dtype)
         return rounded + (leaf - jax.lax.stop_gradient(leaf))
 
     def apply_fn(key: PRNGKeyArray, updates: Updates) -> Updates:

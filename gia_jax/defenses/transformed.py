@@ -8,8 +8,11 @@ from gia_jax.base import Batch, ClientFn, Params, Updates
 def defended(client_fn: ClientFn, transformation: optax.GradientTransformation) -> ClientFn:
     """The client of a single round that shares `transformation` of its update.
 
-    Attacks differentiate through it: an adaptive attacker passes its own defended client to any attack. Where the
-    transformation is random the attacker's must come from a key of its own, or leave the randomness out.
+    Every call starts from `init`: it draws the same randomness and has no residual. Build another, from another key,
+    for another round.
+
+    Any attack accepts this client and differentiates through it. Which client and objective an attacker that knows the
+    defense should use, each transformation says in its own docstring: through signs, for one, there is no derivative.
 
     Args:
         client_fn: `(params, batch) -> update`.

@@ -1,6 +1,26 @@
-"""What an attack achieved, measured with the truth that the attack never saw."""
+"""What an attack achieved, measured with the truth that the attack never saw, and what noise promises against any."""
 
 from gia_jax.metrics.images import ImageScores, image_scores, nearest, retrieval_rank, ssim, success_share
 from gia_jax.metrics.labels import label_overlap
+from gia_jax.metrics.privacy import (
+    epsilon,
+    fisher_bound,
+    fisher_information,
+    reconstruction_robustness,
+    van_trees_bound,
+)
 
-__all__ = ["ImageScores", "image_scores", "label_overlap", "nearest", "retrieval_rank", "ssim", "success_share"]
+__all__ = [
+    "ImageScores",
+    "epsilon",
+    "fisher_bound",
+    "fisher_information",
+    "image_scores",
+    "label_overlap",
+    "nearest",
+    "reconstruction_robustness",
+    "retrieval_rank",
+    "ssim",
+    "success_share",
+    "van_trees_bound",
+]

@@ -95,12 +95,49 @@ def test_the_whole_batch_clipped_at_once_is_another_thing():
 def test_an_attacker_can_differentiate_it(microbatch_size):
     with jax.enable_x64(True):
         params, batch = as64(PARAMS), as64(batch_of(4))
-        client_fn = dp_sgd(LOSS, KEY, norm=1.5, noise_multiplier=0.0, microbatch_size=microbatch_size)
+        client_fn = dp_sgd(LOSS, KEY, norm=3.0, noise_multiplier=0.0, microbatch_size=microbatch_size)
+        each = clients.per_example(LOSS)(params, batch)
 
         def objective(x):
             return optax.tree.norm(client_fn(params, Batch(x, batch.labels)), squared=True)
 
-        jax.test_util.check_grads(objective, (batch.inputs,), order=1, modes=["rev"], rtol=1e-5)
+        lengths = [optax.tree.norm(jax.tree.map(lambda leaf, i=i: leaf[i], each)) for i in range(4)]
+        assert min(lengths) < 3.0 < max(lengths)
+        jax.test_util.check_grads(objective, (batch.inputs,), order=1, modes=["fwd", "rev"], rtol=1e-5)
+
+
+def test_clients_under_jit_and_vmap_draw_their_own_noise():
+    batch, keys = batch_of(4), jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    def share(key, multiplier):
+        return dp_sgd(LOSS, key, norm=0.5, noise_multiplier=multiplier)(PARAMS, batch)
+
+    both = jax.vmap(lambda key: share(key, 1.0))(keys)
+    for i in range(2):
+        alone = dp_sgd(LOSS, keys[i], norm=0.5, noise_multiplier=1.0)(PARAMS, batch)
+        for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(*jax.tree.leaves(both)[0])
+    closed_over = jax.jit(dp_sgd(LOSS, keys[0], norm=0.5, noise_multiplier=1.0))(PARAMS, batch)
+    np.testing.assert_allclose(jax.tree.leaves(closed_over)[0], jax.tree.leaves(both)[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precisions_are_kept():
+    params = {"a": jnp.ones(6, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}
+
+    def loss_fn(params, batch):
+        return jnp.sum(params["a"].astype(jnp.float32) * batch.inputs) * params["b"]
+
+    for microbatch_size in (None, 2):
+        client_fn = dp_sgd(loss_fn, KEY, norm=1.0, noise_multiplier=1.0, microbatch_size=microbatch_size)
+        update = client_fn(params, batch_of(4))
+        assert (update["a"].dtype, update["b"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_an_empty_batch_is_named():
+    with pytest.raises(ValueError, match=r"batch.inputs must have shape \(b, \*d\) with b > 0, got \(0, 6\)"):
+        dp_sgd(LOSS, KEY, norm=1.0, noise_multiplier=1.0)(PARAMS, batch_of(0))
 
 
 def test_a_vanishing_gradient_is_no_nan():
@@ -115,7 +152,10 @@ def test_a_vanishing_gradient_is_no_nan():
     [
         ({"norm": 0.0, "noise_multiplier": 1.0}, "norm must be positive, got 0"),
         ({"norm": 1.0, "noise_multiplier": -1.0}, "noise_multiplier must not be negative, got -1"),
-        ({"norm": 1.0, "noise_multiplier": 1.0, "microbatch_size": 0}, "microbatch_size must be positive, got 0"),
+        (
+            {"norm": 1.0, "noise_multiplier": 1.0, "microbatch_size": 0},
+            "microbatch_size must be a positive integer, got 0",
+        ),
     ],
 )
 def test_bad_settings_are_named(arguments, message):

@@ -64,7 +64,7 @@ def test_scopes_differ_where_one_layer_is_larger():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_other_precisions(dtype, request):
+def test_other_precisions(dtype):
     with jax.enable_x64(dtype == "float64"):
         values = jnp.asarray(np.random.default_rng(0).normal(size=50), dtype)
         shared = pruned(prune(0.8), values)
@@ -96,6 +96,13 @@ def test_error_feedback_loses_nothing():
         assert np.count_nonzero(shared) == 2
         total += shared
     np.testing.assert_allclose(total + state.residual, updates.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_an_infinity_that_was_shared_is_not_kept():
+    transformation = top_k(0.5)
+    state = transformation.init(jnp.zeros(4))
+    _, state = transformation.update(jnp.array([jnp.inf, 1.0, 2.0, 3.0]), state)
+    np.testing.assert_array_equal(state.residual, [0, 1, 2, 0])
 
 
 def test_without_error_feedback_the_rest_is_lost():

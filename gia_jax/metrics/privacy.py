@@ -1,0 +1,193 @@
+"""What noise promises: epsilon, the largest chance of a reconstruction, and the least error of one.
+
+Accounting is host work in NumPy. Every number is of the Gaussian mechanism on a sum of clipped gradients, with noise of
+`noise_multiplier` times the clipping norm (`defenses.dp_sgd`); noise without clipping has none of them, but the error
+bounds, which are of one known gradient function.
+"""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy import stats
+
+from gia_jax import _check
+from gia_jax.base import Batch, ClientFn, Params
+
+ACCOUNTANTS = ("pld", "rdp")
+
+
+def epsilon(
+    noise_multiplier: float,
+    *,
+    delta: float,
+    num_rounds: int = 1,
+    sampling_rate: float = 1.0,
+    accountant: str = "pld",
+) -> float:
+    """The epsilon of `num_rounds` releases, for data sets that differ in one example added or removed.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, > 0.
+        delta: In (0, 1).
+        num_rounds: Releases, each with noise of its own.
+        sampling_rate: The chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
+            sampling that the adversary does not see; a server that chose the cohort saw it.
+        accountant: "pld", privacy loss distributions (tight), or "rdp", Renyi (an upper bound).
+
+    Returns:
+        Epsilon, as computed by the library dp-accounting.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+        ImportError: If the extra `privacy` is not installed.
+
+    Formal Guarantees:
+        The releases together are (epsilon, delta)-differentially private, add/remove-one relation, if every round adds
+        N(0, (noise_multiplier * norm)^2) to a sum of gradients clipped to `norm`.
+    """
+    _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    if accountant not in ACCOUNTANTS:
+        raise ValueError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
+    dp_accounting = _dp_accounting()
+    release = dp_accounting.GaussianDpEvent(noise_multiplier)
+    if sampling_rate < 1:
+        release = dp_accounting.PoissonSampledDpEvent(sampling_rate, release)
+    ledger = dp_accounting.pld.PLDAccountant() if accountant == "pld" else dp_accounting.rdp.RdpAccountant()
+    return float(ledger.compose(dp_accounting.SelfComposedDpEvent(release, num_rounds)).get_epsilon(delta))
+
+
+def reconstruction_robustness(
+    noise_multiplier: float, *, prior: float, num_rounds: int = 1, sampling_rate: float = 1.0
+) -> float:
+    """The largest probability gamma that any attack, knowing every other example, reconstructs the one it is after.
+
+    Hayes, Mahloujifar and Balle, Bounding Training Data Reconstruction in DP-SGD, NeurIPS 2023, theorem 2: gamma is the
+    largest mu(E) of events E with nu(E) <= prior, nu the noise alone and mu the noise with the example. Without
+    sampling it is Phi(Phi^-1(prior) + sqrt(num_rounds) / noise_multiplier). With sampling it is the minimum over e of
+    prior exp(e) + delta(e), by duality (Neyman-Pearson), delta the hockey-stick divergence of the composed privacy
+    loss, convolved by FFT.
+
+    Args:
+        noise_multiplier: As for `epsilon`.
+        prior: kappa in (0, 1), the chance of success without the release: 1 / n for n equally likely candidates.
+        num_rounds: As for `epsilon`.
+        sampling_rate: As for `epsilon`.
+
+    Returns:
+        Gamma in [prior, 1], never below the exact value (losses are rounded up, by 1e-4 a round at most). Two
+        candidates whose gradients are opposite and of full norm attain it; more candidates do not.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+        ImportError: If the extra `privacy` is not installed, and `sampling_rate` is below 1.
+    """
+    _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
+    if not 0 < prior < 1:
+        raise ValueError(f"prior must be in (0, 1), got {prior}")
+    if sampling_rate == 1:
+        return float(stats.norm.cdf(stats.norm.ppf(prior) + np.sqrt(num_rounds) / noise_multiplier))
+    distribution = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=sampling_rate
+    )
+    composed = distribution.self_compose(num_rounds)
+
+    def least(low: float, high: float) -> tuple[float, float]:
+        grid = np.linspace(low, high, 2_001)
+        values = prior * np.exp(grid) + np.asarray(composed.get_delta_for_epsilon(grid))
+        return float(grid[np.argmin(values)]), float(values.min())
+
+    # The minimum is where exp(e) is a likelihood ratio; prior exp(e) <= 1 bounds it from above.
+    highest = -float(np.log(prior))
+    coarse, _ = least(-20.0, highest)
+    width = (20 + highest) / 2_000
+    return min(1.0, least(coarse - width, coarse + width)[1])
+
+
+def fisher_information(
+    client_fn: ClientFn, params: Params, batch: Batch, scale: float, *, batch_size: int | None = None
+) -> Float[Array, "d d"]:
+    """What an update with Gaussian noise says of its inputs: J^T J / scale^2, the mean over the examples of `batch`.
+
+    Hannun, Guo and van der Maaten, Measuring Data Leakage in Machine-Learning Models with Fisher Information, UAI 2021,
+    equation 3. J is the derivative of the update of a client that holds one example.
+
+    Args:
+        client_fn: `(params, batch) -> update` before the noise, with its clipping. It is called with one example.
+        params: Parameters.
+        batch: Examples, of d numbers each.
+        scale: Standard deviation of the noise on the update, > 0.
+        batch_size: Columns of J computed at once, of d; None: all.
+
+    Returns:
+        The matrix, in the units of the inputs to the power -2.
+
+    Raises:
+        ValueError: If `scale` is not positive.
+    """
+    _check.positive(scale=scale)
+    shape = batch.inputs.shape[1:]
+    directions = jnp.eye(int(np.prod(shape)), dtype=batch.inputs.dtype)
+
+    def one(example: Batch) -> Float[Array, "d d"]:
+        def update_of(inputs: Float[Array, "d"]) -> Float[Array, "p"]:
+            update = client_fn(params, Batch(inputs.reshape(1, *shape), example.labels[None]))
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(update)])
+
+        _, push = jax.linearize(update_of, example.inputs.ravel())
+        columns = jax.lax.map(push, directions, batch_size=batch_size or len(directions))
+        return columns @ columns.T / scale**2
+
+    return jnp.mean(jax.lax.map(one, batch), 0)
+
+
+def fisher_bound(information: Float[Array, "d d"]) -> Float[Array, ""]:
+    """The least mean squared error per entry of UNBIASED estimators: d / trace(information).
+
+    Hannun et al. 2021 (as above), 1 / eta^2. No ceiling for an attack with a prior, which is biased and may do better:
+    see `van_trees_bound`.
+    """
+    return len(information) / jnp.trace(information)
+
+
+def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "e e"]) -> Float[Array, ""]:
+    """The least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian of this covariance.
+
+    Van Trees, Detection, Estimation, and Modulation Theory, 1968, section 2.4.3: trace((E[F] + covariance^-1)^-1) / d,
+    here as trace((1 + covariance F)^-1 covariance) / d, which needs no inverse of a singular covariance. It is attained
+    where the update is linear in the inputs.
+
+    Args:
+        information: E[F], the Fisher information averaged over the prior (`fisher_information` of many examples).
+        covariance: Of the prior.
+
+    Returns:
+        The bound, in the units of the inputs squared.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if information.shape != covariance.shape:
+        raise ValueError(f"covariance must have the shape {information.shape} of information, got {covariance.shape}")
+    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
+    return jnp.trace(jnp.linalg.solve(identity + covariance @ information, covariance)) / len(covariance)
+
+
+def _check_mechanism(noise_multiplier: float, num_rounds: int, sampling_rate: float) -> None:
+    _check.positive(noise_multiplier=noise_multiplier, num_rounds=num_rounds)
+    if not 0 < sampling_rate <= 1:
+        raise ValueError(f"sampling_rate must be in (0, 1], got {sampling_rate}")
+
+
+def _dp_accounting() -> ModuleType:
+    try:
+        import dp_accounting
+        import dp_accounting.pld.privacy_loss_distribution
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise ImportError("accounting needs the extra 'privacy': pip install 'gia-jax[privacy]'") from error
+    return dp_accounting
