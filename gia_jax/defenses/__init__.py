@@ -1,22 +1,30 @@
 """What a client does to protect its data.
 
 Transformations of the update are optax's (`optax.chain` composes them, `defended` puts them behind a client); DP-SGD
-works on single examples and is a client of its own.
+works on single examples and is a client of its own; MixUp and InstaHide encode the batch, `(key, batch) -> batch`.
 """
 
 from gia_jax.defenses.clipping import clip
 from gia_jax.defenses.dpsgd import dp_sgd
+from gia_jax.defenses.instahide import instahide
+from gia_jax.defenses.mixing import Mixing, draw_mixing, mix
+from gia_jax.defenses.mixup import mixup
 from gia_jax.defenses.noise import gaussian_noise, laplace_noise
 from gia_jax.defenses.pruning import prune, top_k
 from gia_jax.defenses.quantization import quantize, sign, ternary
 from gia_jax.defenses.transformed import defended
 
 __all__ = [
+    "Mixing",
     "clip",
     "defended",
     "dp_sgd",
+    "draw_mixing",
     "gaussian_noise",
+    "instahide",
     "laplace_noise",
+    "mix",
+    "mixup",
     "prune",
     "quantize",
     "sign",

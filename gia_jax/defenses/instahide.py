@@ -1,0 +1,76 @@
+"""InstaHide: MixUp, then a random sign for every pixel of every encoding.
+
+Huang et al., InstaHide: Instance-Hiding Schemes for Private Distributed Learning, ICML 2020, algorithms 1 and 2.
+Broken: Carlini et al., Is Private Learning Possible with Instance Encoding?, IEEE S&P 2021.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gia_jax.base import Batch
+from gia_jax.defenses.mixing import Mixing, draw_mixing, mix
+from gia_jax.defenses.mixup import InputDefenseFn, as_probabilities, checked_bounds
+
+
+def instahide(
+    num_classes: int,
+    *,
+    k: int = 4,
+    low: float = 0.0,
+    high: float = 0.65,
+    public: Float[Array, "m *d"] | None = None,
+) -> InputDefenseFn:
+    """Encoding i is sigma * (lambda_1 x_i + ... + lambda_k x_{i_k}), sigma a fresh sign for every pixel and channel.
+
+    Args:
+        num_classes: Of the model; labels become probabilities, mixed as in `mixup`.
+        k: Images in an encoding, 1 or more.
+        low: Least coefficient.
+        high: Largest coefficient.
+        public: None mixes the batch's own images (intra). Images in the model's space mix ceil(k / 2) private ones
+            with k - ceil(k / 2) of these, which carry no label (cross-dataset): a row of labels then adds up to the
+            private coefficients.
+
+    Returns:
+        `(key, batch) -> batch`, the same size, labels of shape (b, num_classes). Signs are those of the model's
+        (normalised) space, where 0 is the mean pixel.
+
+    Raises:
+        ValueError: If `k` is below 1, almost no coefficients lie in the bounds, or (when called) there are too few
+            images.
+    """
+    bounds = checked_bounds(k, low, high)
+    private = k if public is None else -(-k // 2)
+
+    def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
+        key_mixing, key_signs = jax.random.split(key)
+        images, labels = batch.inputs, as_probabilities(batch, num_classes)
+        size = images.shape[0]
+        if size < private:
+            raise ValueError(f"k={k} needs {private} private images, got {size}")
+        if public is None:
+            mixing = draw_mixing(key_mixing, size, k=k, low=bounds[0], high=bounds[1])
+        else:
+            mixing = _with_public(key_mixing, size, len(public), private, k, bounds)
+            images = jnp.concatenate([images, public.astype(images.dtype)])
+            labels = jnp.concatenate([labels, jnp.zeros((len(public), num_classes), labels.dtype)])
+        signs = jax.random.rademacher(key_signs, batch.inputs.shape, batch.inputs.dtype)
+        return Batch(signs * mix(mixing, images), mix(mixing, labels))
+
+    return encode
+
+
+def _with_public(
+    key: PRNGKeyArray, size: int, num_public: int, private: int, k: int, bounds: tuple[float, float]
+) -> Mixing:
+    """`private` images of the client and k - private public ones, whose indices follow the client's."""
+    if num_public < k - private:
+        raise ValueError(f"public must have at least {k - private} images, got {num_public}")
+    key_coefficients, key_private, key_public = jax.random.split(key, 3)
+    # Coefficients do not depend on how many images there are to choose from.
+    coefficients = draw_mixing(key_coefficients, max(size, k), k=k, low=bounds[0], high=bounds[1]).coefficients[:size]
+    own = draw_mixing(key_private, size, k=private).sources
+    keys = jax.random.split(key_public, size)
+    others = jax.vmap(lambda one: jax.random.choice(one, num_public, (k - private,), replace=False))(keys)
+    return Mixing(jnp.concatenate([own, size + others], 1), coefficients)

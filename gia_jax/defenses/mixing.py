@@ -1,0 +1,86 @@
+"""Which images are mixed with which, and how much: what MixUp and InstaHide have in common.
+
+Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, section 2, and Huang et al., InstaHide:
+Instance-Hiding Schemes for Private Distributed Learning, ICML 2020, algorithm 2; the law of the coefficients is that of
+Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, in its code.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Mixing(NamedTuple):
+    """Encoding i is the sum over j of coefficients[i, j] times image sources[i, j].
+
+    Attributes:
+        sources: Indices, shape (n, k), distinct in each row; the first is i itself.
+        coefficients: Shape (n, k), not negative, each row adds up to 1.
+    """
+
+    sources: Int[Array, "n k"]
+    coefficients: Float[Array, "n k"]
+
+
+def check_mixing(k: int, low: float, high: float) -> None:
+    """Raises ValueError for a number of images or for bounds that (almost) no draw of coefficients satisfies."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    drawn = np.random.default_rng(0).dirichlet(_concentration(k), 100_000)
+    if np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)) < 1e-3:
+        raise ValueError(f"low={low} and high={high} admit fewer than one in 1,000 draws of k={k} coefficients")
+
+
+def _concentration(k: int) -> np.ndarray:
+    return np.asarray([3.0] + [1.0] * (k - 1))
+
+
+def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high: float = 1.0) -> Mixing:
+    """Each image with k - 1 distinct others, coefficients from Dirichlet(3, 1, ..., 1) given that all are in bounds.
+
+    Args:
+        key: Of this draw.
+        size: Images that mix with each other, n >= k.
+        k: Images in an encoding.
+        low: Least coefficient, >= 0.
+        high: Largest coefficient, <= 1.
+
+    Returns:
+        The mixing.
+
+    Raises:
+        ValueError: If `k` is below 1 or above `size`, or fewer than one in 1,000 draws lies in the bounds: draws are
+            repeated until all do.
+    """
+    check_mixing(k, low, high)
+    if size < k:
+        raise ValueError(f"k={k} needs as many images, got {size}")
+    key_sources, key_coefficients = jax.random.split(key)
+    order = jax.random.uniform(key_sources, (size, size))
+    # Each row's own image comes first, the others in random order.
+    order = jnp.where(jnp.eye(size, dtype=bool), -1, order)
+    sources = jnp.argsort(order, axis=1)[:, :k]
+    concentration = jnp.asarray(_concentration(k))
+
+    def outside(coefficients: Array) -> Array:
+        return (coefficients.min(1) < low) | (coefficients.max(1) > high)
+
+    def redraw(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        key, coefficients = carry
+        key, current = jax.random.split(key)
+        fresh = jax.random.dirichlet(current, concentration, (size,))
+        return key, jnp.where(outside(coefficients)[:, None], fresh, coefficients)
+
+    key_coefficients, first = jax.random.split(key_coefficients)
+    start = jax.random.dirichlet(first, concentration, (size,))
+    _, coefficients = jax.lax.while_loop(lambda carry: outside(carry[1]).any(), redraw, (key_coefficients, start))
+    return Mixing(sources, coefficients)
+
+
+def mix(mixing: Mixing, images: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
+    """The encodings, of the images' own type; linear in `images`."""
+    coefficients = mixing.coefficients.astype(images.dtype)
+    return jnp.einsum("nk,nk...->n...", coefficients, images[mixing.sources], precision="highest")

@@ -1,0 +1,55 @@
+"""MixUp: the client trains on sums of its images and of their labels.
+
+Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, section 2; as a defense with k images Huang et al.,
+Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gia_jax.base import Batch
+from gia_jax.defenses.mixing import check_mixing, draw_mixing, mix
+
+InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
+
+
+def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65) -> InputDefenseFn:
+    """Encoding i is lambda_1 x_i + ... + lambda_k x_{i_k} of k distinct images of the batch, and so is its label.
+
+    Args:
+        num_classes: Of the model; labels become probabilities.
+        k: Images in an encoding, 1 or more; 1 leaves the images as they are.
+        low: Least coefficient.
+        high: Largest coefficient.
+
+    Returns:
+        `(key, batch) -> batch`, the same size, labels of shape (b, num_classes). Every epoch draws from a key of its
+        own. Encodings of one image from several epochs can be solved for it: one encoding is not what to measure.
+
+    Raises:
+        ValueError: If `k` is below 1, almost no coefficients lie in the bounds, or (when called) the batch has fewer
+            than k images.
+    """
+    bounds = checked_bounds(k, low, high)
+
+    def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
+        mixing = draw_mixing(key, batch.inputs.shape[0], k=k, low=bounds[0], high=bounds[1])
+        return Batch(mix(mixing, batch.inputs), mix(mixing, as_probabilities(batch, num_classes)))
+
+    return encode
+
+
+def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
+    """The bounds of `k` coefficients; of a single one, which is 1, they say nothing."""
+    bounds = (0.0, 1.0) if k == 1 else (low, high)
+    check_mixing(k, *bounds)
+    return bounds
+
+
+def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
+    """Class indices as rows of zeros and a one; probabilities as they are."""
+    if batch.labels.ndim == 2:
+        return batch.labels.astype(batch.inputs.dtype)
+    return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)
