@@ -162,7 +162,7 @@ def _demonstration(out: Path, seed: int) -> None:
     case = _case("lenet", "photos", 3, 1, seed, 1, 1e-2)
     _banner(case, "lenet")
     print("The client sends the gradient of one photograph. What can the server see?\n")
-    plan = {"dlg": (1_500, 4), "idlg": (1_500, 4), "inverting_gradients": (ATTACKS["inverting_gradients"].num_steps, 1)}
+    plan = {"dlg": (1_200, 4), "idlg": (1_200, 4), "inverting_gradients": (ATTACKS["inverting_gradients"].num_steps, 1)}
     outcomes = {}
     for name, (steps, restarts) in plan.items():
         outcomes[name] = _run(
@@ -254,7 +254,7 @@ def _run(
     observations = jax.jit(jax.vmap(of_one))(jax.random.split(key_threat, victims), case.truth)
     observations = observations._replace(params=case.params)
     if prior_only:
-        noise = report.random_updates(key_random, observations)
+        noise = jax.jit(report.random_updates)(key_random, observations)
         both = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), observations._replace(params=()), noise._replace(params=())
         )
