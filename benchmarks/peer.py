@@ -13,15 +13,15 @@ _KEPT: list[Any] = []
 
 def _breaching() -> Any:
     warnings.filterwarnings("ignore")
-    import torch
+    from torch import library
 
     try:
         import breaching
     except RuntimeError:  # a torchvision made for another torch lacks its operators; nothing here calls them
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)  # definitions last as long as this object
+        definitions = library.Library("torchvision", "DEF")
+        definitions.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        definitions.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(definitions)  # they last as long as this object
         import breaching
     return breaching
 

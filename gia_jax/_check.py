@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 
@@ -14,12 +15,16 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def finite(name: str, tree: PyTree[Array]) -> None:
+def finite(name: str, tree: PyTree[ArrayLike]) -> None:
     """Raises ValueError where a concrete leaf of `tree` holds a NaN or an infinity."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+        if is_concrete(leaf) and _is_inexact(leaf) and not np.isfinite(np.asarray(leaf)).all():
             bad = np.asarray(leaf)[~np.isfinite(np.asarray(leaf))].flat[0]
             raise ValueError(f"{name} must be finite, got {bad} at {name}{jax.tree_util.keystr(path)}")
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else type(leaf), jnp.inexact)
 
 
 def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[Array]) -> None:
@@ -54,10 +59,15 @@ def not_negative(**values: Any) -> None:
     _bounded(values, lambda value: value >= 0, "not be negative")
 
 
-def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, lengths that differ, non-finite inputs, or labels that are no classes."""
+def examples(inputs: Array | np.ndarray) -> None:
+    """Raises ValueError for inputs of a batch that is empty, or has no axis of examples."""
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {jnp.shape(inputs)}")
+
+
+def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
+    """Raises ValueError for an empty batch, lengths that differ, non-finite inputs, or labels that are no classes."""
+    examples(inputs)
     if jnp.ndim(labels) not in (1, 2) or labels.shape[0] != inputs.shape[0]:
         raise ValueError(
             f"batch.labels must have shape ({inputs.shape[0]},) or ({inputs.shape[0]}, c), got {jnp.shape(labels)}"

@@ -5,13 +5,13 @@ Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 20
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gia_jax import _check
 from gia_jax.base import Updates
+from gia_jax.defenses.precision import widened
 
 
 def clip(norm: Float[ArrayLike, ""]) -> optax.GradientTransformation:
@@ -30,23 +30,15 @@ def clip(norm: Float[ArrayLike, ""]) -> optax.GradientTransformation:
     Raises:
         ValueError: If `norm` is not positive and finite.
     """
-    positive_and_finite(norm=norm)
+    _check.positive(norm=norm)
+    _check.finite("norm", norm)
     return optax.stateless(lambda updates, _: clipped(updates, norm))
 
 
 def clipped(update: Updates, norm: Float[ArrayLike, ""]) -> Updates:
     """`update` times min(1, norm / |update|), each leaf in its own precision."""
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(update)]
-    squared = jnp.asarray(optax.tree.norm(wide, squared=True))
+    squared = jnp.asarray(optax.tree.norm(jax.tree.map(widened, update), squared=True))
     # A root of 0 has no derivative, and a quotient not taken must not divide by almost 0 either.
     length: Float[Array, ""] = jnp.sqrt(jnp.where(squared > 0, squared, 1))
     factor = norm / jnp.where((squared > 0) & (length > norm), length, norm)
     return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), update)
-
-
-def positive_and_finite(**values: Float[ArrayLike, ""]) -> None:
-    """Raises ValueError naming a concrete number that is not."""
-    _check.positive(**values)
-    for name, value in values.items():
-        if _check.is_concrete(value) and not np.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
 from gia_jax.clients.gradient import parameter_gradient
-from gia_jax.defenses.clipping import clipped, positive_and_finite
+from gia_jax.defenses.clipping import clipped
 from gia_jax.defenses.noise import add_noise
 from gia_jax.lowering import Lowering
 
@@ -55,7 +55,8 @@ def dp_sgd(
         replacing is the relation of one release. There is no sampling, hence no amplification, and without noise no
         epsilon.
     """
-    positive_and_finite(norm=norm)
+    _check.positive(norm=norm)
+    _check.finite("norm", norm)
     _check.not_negative(noise_multiplier=noise_multiplier)
     if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
         raise ValueError(f"microbatch_size must be a positive integer, got {microbatch_size}")
@@ -69,9 +70,8 @@ def dp_sgd(
         return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch))
 
     def client_fn(params: Params, batch: Batch) -> Updates:
+        _check.examples(batch.inputs)
         size = batch.inputs.shape[0]
-        if size == 0:
-            raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {batch.inputs.shape}")
         microbatch = microbatch_size or size
         if size % microbatch:
             raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")

@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax.base import Batch
-from gia_jax.defenses.mixing import Mixing, draw_mixing, mix
-from gia_jax.defenses.mixup import InputDefenseFn, as_probabilities, checked_bounds
+from gia_jax.defenses.mixing import (
+    InputDefenseFn,
+    Mixing,
+    as_probabilities,
+    checked_bounds,
+    draw_coefficients,
+    draw_mixing,
+    draw_sources,
+    mix,
+)
 
 
 def instahide(
@@ -68,9 +76,8 @@ def _with_public(
     if num_public < k - private:
         raise ValueError(f"public must have at least {k - private} images, got {num_public}")
     key_coefficients, key_private, key_public = jax.random.split(key, 3)
-    # Coefficients do not depend on how many images there are to choose from.
-    coefficients = draw_mixing(key_coefficients, max(size, k), k=k, low=bounds[0], high=bounds[1]).coefficients[:size]
-    own = draw_mixing(key_private, size, k=private).sources
+    coefficients = draw_coefficients(key_coefficients, size, k=k, low=bounds[0], high=bounds[1])
+    own = draw_sources(key_private, size, k=private)
     keys = jax.random.split(key_public, size)
     others = jax.vmap(lambda one: jax.random.choice(one, num_public, (k - private,), replace=False))(keys)
     return Mixing(jnp.concatenate([own, size + others], 1), coefficients)

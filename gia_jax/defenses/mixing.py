@@ -5,12 +5,18 @@ Instance-Hiding Schemes for Private Distributed Learning, ICML 2020, algorithm 2
 Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, in its code.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gia_jax.base import Batch
+
+InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
 
 
 class Mixing(NamedTuple):
@@ -25,6 +31,7 @@ class Mixing(NamedTuple):
     coefficients: Float[Array, "n k"]
 
 
+@functools.lru_cache
 def check_mixing(k: int, low: float, high: float) -> None:
     """Raises ValueError for a number of images or for bounds that (almost) no draw of coefficients satisfies."""
     if k < 1:
@@ -32,6 +39,13 @@ def check_mixing(k: int, low: float, high: float) -> None:
     drawn = np.random.default_rng(0).dirichlet(_concentration(k), 100_000)
     if np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)) < 1e-3:
         raise ValueError(f"low={low} and high={high} admit fewer than one in 1,000 draws of k={k} coefficients")
+
+
+def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
+    """The bounds of `k` coefficients; of a single one, which is 1, they say nothing."""
+    bounds = (0.0, 1.0) if k == 1 else (low, high)
+    check_mixing(k, *bounds)
+    return bounds
 
 
 def _concentration(k: int) -> np.ndarray:
@@ -55,14 +69,23 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
         ValueError: If `k` is below 1 or above `size`, or fewer than one in 1,000 draws lies in the bounds: draws are
             repeated until all do.
     """
-    check_mixing(k, low, high)
+    key_sources, key_coefficients = jax.random.split(key)
+    coefficients = draw_coefficients(key_coefficients, size, k=k, low=low, high=high)
+    return Mixing(draw_sources(key_sources, size, k=k), coefficients)
+
+
+def draw_sources(key: PRNGKeyArray, size: int, *, k: int) -> Int[Array, "n k"]:
+    """Each image itself, then k - 1 distinct others; ValueError where there are fewer than k."""
     if size < k:
         raise ValueError(f"k={k} needs as many images, got {size}")
-    key_sources, key_coefficients = jax.random.split(key)
-    order = jax.random.uniform(key_sources, (size, size))
+    order = jax.random.uniform(key, (size, size))
     # Each row's own image comes first, the others in random order.
-    order = jnp.where(jnp.eye(size, dtype=bool), -1, order)
-    sources = jnp.argsort(order, axis=1)[:, :k]
+    return jnp.argsort(jnp.where(jnp.eye(size, dtype=bool), -1, order), axis=1)[:, :k]
+
+
+def draw_coefficients(key: PRNGKeyArray, size: int, *, k: int, low: float, high: float) -> Float[Array, "n k"]:
+    """Rows from the Dirichlet law, each drawn again until it is in bounds; ValueError where that (almost) never is."""
+    check_mixing(k, low, high)
     concentration = jnp.asarray(_concentration(k))
 
     def outside(coefficients: Array) -> Array:
@@ -74,13 +97,20 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
         fresh = jax.random.dirichlet(current, concentration, (size,))
         return key, jnp.where(outside(coefficients)[:, None], fresh, coefficients)
 
-    key_coefficients, first = jax.random.split(key_coefficients)
+    key, first = jax.random.split(key)
     start = jax.random.dirichlet(first, concentration, (size,))
-    _, coefficients = jax.lax.while_loop(lambda carry: outside(carry[1]).any(), redraw, (key_coefficients, start))
-    return Mixing(sources, coefficients)
+    _, coefficients = jax.lax.while_loop(lambda carry: outside(carry[1]).any(), redraw, (key, start))
+    return coefficients
 
 
 def mix(mixing: Mixing, images: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
     """The encodings, of the images' own type; linear in `images`."""
     coefficients = mixing.coefficients.astype(images.dtype)
     return jnp.einsum("nk,nk...->n...", coefficients, images[mixing.sources], precision="highest")
+
+
+def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
+    """Class indices as rows of zeros and a one; probabilities as they are."""
+    if batch.labels.ndim == 2:
+        return batch.labels.astype(batch.inputs.dtype)
+    return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)

@@ -4,15 +4,10 @@ Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, section 2; a
 Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
 """
 
-from collections.abc import Callable
-
-import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from gia_jax.base import Batch
-from gia_jax.defenses.mixing import check_mixing, draw_mixing, mix
-
-InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
+from gia_jax.defenses.mixing import InputDefenseFn, as_probabilities, checked_bounds, draw_mixing, mix
 
 
 def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65) -> InputDefenseFn:
@@ -39,17 +34,3 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
         return Batch(mix(mixing, batch.inputs), mix(mixing, as_probabilities(batch, num_classes)))
 
     return encode
-
-
-def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
-    """The bounds of `k` coefficients; of a single one, which is 1, they say nothing."""
-    bounds = (0.0, 1.0) if k == 1 else (low, high)
-    check_mixing(k, *bounds)
-    return bounds
-
-
-def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
-    """Class indices as rows of zeros and a one; probabilities as they are."""
-    if batch.labels.ndim == 2:
-        return batch.labels.astype(batch.inputs.dtype)
-    return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Float, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Updates
+from gia_jax.defenses.precision import widened
 
 
 class KeyState(NamedTuple):
@@ -72,8 +72,8 @@ def laplace_noise(key: PRNGKeyArray, scale: Float[ArrayLike, ""]) -> optax.Gradi
 
 
 def add_noise(key: PRNGKeyArray, updates: Updates, scale: Float[ArrayLike, ""], sampler: Callable[..., Any]) -> Updates:
-    """Adds scale times samples, drawn and added in float32 at least: half precision has too few values for a tail."""
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), updates)
+    """Adds scale times samples, drawn and added in float32 at least."""
+    wide = jax.tree.map(widened, updates)
     noise = optax.tree.random_like(key, wide, sampler)
     return jax.tree.map(lambda leaf, w, n: (w + scale * n).astype(leaf.dtype), updates, wide, noise)
 
@@ -82,5 +82,5 @@ def _additive(
     key: PRNGKeyArray, scale: Float[ArrayLike, ""], sampler: Callable[..., Any]
 ) -> optax.GradientTransformation:
     _check.not_negative(scale=scale)
-    _check.finite("scale", jnp.asarray(scale))
+    _check.finite("scale", scale)
     return stochastic(key, lambda k, updates: add_noise(k, updates, scale, sampler))

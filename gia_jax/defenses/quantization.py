@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax.base import Updates
 from gia_jax.defenses.noise import stochastic
+from gia_jax.defenses.precision import widened
 
 
 def sign() -> optax.GradientTransformation:
@@ -63,8 +64,7 @@ def quantize(key: PRNGKeyArray, bits: int | np.integer) -> optax.GradientTransfo
     levels = 2 ** (int(bits) - 1) - 1
 
     def one(key: PRNGKeyArray, leaf: Array) -> Array:
-        # A half-precision uniform has too few values for a probability.
-        exact = jax.lax.stop_gradient(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        exact = widened(jax.lax.stop_gradient(leaf))
         largest = jnp.max(jnp.abs(exact), initial=0)
         scaled = jnp.abs(exact) / jnp.where(largest > 0, largest, 1) * levels
         below = jnp.floor(scaled)
