@@ -5,42 +5,28 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import gia_jax
-from gia_jax import Batch, Observation, ThreatModel, clients, data, labels, models, observe, report
-from gia_jax.attacks.named import ATTACKS, LEVENBERG_MARQUARDT_STEPS, SOLVERS, Target, make_attack, make_linear
+from gia_jax import ThreatModel, labels, models, report
+from gia_jax.attacks.named import ATTACKS, LEVENBERG_MARQUARDT_STEPS, SOLVERS
+from gia_jax.cases import FIRST_LAYER, PRIOR_ONLY, Case, Outcome, attack, load_case, see
 from gia_jax.plots import picture_grid
-from gia_jax.study import Study, study, study_analytic
+from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Protected, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
-FIRST_LAYER = {"linear": "head", "mlp": "dense0"}
-
-
-class Case(NamedTuple):
-    """Victims and what is public about them."""
-
-    images: data.ImageData
-    truth: Batch  # in the model's space, leading axis of victims
-    pixels: np.ndarray  # the same images in [0, 1]
-    gallery: np.ndarray
-    params: Any
-    client_fn: Any
-    num_parameters: int
-
-
-class Outcome(NamedTuple):
-    """A study of true and of random updates, and its scores."""
-
-    study: Study
-    scores: report.Scores
-    prior_only: np.ndarray | None
-    threat: ThreatModel
+# What the demonstration defends with: strengths of the literature, the noise and the clipping in proportion to LeNet.
+SHOWN = (
+    "none",
+    "prune:ratio=0.9",
+    "gaussian:scale=0.01",
+    "dpsgd:noise_multiplier=0.01,norm=1",
+    "mixup:k=4",
+    "instahide:k=4",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,27 +54,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the model's weights and of the attacks")
     commands = parser.add_subparsers(dest="command", metavar="{attack,list}")
     commands.add_parser("list", help="names of attacks, models, data and solvers")
-    attack = commands.add_parser(
+    single = commands.add_parser(
         "attack", help="one attack on one setting", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    attack.add_argument("--attack", default="inverting_gradients", help=", ".join(ATTACKS))
-    attack.add_argument("--model", default="lenet", help=", ".join(models.MODELS))
-    attack.add_argument("--data", default="photos", help=DATA)
-    attack.add_argument("--victims", type=int, default=3, help="clients attacked, in the order of the data's ids")
-    attack.add_argument("--batch-size", type=int, default=1, help="images of a client")
-    attack.add_argument("--steps", type=int, help="of each restart; default: the paper's")
-    attack.add_argument("--restarts", type=int, default=1, help="starts of each attack; the lowest loss is kept")
-    attack.add_argument("--labels", choices=["known", "inferred"], help="default: as in the attack's paper")
-    attack.add_argument("--local-steps", type=int, default=1, help="local SGD steps of the client on its whole batch")
-    attack.add_argument(
+    single.add_argument("--attack", default="inverting_gradients", help=", ".join(ATTACKS))
+    single.add_argument("--model", default="lenet", help=", ".join(models.MODELS))
+    single.add_argument("--data", default="photos", help=DATA)
+    single.add_argument("--victims", type=int, default=3, help="clients attacked, in the order of the data's ids")
+    single.add_argument("--batch-size", type=int, default=1, help="images of a client")
+    single.add_argument("--steps", type=int, help="of each restart; default: the paper's")
+    single.add_argument("--restarts", type=int, default=1, help="starts of each attack; the lowest loss is kept")
+    single.add_argument("--labels", choices=["known", "inferred"], help="default: as in the attack's paper")
+    single.add_argument("--local-steps", type=int, default=1, help="local SGD steps of the client on its whole batch")
+    single.add_argument(
         "--local-learning-rate", type=float, default=1e-2, help="of the local steps, known to the attacker"
     )
-    attack.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
-    attack.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
-    attack.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
+    single.add_argument(
+        "--defense",
+        action="append",
+        default=[],
+        metavar="NAME[:k=v,k=v]",
+        help=f"of the client; repeat it for several, in this order: {', '.join([*DEFENSES, *COMBINATIONS])}",
+    )
+    single.add_argument("--adaptive", action="store_true", help="the attacker knows the defenses, but not their keys")
+    single.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
+    single.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
+    single.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
     # The same options after the command; without a default here, those before it are kept.
-    attack.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")
-    attack.add_argument("--out", default=argparse.SUPPRESS, help="as before the command")
+    single.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")
+    single.add_argument("--out", default=argparse.SUPPRESS, help="as before the command")
     return parser
 
 
@@ -96,6 +90,8 @@ def _list() -> None:
     for title, names in (
         ("attacks", {name: named.summary for name, named in ATTACKS.items()}),
         ("solvers", SOLVERS),
+        ("defenses", {name: f"{_settings(named)}{named.summary}" for name, named in DEFENSES.items()}),
+        ("combinations of defenses", {name: " ".join(parts) for name, parts in COMBINATIONS.items()}),
         ("models", dict.fromkeys(models.MODELS, "")),
         ("data", {"photos": "scikit-image's photographs", "digits": "scikit-learn's digits", "any TFDS set": DATA}),
         (
@@ -106,6 +102,10 @@ def _list() -> None:
         print(f"{title}:")
         for name, summary in names.items():
             print(f"  {name:<22}{summary}".rstrip())
+
+
+def _settings(named: Named) -> str:
+    return "".join(f"{key}={value:g} " for key, value in named.settings.items())
 
 
 def _attack(args: argparse.Namespace) -> None:
@@ -119,189 +119,153 @@ def _attack(args: argparse.Namespace) -> None:
     exact = args.solver == "levenberg_marquardt"
     args.labels = args.labels or ATTACKS[args.attack].labels
     args.steps = args.steps or (LEVENBERG_MARQUARDT_STEPS if exact else ATTACKS[args.attack].num_steps)
+    if args.attack == "linear" and args.adaptive:
+        raise ValueError("--attack linear has no objective to adapt, got --adaptive")
     if args.attack == "linear" and args.model not in FIRST_LAYER:
         raise ValueError(
             f"--attack linear needs a model that starts fully connected, mlp or linear, got {args.model!r}"
         )
     if args.attack == "idlg" and args.labels == "inferred" and args.batch_size > 1:
         raise ValueError(f"--attack idlg infers the label of one image, got --batch-size {args.batch_size}")
+    parts = tuple(part for text in args.defense for part in parse(text))
+    if args.adaptive and not parts:
+        raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
     out = _folder(Path(args.out))
     jax.config.update("jax_enable_x64", exact)
-    case = _case(
-        args.model, args.data, args.victims, args.batch_size, args.seed, args.local_steps, args.local_learning_rate
+    case = load_case(
+        args.model,
+        args.data,
+        victims=args.victims,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        local_steps=args.local_steps,
+        learning_rate=args.local_learning_rate,
     )
-    _banner(case, args.model)
-    outcome = _run(
+    key_clients, key_attack = jax.random.split(jax.random.key(args.seed))
+    protected = case.protect(parts)
+    _banner(case, args.model, protected)
+    known = args.labels == "known"
+    defense = " ".join(str(part) for part in parts) or "none"
+    outcomes = attack(
         case,
+        see(case, {defense: protected}, key_clients, known=[known])[known],
+        protected,
         args.attack,
+        key_attack,
         model=args.model,
-        known_labels=args.labels == "known",
+        known_labels=known,
+        adaptive=args.adaptive,
+        solver=args.solver,
         num_steps=args.steps,
         num_restarts=args.restarts,
-        solver=args.solver,
-        seed=args.seed,
         lanes=args.lanes,
-        prior_only=not args.no_prior_only,
+        prior_only=None if args.no_prior_only else defense,
+        progress_fn=_progress(args.attack),
         checkpoint=out / "checkpoint.npz",
     )
+    outcome, prior = outcomes[defense], outcomes.get(PRIOR_ONLY)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "command")}
-    print(f"threat model: {outcome.threat.describe()}\n")
+    threat = _threat(known, defense, args.adaptive)
+    print(f"threat model: {threat}\n")
     guesses = report.baselines(case.pixels, case.gallery)
-    print(_table({args.attack: outcome}, guesses))
+    print(_table([_row(args.attack, known, outcome, prior)], guesses))
     extra = {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
-    if outcome.prior_only is not None:
-        extra["prior_only_psnr"] = outcome.prior_only.tolist()
-    content = report.results(
-        outcome.study, outcome.scores, settings=settings, threat_model=outcome.threat.describe(), extra=extra
-    )
-    _write(out, case, content, {args.attack: outcome}, f"{args.attack} on {args.model}")
+    if prior is not None:
+        extra["prior_only_psnr"] = prior.scores.psnr.tolist()
+    content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra)
+    title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "")
+    _write(out, content)
+    _picture(out / "reconstructions.png", case, {args.attack: outcome}, title)
+
+
+def _threat(known: bool, defense: str, adaptive: bool) -> str:
+    card = ThreatModel(labels=known).describe()
+    if defense == "none":
+        return card
+    return f"{card}; {'knows' if adaptive else 'does not know'} the defense {defense}"
 
 
 def _demonstration(out: Path, seed: int) -> None:
     out = _folder(out)
-    case = _case("lenet", "photos", 3, 1, seed, 1, 1e-2)
-    _banner(case, "lenet")
+    case = load_case("lenet", "photos", victims=3, seed=seed)
+    protected = {name: case.protect(() if name == "none" else parse(name)) for name in SHOWN}
+    _banner(case, "lenet", protected["none"])
     print("The client sends the gradient of one photograph. What can the server see?\n")
-    plan = {"dlg": (1_200, 4), "idlg": (1_200, 4), "inverting_gradients": (ATTACKS["inverting_gradients"].num_steps, 1)}
-    outcomes = {}
+    # name: steps, restarts
+    plan = {"dlg": (1_200, 2), "idlg": (1_200, 4), "inverting_gradients": (2_400, 1)}
+    key_clients, key_attack = jax.random.split(jax.random.key(seed))
+    seen = see(case, protected, key_clients, known=(False, True))
+    found = {}
     for name, (steps, restarts) in plan.items():
-        outcomes[name] = _run(
+        known = ATTACKS[name].labels == "known"
+        found[name] = attack(
             case,
+            seen[known],
+            protected["none"],
             name,
+            key_attack,
             model="lenet",
-            known_labels=ATTACKS[name].labels == "known",
+            known_labels=known,
             num_steps=steps,
             num_restarts=restarts,
-            solver="paper",
-            seed=seed,
+            prior_only="none",
+            progress_fn=_progress(name),
         )
     guesses = report.baselines(case.pixels, case.gallery)
-    print(_table(outcomes, guesses))
+    rows = [
+        _row(name, ATTACKS[name].labels == "known", outcomes["none"], outcomes[PRIOR_ONLY])
+        for name, outcomes in found.items()
+    ]
+    print(_table(rows, guesses))
     print(
         "\nPSNR in dB after clipping to [0, 1]: above 20 a photograph is recognisable, above 40 it is a copy.\n"
-        "Restarts are chosen by the attacker's own loss. 'prior only' is the same attack on a random update."
+        "Restarts are chosen by the attacker's own loss. 'prior only' is the same attack on a random update.\n"
+        "Seconds are for all the defenses below together.\n\n"
+        "The same attacks, which know of no defense, when the client defends itself; median PSNR in dB:\n"
     )
-    settings = {name: {"steps": steps, "restarts": restarts} for name, (steps, restarts) in plan.items()}
-    content = {
-        name: report.results(
-            outcome.study,
-            outcome.scores,
-            settings={"attack": name, "model": "lenet", "data": "photos", "seed": seed, **settings[name]},
-            threat_model=outcome.threat.describe(),
-            extra={"prior_only_psnr": outcome.prior_only.tolist()} if outcome.prior_only is not None else {},
-        )
-        for name, outcome in outcomes.items()
-    }
-    content |= {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
-    _write(out, case, content, outcomes, "What the server sees of three photographs")
-
-
-def _case(
-    model: str, name: str, victims: int, batch_size: int, seed: int, local_steps: int, learning_rate: float
-) -> Case:
-    count = victims * batch_size
-    images = data.load(name) if name in ("photos", "digits") else data.load(name, limit=count)
-    if len(images.images) < count:
-        raise ValueError(f"--victims times --batch-size must be at most {len(images.images)} for {name}, got {count}")
-    if name in ("photos", "digits"):
-        kept = (
-            ~np.isin(images.labels, images.labels[:count])
-            if name == "photos"
-            else np.arange(len(images.images)) >= count
-        )
-        gallery = images.images[kept] if kept.any() else np.full_like(images.images[:1], 0.5)
-    else:
-        gallery = data.load(name, split="train", limit=2_000).images
-    pixels = images.images[:count].reshape(victims, batch_size, *images.images.shape[1:])
-    truth = Batch(
-        jnp.asarray(images.normalize(pixels.astype(jnp.result_type(float)))),
-        jnp.asarray(images.labels[:count].reshape(victims, batch_size)),
+    medians = [[name, *(f"{np.median(o[shown].scores.psnr):.1f}" for shown in SHOWN)] for name, o in found.items()]
+    print(report.table(["attack", *SHOWN], medians))
+    print(
+        "\nAn attacker that knows the defense may do better:\n"
+        "python -m gia_jax attack --defense prune:ratio=0.9 --adaptive"
     )
-    shape, classes = images.images.shape[1:], len(images.class_names)
-    apply_fn, params = models.functional(models.MODELS[model](shape, classes, rngs=nnx.Rngs(seed)))
-    params = jax.tree.map(lambda leaf: leaf.astype(truth.inputs.dtype), params)
-    loss_fn = clients.cross_entropy(apply_fn)
-    if local_steps == 1:
-        client_fn = clients.federated_sgd(loss_fn)
-    else:
-        client_fn = clients.federated_averaging(loss_fn, learning_rate=learning_rate, local_epochs=local_steps)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Case(images, truth, pixels, gallery, params, client_fn, size)
+    content: dict[str, Any] = {}
+    for name, outcomes in found.items():
+        known, (steps, restarts) = ATTACKS[name].labels == "known", plan[name]
+        setting = {"attack": name, "model": "lenet", "data": "photos", "seed": seed, "steps": steps}
+        for shown in SHOWN:
+            content[name if shown == "none" else f"{name}, {shown}"] = report.results(
+                outcomes[shown].study,
+                outcomes[shown].scores,
+                settings=setting | {"restarts": restarts, "defense": shown},
+                threat_model=_threat(known, shown, False),
+                extra={"prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist()},
+            )
+    content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
+    _write(out, content)
+    undefended = {name: outcomes["none"] for name, outcomes in found.items()}
+    _picture(out / "reconstructions.png", case, undefended, "What the server sees of three photographs")
+    for name in ("idlg", "inverting_gradients"):
+        defended = {shown: found[name][shown] for shown in SHOWN}
+        _picture(out / f"defenses_{name}.png", case, defended, f"{name}, when the client defends itself")
 
 
-def _run(
-    case: Case,
-    name: str,
-    *,
-    model: str,
-    known_labels: bool,
-    num_steps: int,
-    num_restarts: int,
-    solver: str,
-    seed: int,
-    lanes: int = 16,
-    prior_only: bool = True,
-    checkpoint: Path | None = None,
-) -> Outcome:
-    threat = ThreatModel(labels=known_labels)
-    key_threat, key_attack, key_random = jax.random.split(jax.random.key(seed), 3)
-    victims, batch_size = case.truth.labels.shape
-    classes = len(case.images.class_names)
-
-    def of_one(key: jax.Array, batch: Batch) -> Observation:
-        return observe(key, threat, case.client_fn, case.params, batch, num_classes=classes)
-
-    observations = jax.jit(jax.vmap(of_one))(jax.random.split(key_threat, victims), case.truth)
-    observations = observations._replace(params=case.params)
-    if prior_only:
-        noise = jax.jit(report.random_updates)(key_random, observations)
-        both = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]), observations._replace(params=()), noise._replace(params=())
-        )
-        observations = both._replace(params=case.params)
-    low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
-    target = Target(case.client_fn, labels.dense("head"), classes, batch_size, (low, high))
-    rule = "known" if known_labels else "inferred"
-    if name == "linear":
-        reconstruct_fn = make_linear(target, layer_fn=labels.dense(FIRST_LAYER[model]), labels=rule)
-        found = study_analytic(reconstruct_fn, key_attack, observations)
-    else:
-        attack = make_attack(name, target, labels=rule, solver=solver, num_steps=num_steps)
-        found = study(
-            attack,
-            key_attack,
-            observations,
-            num_steps=num_steps,
-            num_restarts=num_restarts,
-            lanes=lanes,
-            progress_fn=_progress(name),
-            checkpoint=checkpoint,
-        )
-    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), case.truth) if prior_only else case.truth
-    scores = report.score(found.reconstruction.batch, truth, case.images)
-    first = jax.tree.map(lambda leaf: leaf[:victims], found.reconstruction)
-    kept = found._replace(reconstruction=first, losses=found.losses[:victims])
-    own = report.Scores(*(field[:victims] for field in scores))
-    return Outcome(kept, own, scores.psnr[victims:] if prior_only else None, threat)
+def _row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
+    scores, timing = outcome.scores, outcome.study.timing
+    return [
+        name,
+        "known" if known else "inferred",
+        _list_of(scores.psnr),
+        f"{np.median(scores.psnr):.1f}",
+        f"{np.median(scores.ssim):.2f}",
+        f"{np.mean(scores.label_correct):.0%}",
+        "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}",
+        f"{timing.compile_seconds:.0f}",
+        f"{timing.run_seconds:.0f}",
+    ]
 
 
-def _table(outcomes: dict[str, Outcome], guesses: dict[str, np.ndarray]) -> str:
-    rows = []
-    for name, outcome in outcomes.items():
-        psnr, timing = outcome.scores.psnr, outcome.study.timing
-        rows.append(
-            [
-                name,
-                "known" if outcome.threat.labels else "inferred",
-                _list_of(psnr),
-                f"{np.median(psnr):.1f}",
-                f"{np.median(outcome.scores.ssim):.2f}",
-                f"{np.mean(outcome.scores.label_correct):.0%}",
-                "-" if outcome.prior_only is None else f"{np.median(outcome.prior_only):.1f}",
-                f"{timing.compile_seconds:.0f}",
-                f"{timing.run_seconds:.0f}",
-            ]
-        )
+def _table(rows: list[list[str]], guesses: dict[str, np.ndarray]) -> str:
     rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", "", "", "", "", ""] for name, psnr in guesses.items()]
     header = ["attack or guess", "labels", "PSNR", "median", "SSIM", "labels right", "prior only", "compile s", "run s"]
     return report.table(header, rows)
@@ -312,15 +276,19 @@ def _list_of(psnr: np.ndarray) -> str:
     return " ".join(f"{value:.1f}" for value in values[:4]) + (" ..." if len(values) > 4 else "")
 
 
-def _write(out: Path, case: Case, content: Any, outcomes: dict[str, Outcome], title: str) -> None:
+def _write(out: Path, content: Any) -> None:
     (out / "results.json").write_text(report.to_json(content))
+    print(f"\nwrote {out / 'results.json'}")
+
+
+def _picture(path: Path, case: Case, outcomes: dict[str, Outcome], title: str) -> None:
     flat = case.pixels.reshape(-1, *case.pixels.shape[2:])
     columns, captions = {"original": flat}, {}
     for name, outcome in outcomes.items():
         columns[name] = outcome.scores.images.reshape(flat.shape)
         captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.scores.psnr.reshape(-1)]
-    picture_grid(columns, out / "reconstructions.png", captions=captions, title=title)
-    print(f"\nwrote {out / 'results.json'} and {out / 'reconstructions.png'}")
+    picture_grid(columns, path, captions=captions, title=title)
+    print(f"wrote {path}")
 
 
 def _folder(out: Path) -> Path:
@@ -334,11 +302,12 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _banner(case: Case, model: str) -> None:
+def _banner(case: Case, model: str, protected: Protected) -> None:
     victims, batch_size = case.truth.labels.shape
     shape = "x".join(str(n) for n in case.pixels.shape[2:])
+    size = sum(leaf.size for leaf in jax.tree.leaves(protected.params))
     print(
-        f"gia_jax {gia_jax.__version__}: {model}, untrained, {case.num_parameters:,} parameters; "
+        f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "
         f"{victims} clients with {batch_size} of {case.images.name} ({shape}) each; {report.hardware()}"
     )
 

@@ -14,6 +14,7 @@ import pytest
 from gia_jax import ThreatModel, data, models
 from gia_jax.__main__ import main
 from gia_jax.attacks.named import ATTACKS, SOLVERS
+from gia_jax.protection import COMBINATIONS, DEFENSES
 
 pytest.importorskip("sklearn")
 
@@ -36,8 +37,8 @@ def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled before the arguments were checked")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr("gia_jax.__main__.study", refuse)
-    monkeypatch.setattr("gia_jax.__main__.study_analytic", refuse)
+    monkeypatch.setattr("gia_jax.cases.study", refuse)
+    monkeypatch.setattr("gia_jax.cases.study_analytic", refuse)
 
 
 def _read(out: Path) -> dict[str, Any]:
@@ -47,7 +48,17 @@ def _read(out: Path) -> dict[str, Any]:
 def test_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     words = capsys.readouterr().out.split()
-    for name in (*ATTACKS, *SOLVERS, *models.MODELS, "photos", "digits", "bias_counts", "ilrg"):
+    for name in (
+        *ATTACKS,
+        *SOLVERS,
+        *DEFENSES,
+        *COMBINATIONS,
+        *models.MODELS,
+        "photos",
+        "digits",
+        "bias_counts",
+        "ilrg",
+    ):
         assert name in words
 
 
@@ -102,6 +113,25 @@ def test_the_linear_attack_is_exact_and_says_what_it_knew(tmp_path: Path) -> Non
     assert "prior_only_psnr" not in read
 
 
+def test_defenses_act_in_order_and_the_threat_model_names_them(tmp_path: Path) -> None:
+    defenses = ["--defense", "clip:norm=0.5", "--defense", "prune:ratio=0.5"]
+    quick = [*QUICK, "--steps", "20", "--solver", "adam"]
+    for name, adaptive in (("blind", []), ("adaptive", ["--adaptive"])):
+        assert main([*quick, *defenses, *adaptive, "--out", str(tmp_path / name)]) == 0
+    blind, adaptive = _read(tmp_path / "blind"), _read(tmp_path / "adaptive")
+    card = ThreatModel(labels=True).describe()
+    assert blind["threat_model"] == f"{card}; does not know the defense clip:norm=0.5 prune:ratio=0.5"
+    assert adaptive["threat_model"] == f"{card}; knows the defense clip:norm=0.5 prune:ratio=0.5"
+    assert blind["settings"]["defense"] == ["clip:norm=0.5", "prune:ratio=0.5"]
+    assert blind["victims"] != adaptive["victims"]
+
+
+def test_mixed_images_have_soft_labels_all_the_way(tmp_path: Path) -> None:
+    assert main([*QUICK, "--steps", "20", "--defense", "prune_mixup", "--out", str(tmp_path)]) == 0
+    for victim in _read(tmp_path)["victims"]:
+        assert victim["is_finite"]
+
+
 @pytest.mark.parametrize("name", ["--out", "--seed"])
 def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,6 +158,11 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--local-steps", "2", "--local-learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
         (["--attack", "linear", "--model", "lenet"], "--attack linear needs a model that starts fully connected"),
         (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
+        (["--defense", "magic"], f"defense must be one of {', '.join([*DEFENSES, *COMBINATIONS])}, got 'magic'"),
+        (["--defense", "prune:ratio=2"], "ratio must be in [0, 1), got 2.0"),
+        (["--defense", "dpsgd", "--local-steps", "2"], "defense dpsgd is for one step on the whole batch"),
+        (["--adaptive"], "--adaptive needs a --defense that the attacker could know, got none"),
+        (["--attack", "linear", "--defense", "clip", "--adaptive"], "--attack linear has no objective to adapt"),
         (["--seed", "9" * 30], "--seed must be"),
         (["--seed", "-1"], "--seed must be"),
     ],

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -11,17 +13,22 @@ def blocks(language: str) -> list[str]:
 
 
 def test_example_leaks_the_photograph() -> None:
-    (example,) = blocks("python")
+    example, defended = blocks("python")
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     scores = names["metrics"].image_scores(names["image"], names["photos"].images)
     assert float(scores.psnr[0]) > 18
     assert int(names["found"].batch.labels[0]) == int(names["photos"].labels[0])
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    # The second example goes on from the first.
+    exec(compile(defended, "README.md", "exec"), names)
+    pixels = names["photos"].denormalize(np.asarray(names["found"].batch.inputs))
+    leaked = names["metrics"].image_scores(pixels, names["photos"].images)
+    assert float(leaked.psnr[0]) > 12.5  # grey has 11.1
 
 
 def test_an_update_of_noise_leaks_nothing() -> None:
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     noise = """
 def noise(u):
     return jax.random.normal(jax.random.key(5), u.shape)

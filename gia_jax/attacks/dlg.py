@@ -4,8 +4,9 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from gia_jax.base import Attack, Batch, ClientFn, InitFn, Observation
+from gia_jax.base import Attack, Batch, ClientFn, InitFn, ObjectiveFn, Observation
 from gia_jax.matching.initializations import normal
+from gia_jax.matching.objectives import euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.solver import gradient_matching
 
@@ -17,6 +18,7 @@ def dlg(
     *,
     num_classes: int,
     init_fn: InitFn | None = None,
+    objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
     """Dummy inputs and dummy labels are optimised together until their gradient is the observed one:
@@ -34,6 +36,7 @@ def dlg(
         client_fn: The client the attacker assumes; its loss takes class probabilities.
         num_classes: Classes c of the model, >= 2.
         init_fn: Of the inputs. Default: standard normal, as in the paper.
+        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
         optimizer: Default: L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
@@ -58,6 +61,7 @@ def dlg(
     return gradient_matching(
         client_fn,
         init_fn=init_pair,
+        objective_fn=objective_fn,
         label_fn=None,
         decode_fn=decode,
         optimizer=fixed_step_lbfgs() if optimizer is None else optimizer,

@@ -2,10 +2,11 @@
 
 import optax
 
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
 from gia_jax.labels import ClassifierFn
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.initializations import normal
+from gia_jax.matching.objectives import euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.solver import gradient_matching
 
@@ -18,6 +19,7 @@ def idlg(
     *,
     label_fn: LabelFn | None = None,
     init_fn: InitFn | None = None,
+    objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
     """The label is read from the sign of the last layer's gradient (equation 5), then DLG optimises the input alone.
@@ -30,6 +32,7 @@ def idlg(
         classifier_fn: Picks the last layer, such as `gia_jax.labels.dense("head")`.
         label_fn: Another label rule, for batches or known labels.
         init_fn: Of the inputs. Default: standard normal.
+        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
         optimizer: Default: L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
@@ -38,6 +41,7 @@ def idlg(
     return gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,
+        objective_fn=objective_fn,
         label_fn=idlg_labels(classifier_fn) if label_fn is None else label_fn,
         optimizer=fixed_step_lbfgs() if optimizer is None else optimizer,
     )

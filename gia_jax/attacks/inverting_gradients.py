@@ -4,7 +4,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
 from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine, cosine_residuals
@@ -23,6 +23,7 @@ def inverting_gradients(
     total_variation_weight: float = 1e-2,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
+    objective_fn: ObjectiveFn = cosine,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
     """Images whose gradient has the direction of the observed one, and little total variation:
@@ -45,6 +46,7 @@ def inverting_gradients(
         total_variation_weight: alpha >= 0.
         label_fn: Default: the labels the threat model grants.
         init_fn: Default: standard normal pixels.
+        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
         optimizer: In place of the paper's.
 
     Returns:
@@ -57,7 +59,7 @@ def inverting_gradients(
     return gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,
-        objective_fn=cosine,
+        objective_fn=objective_fn,
         prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
         label_fn=label_fn,
         project_fn=box(*bounds),

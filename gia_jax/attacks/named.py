@@ -1,7 +1,7 @@
 """Attacks and solvers by the names of the command line, each with its paper's defaults."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -12,14 +12,15 @@ from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ReconstructFn
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, ReconstructFn
 from gia_jax.labels import ClassifierFn, bias_counts
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
+from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.run import continued, keep_best
-from gia_jax.matching.solver import gradient_matching
+from gia_jax.models.functional import ApplyFn
 from gia_jax.threat import granted_labels
 
 
@@ -32,6 +33,8 @@ class Target(NamedTuple):
         num_classes: Of the model.
         batch_size: Of the client.
         bounds: Darkest and brightest pixel in the model's space.
+        apply_fn: `(params, inputs) -> logits`, whose predictions the counting of labels measures; None for 1 / classes.
+        adapt_fn: From the attack's own objective, the one to use: an attacker's that knows the defense.
     """
 
     client_fn: ClientFn
@@ -39,6 +42,8 @@ class Target(NamedTuple):
     num_classes: int
     batch_size: int
     bounds: tuple
+    apply_fn: ApplyFn | None = None
+    adapt_fn: Callable[[ObjectiveFn], ObjectiveFn] = lambda objective_fn: objective_fn
 
 
 class Named(NamedTuple):
@@ -76,7 +81,9 @@ def label_rule(labels: str, target: Target) -> LabelFn:
         raise ValueError(f"labels must be known or inferred, got {labels!r}")
     if labels == "known":
         return granted_labels
-    return idlg_labels(target.classifier_fn) if target.batch_size == 1 else bias_counts(target.classifier_fn)
+    if target.batch_size == 1:
+        return idlg_labels(target.classifier_fn)
+    return bias_counts(target.classifier_fn, apply_fn=target.apply_fn)
 
 
 def make_attack(name: str, target: Target, *, labels: str, solver: str, num_steps: int) -> Attack:
@@ -102,6 +109,7 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
 
     def build(optimizer: optax.GradientTransformation | None, init_fn: InitFn | None = None) -> Attack:
         label_fn = label_rule(labels, target)
+        objective_fn = target.adapt_fn(cosine if name == "inverting_gradients" else euclidean)
         if name == "inverting_gradients":
             return inverting_gradients(
                 target.client_fn,
@@ -109,14 +117,14 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
                 num_steps=num_steps,
                 label_fn=label_fn,
                 init_fn=init_fn,
+                objective_fn=objective_fn,
                 optimizer=optimizer,
             )
+        options: dict[str, Any] = {"init_fn": init_fn, "objective_fn": objective_fn, "optimizer": optimizer}
         if name == "dlg" and labels == "inferred":
-            return dlg(target.client_fn, num_classes=target.num_classes, init_fn=init_fn, optimizer=optimizer)
-        if name == "dlg":
-            lbfgs = fixed_step_lbfgs() if optimizer is None else optimizer
-            return gradient_matching(target.client_fn, init_fn=init_fn, label_fn=label_fn, optimizer=lbfgs)
-        return idlg(target.client_fn, target.classifier_fn, label_fn=label_fn, init_fn=init_fn, optimizer=optimizer)
+            return dlg(target.client_fn, num_classes=target.num_classes, **options)
+        # With its labels given, DLG is iDLG.
+        return idlg(target.client_fn, target.classifier_fn, label_fn=label_fn, **options)
 
     if solver == "levenberg_marquardt":
         first = keep_best(build(fixed_step_lbfgs(), near_grey()))
@@ -135,5 +143,9 @@ def make_linear(target: Target, *, layer_fn: ClassifierFn, labels: str) -> Recon
 
     Inferred labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
     """
-    label_fn = bias_counts(target.classifier_fn) if labels == "inferred" else label_rule(labels, target)
+    label_fn = (
+        bias_counts(target.classifier_fn, apply_fn=target.apply_fn)
+        if labels == "inferred"
+        else label_rule(labels, target)
+    )
     return linear_inversion(layer_fn, label_fn=label_fn)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
 from gia_jax.clients.gradient import parameter_gradient
@@ -20,13 +20,16 @@ def cross_entropy(apply_fn) -> LossFn:
         `(params, batch) -> ` mean loss in nats, for class indices (b,) or class probabilities (b, c).
     """
 
-    def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
-        logits = apply_fn(params, batch.inputs)
-        if jnp.issubdtype(batch.labels.dtype, jnp.integer):
-            return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.labels))
-        return jnp.mean(optax.losses.softmax_cross_entropy(logits, batch.labels))
+    return lambda params, batch: classification_loss(apply_fn(params, batch.inputs), batch.labels)
 
-    return loss_fn
+
+def classification_loss(
+    logits: Float[Array, "b c"], labels: Int[Array, " b"] | Float[Array, "b c"]
+) -> Float[Array, ""]:
+    """The mean softmax cross-entropy in nats, for class indices (b,) or class probabilities (b, c)."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
 
 
 def federated_sgd(loss_fn: LossFn, *, lowering: Lowering = "auto") -> ClientFn:

@@ -48,11 +48,9 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
     Raises:
         ValueError: If `ratio` is outside [0, 1), or `scope` is unknown.
     """
-    if isinstance(ratio, bool) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    exact = checked_ratio(ratio)
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    exact = Fraction(str(ratio))
 
     def init_fn(params: Updates) -> PruneState:
         return PruneState(optax.tree.zeros_like(params) if error_feedback else ())
@@ -91,6 +89,13 @@ def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransfo
         ValueError: If `ratio` is outside [0, 1).
     """
     return prune(ratio, scope="global", error_feedback=error_feedback)
+
+
+def checked_ratio(ratio: float) -> Fraction:
+    """The ratio as the decimal it is written as; ValueError outside [0, 1)."""
+    if isinstance(ratio, bool) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    return Fraction(str(ratio))
 
 
 def _kept(size: int, ratio: Fraction) -> int:

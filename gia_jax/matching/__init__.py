@@ -1,11 +1,12 @@
 """The blocks of an iterative attack: objectives, priors, initialisations, optimisers, and what drives them."""
 
-from gia_jax.matching import initializations, objectives, optimizers, priors
+from gia_jax.matching import adaptive, initializations, objectives, optimizers, priors
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
 
 __all__ = [
+    "adaptive",
     "advance",
     "box",
     "choose",

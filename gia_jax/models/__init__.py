@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from gia_jax.models.convnet import CNN6, ConvNet, GroupNormNet
-from gia_jax.models.functional import batch_norm_inputs, functional, running_statistics
+from gia_jax.models.functional import batch_norm_inputs, functional, headless, running_statistics
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.resnet import ResNet
@@ -34,5 +34,6 @@ __all__ = [
     "ResNet",
     "batch_norm_inputs",
     "functional",
+    "headless",
     "running_statistics",
 ]

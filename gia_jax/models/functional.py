@@ -64,6 +64,31 @@ def functional(
     return apply_fn, nnx.to_pure_dict(params)
 
 
+def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
+    """A copy of a module without its last layer: its outputs are the features.
+
+    Args:
+        module: Any `flax.nnx` module whose forward pass ends in the layer `name`.
+        name: Of the layer, an attribute of the module.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If there is no such attribute.
+    """
+    if not hasattr(module, name):
+        raise ValueError(f"name must be a layer of {type(module).__name__}, got {name!r}")
+    body = nnx.clone(module)
+    setattr(body, name, _Identity())
+    return body
+
+
+class _Identity(nnx.Module):
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
 def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "training"] = "evaluation"):
     """The statistics of what enters the batch-normalisation layers of a module.
 

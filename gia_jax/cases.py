@@ -1,0 +1,253 @@
+"""A setting of the command line: victims and their client, with any defenses, and an attack on them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from gia_jax import clients, data, labels, models, report
+from gia_jax.attacks.named import Target, make_attack, make_linear
+from gia_jax.base import Batch, LossFn, Observation
+from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.protection import Part, Protected, encoded, protect
+from gia_jax.study import ProgressFn, Study, study, study_analytic
+from gia_jax.threat import ThreatModel, observe
+
+FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
+NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
+PRIOR_ONLY = "prior only"
+
+
+class Case(NamedTuple):
+    """Victims and what is public about them.
+
+    Attributes:
+        images: All images of the data set that were read.
+        truth: The victims' batches in the model's space, leading axis of victims.
+        others: What MixUp and InstaHide may mix in, the same for every victim.
+        pixels: The victims' images in [0, 1].
+        gallery: Public images, none of them a victim's.
+        module: The model with its initial weights.
+        local_steps: Of the client, on its whole batch.
+        learning_rate: Of the local steps.
+    """
+
+    images: data.ImageData
+    truth: Batch
+    others: Batch
+    pixels: np.ndarray
+    gallery: np.ndarray
+    module: nnx.Module
+    local_steps: int
+    learning_rate: float
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data."""
+        return len(self.images.class_names)
+
+    def protect(self, parts: Sequence[Part]) -> Protected:
+        """The client with these defenses."""
+
+        def averaging(loss_fn: LossFn) -> Any:
+            return clients.federated_averaging(loss_fn, learning_rate=self.learning_rate, local_epochs=self.local_steps)
+
+        make_client = clients.federated_sgd if self.local_steps == 1 else averaging
+        protected = protect(parts, self.module, num_classes=self.num_classes, make_client=make_client)
+        dtype = self.truth.inputs.dtype
+        return protected._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), protected.params))
+
+
+class Outcome(NamedTuple):
+    """A study, of some of the victims that were attacked together, and its scores."""
+
+    study: Study
+    scores: report.Scores
+
+
+def load_case(
+    model: str,
+    name: str,
+    *,
+    victims: int,
+    batch_size: int = 1,
+    seed: int = 0,
+    local_steps: int = 1,
+    learning_rate: float = 1e-2,
+) -> Case:
+    """Victims in the order of the data's ids, each with its own images, and an untrained model.
+
+    Args:
+        model: A key of `models.MODELS`.
+        name: "photos", "digits", or a data set of TFDS.
+        victims: Clients.
+        batch_size: Images of each.
+        seed: Of the model's weights.
+        local_steps: Of each client.
+        learning_rate: Of the local steps.
+
+    Returns:
+        The case, in float64 where that is enabled.
+
+    Raises:
+        ValueError: More images than the data set has.
+    """
+    count, small = victims * batch_size, name in ("photos", "digits")
+    images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
+    if len(images.images) < count:
+        raise ValueError(f"--victims times --batch-size must be at most {len(images.images)} for {name}, got {count}")
+    if name == "photos":
+        kept = ~np.isin(images.labels, images.labels[:count])
+    else:
+        kept = np.arange(len(images.images)) >= count
+    if not small:
+        gallery = data.load(name, split="train", limit=2_000).images
+    else:
+        gallery = images.images[kept] if kept.any() else np.full_like(images.images[:1], 0.5)
+    normalized = jnp.asarray(images.normalize(images.images.astype(jnp.result_type(float))))
+    every = Batch(normalized, jnp.asarray(images.labels))
+    truth = jax.tree.map(lambda leaf: leaf[:count].reshape(victims, batch_size, *leaf.shape[1:]), every)
+    others = jax.tree.map(lambda leaf: leaf[count : count + NUM_OTHERS], every)
+    pixels = images.images[:count].reshape(victims, batch_size, *images.images.shape[1:])
+    module = _built(model, images.images.shape[1:], len(images.class_names), seed)
+    return Case(images, truth, others, pixels, gallery, module, local_steps, learning_rate)
+
+
+def _built(model: str, shape: tuple[int, ...], num_classes: int, seed: int) -> nnx.Module:
+    """One program in place of one for each operation of the initialisation."""
+
+    @nnx.jit
+    def build() -> nnx.Module:
+        return models.MODELS[model](shape, num_classes, rngs=nnx.Rngs(seed))
+
+    return build()
+
+
+def see(case: Case, protected: Mapping[str, Protected], key: PRNGKeyArray, *, known: Sequence[bool]) -> Any:
+    """What the server sees of every victim under every defense, with and without its labels.
+
+    Args:
+        case: The victims.
+        protected: Their clients, by a name; they share one set of parameters.
+        key: Of the clients, each of which draws its own, and of the threat model.
+        known: Whether labels are granted, one or both of False and True.
+
+    Returns:
+        By `known`, then by name: observations, leading axis of victims. Labels are probabilities, so that those of
+        mixed images are like the others, where more than one defense is to be attacked by one program.
+    """
+    params = next(iter(protected.values())).params
+    soft = len(protected) > 1
+
+    def of_one(key: PRNGKeyArray, batch: Batch) -> Any:
+        seen: dict[bool, dict[str, Observation]] = {granted: {} for granted in known}
+        for name, one in protected.items():
+            key, key_encode, key_client, key_threat = jax.random.split(key, 4)
+            encoding = encoded(one.encode_fn, key_encode, batch, case.others)
+            if soft:
+                encoding = Batch(encoding.inputs, as_probabilities(encoding, case.num_classes))
+            for granted in known:
+                threat = ThreatModel(labels=granted)
+                client_fn = one.client_fn(key_client)
+                observation = observe(key_threat, threat, client_fn, params, encoding, num_classes=case.num_classes)
+                seen[granted][name] = observation._replace(params=())
+        return seen
+
+    victims = len(case.truth.labels)
+    seen = jax.jit(jax.vmap(of_one))(jax.random.split(key, victims), case.truth)
+    return {granted: {name: o._replace(params=params) for name, o in group.items()} for granted, group in seen.items()}
+
+
+def attack(
+    case: Case,
+    observations: Mapping[str, Observation],
+    assumed: Protected,
+    name: str,
+    key: PRNGKeyArray,
+    *,
+    model: str,
+    known_labels: bool,
+    adaptive: bool = False,
+    solver: str = "paper",
+    num_steps: int,
+    num_restarts: int = 1,
+    lanes: int = 16,
+    prior_only: str | None = None,
+    progress_fn: ProgressFn | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, Outcome]:
+    """One attack, as one program, on all observations and on random updates.
+
+    Args:
+        case: The victims.
+        observations: From `see`, by name.
+        assumed: The client the attacker assumes.
+        name: Of the attack.
+        key: The attacker's.
+        model: Its name, for the attack "linear".
+        known_labels: Whether the labels were granted.
+        adaptive: Whether the attacker knows the defenses of `assumed`, or takes the client for one without any.
+        solver: As for `make_attack`.
+        num_steps: As for `study`.
+        num_restarts: As for `study`.
+        lanes: As for `study`.
+        prior_only: The observations that random updates imitate, by name; None for no random updates.
+        progress_fn: As for `study`.
+        checkpoint: As for `study`.
+
+    Returns:
+        Outcomes by the names of the observations, and of the random updates by "prior only".
+    """
+    key_attack, key_random = jax.random.split(key)
+    groups = {group: (observation.update, observation.extra) for group, observation in observations.items()}
+    params = next(iter(observations.values())).params
+    if prior_only is not None:
+        noise = jax.jit(report.random_updates)(key_random, observations[prior_only])
+        groups[PRIOR_ONLY] = (noise.update, noise.extra)
+    together = Observation(params, *_joined(list(groups.values())))
+    low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
+    plain = assumed if adaptive else case.protect(())
+    # The parameters the server sent tell it the model, with or without a bottleneck.
+    plain = plain if jax.tree.structure(plain.params) == jax.tree.structure(params) else assumed
+    target = Target(
+        plain.assumed_fn,
+        labels.dense("head"),
+        case.num_classes,
+        case.truth.labels.shape[1],
+        (low, high),
+        apply_fn=plain.apply_fn,
+    )
+    target = target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
+    rule = "known" if known_labels else "inferred"
+    if name == "linear":
+        reconstruct_fn = make_linear(target, layer_fn=labels.dense(FIRST_LAYER[model]), labels=rule)
+        found = study_analytic(reconstruct_fn, key_attack, together)
+    else:
+        found = study(
+            make_attack(name, target, labels=rule, solver=solver, num_steps=num_steps),
+            key_attack,
+            together,
+            num_steps=num_steps,
+            num_restarts=num_restarts,
+            lanes=lanes,
+            progress_fn=progress_fn,
+            checkpoint=checkpoint,
+        )
+    truth = _joined([case.truth] * len(groups))
+    scores = report.score(found.reconstruction.batch, truth, case.images)
+    victims, outcomes = len(case.truth.labels), {}
+    for i, group in enumerate(groups):
+        part = slice(i * victims, (i + 1) * victims)
+        reconstruction = jax.tree.map(lambda leaf, part=part: leaf[part], found.reconstruction)
+        own = found._replace(reconstruction=reconstruction, losses=found.losses[part])
+        outcomes[group] = Outcome(own, report.Scores(*(field[part] for field in scores)))
+    return outcomes
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)

@@ -1,0 +1,114 @@
+"""PRECODE: a variational bottleneck between the features and the last layer, so that gradients depend on a noise that
+only the client knows.
+
+Scheliga et al., PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage, WACV 2022, section 3; the standard
+deviation as in Alemi et al., Deep Variational Information Bottleneck, ICLR 2017.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gia_jax import _check
+from gia_jax.base import Batch, LossFn, Params
+from gia_jax.clients.sgd import classification_loss
+from gia_jax.models.functional import ApplyFn
+
+
+class Precode(NamedTuple):
+    """A model with a bottleneck.
+
+    Attributes:
+        apply_fn: `(params, inputs) -> logits` with the mean code, for evaluation.
+        loss_fn: `(key) -> LossFn`, the loss of a client whose noise comes from this key, never the attacker's; None
+            takes the mean code.
+        params: {"features": the given ones, "encoder", "decoder", "head": {"kernel", "bias"}}.
+    """
+
+    apply_fn: ApplyFn
+    loss_fn: Callable[[PRNGKeyArray | None], LossFn]
+    params: Params
+
+
+def precode(
+    key: PRNGKeyArray,
+    features_fn: ApplyFn,
+    params: Params,
+    *,
+    num_features: int,
+    num_classes: int,
+    size: int = 256,
+    weight: float = 1e-3,
+) -> Precode:
+    """The model whose features pass through a random code z before the last layer.
+
+    With epsilon ~ N(0, 1) for each example,
+
+        mu, s = encoder(features(x)),  z = mu + softplus(s - 5) * epsilon,  logits = head(decoder(z)),
+
+    with the loss  cross-entropy + weight * KL(N(mu, softplus(s - 5)^2) || N(0, 1)).
+
+    An attacker that knows the defense does not know epsilon. It draws its own or takes the mean code, and leaves out
+    the layers whose gradient depends on epsilon most, `selected(objective, lambda path: "features" in path)`.
+
+    Args:
+        key: Of the initial weights (as PyTorch's layers), not of epsilon.
+        features_fn: `(params, inputs) -> features` of shape (b, num_features), such as
+            `models.functional(models.headless(module))`.
+        params: Its parameters.
+        num_features: Of `features_fn`.
+        num_classes: Of the model.
+        size: Entries of the code, >= 1.
+        weight: Of the divergence, >= 0.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If `size`, `num_features` or `num_classes` is below 1, or `weight` is negative.
+    """
+    _check.positive(num_features=num_features, num_classes=num_classes, size=size)
+    _check.not_negative(weight=weight)
+
+    def code(params: Params, inputs: Array) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
+        mean, scale = jnp.split(_dense(params["encoder"], features_fn(params["features"], inputs)), 2, axis=1)
+        return mean, jax.nn.softplus(scale - 5)
+
+    def logits(params: Params, z: Float[Array, "b z"]) -> Float[Array, "b c"]:
+        return _dense(params["head"], _dense(params["decoder"], z))
+
+    def loss_fn(key: PRNGKeyArray | None) -> LossFn:
+        def loss(params: Params, batch: Batch) -> Float[Array, ""]:
+            mean, deviation = code(params, batch.inputs)
+            noise = 0 if key is None else deviation * jax.random.normal(key, mean.shape, mean.dtype)
+            divergence = 0.5 * (jnp.square(mean) + jnp.square(deviation) - 1) - jnp.log(deviation)
+            match = classification_loss(logits(params, mean + noise), batch.labels)
+            return match + weight * jnp.mean(jnp.sum(divergence, 1))
+
+        return loss
+
+    keys = jax.random.split(key, 3)
+    layers = {
+        "encoder": _initial(keys[0], num_features, 2 * size),
+        "decoder": _initial(keys[1], size, num_features),
+        "head": _initial(keys[2], num_features, num_classes),
+    }
+    return Precode(
+        lambda params, inputs: logits(params, code(params, inputs)[0]), loss_fn, {"features": params, **layers}
+    )
+
+
+def _dense(layer: Params, inputs: Float[Array, "b i"]) -> Float[Array, "b o"]:
+    return inputs @ layer["kernel"] + layer["bias"]
+
+
+def _initial(key: PRNGKeyArray, size: int, outputs: int) -> Params:
+    key_kernel, key_bias = jax.random.split(key)
+    limit = size**-0.5
+    return {
+        "kernel": jax.random.uniform(key_kernel, (size, outputs), minval=-limit, maxval=limit),
+        "bias": jax.random.uniform(key_bias, (outputs,), minval=-limit, maxval=limit),
+    }

@@ -1,0 +1,124 @@
+"""Soteria: the last layer's gradient without the features that tell most of the input.
+
+Sun et al., Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation Perspective,
+CVPR 2021, algorithm 1; scores as in the authors' code.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+from jaxtyping import Array, Bool, Float
+
+from gia_jax.base import Batch, ClientFn, Params, Updates
+from gia_jax.defenses.pruning import checked_ratio, largest
+from gia_jax.labels.classifier import ClassifierFn
+from gia_jax.lowering import Lowering, lower, lowers_to_matmul
+from gia_jax.models.functional import ApplyFn
+
+GUARD = 0.1  # added to |r_i| by the authors' code: a dead feature would divide by 0
+
+
+def soteria(
+    client_fn: ClientFn, apply_fn: ApplyFn, classifier_fn: ClassifierFn, *, ratio: float, lowering: Lowering = "auto"
+) -> ClientFn:
+    """The client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
+
+    r is what enters the last layer. Of its d features exactly floor(ratio * d) lose their row of the last kernel's
+    gradient; every other entry of the update is shared as it is.
+
+    Of a batch the scores add up. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned first, although its
+    row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
+
+    An attacker that knows the defense attacks the undefended client on what it sees not to be zero: `masked_cosine`
+    with threshold 0, or `selected` without the last layer.
+
+    Args:
+        client_fn: `(params, batch) -> update`.
+        apply_fn: `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
+        classifier_fn: Picks that layer from the parameters and from an update.
+        ratio: Share of the features, in [0, 1); the paper prunes 0.01 to 0.8.
+        lowering: As for `clients.federated_sgd`.
+
+    Returns:
+        `(params, batch) -> update`.
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1).
+    """
+    checked_ratio(ratio)
+
+    def client(params: Params, batch: Batch) -> Updates:
+        update = client_fn(params, batch)
+        kernel = classifier_fn(update).kernel
+        kept = kept_features(apply_fn, classifier_fn, params, batch.inputs, ratio=ratio, lowering=lowering)
+        return jax.tree.map(lambda leaf: jnp.where(kept[:, None], leaf, 0) if leaf is kernel else leaf, update)
+
+    return client
+
+
+def kept_features(
+    apply_fn: ApplyFn,
+    classifier_fn: ClassifierFn,
+    params: Params,
+    inputs: Float[Array, "b *d"],
+    *,
+    ratio: float,
+    lowering: Lowering = "auto",
+) -> Bool[Array, " f"]:
+    """The features Soteria keeps: all but the floor(ratio * f) of least score, the first of equal ones."""
+    scores = _scores(apply_fn, classifier_fn, params, inputs, lowering)
+    size = len(scores)
+    return largest([scores], size - math.floor(checked_ratio(ratio) * size))[0]
+
+
+def live_share_pruned(
+    apply_fn: ApplyFn,
+    classifier_fn: ClassifierFn,
+    params: Params,
+    inputs: Float[Array, "b *d"],
+    *,
+    ratio: float,
+    lowering: Lowering = "auto",
+) -> Float[Array, ""]:
+    """Of the features that are not 0 for every example of the batch, the share that Soteria prunes, in [0, 1].
+
+    Where it is 0, the update is the undefended one. 0 also where no feature is alive.
+    """
+    kept = kept_features(apply_fn, classifier_fn, params, inputs, ratio=ratio, lowering=lowering)
+    live = jnp.any(_features(apply_fn, classifier_fn, params, inputs) != 0, axis=0)
+    return jnp.sum(live & ~kept) / jnp.maximum(jnp.sum(live), 1)
+
+
+def _features(
+    apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"]
+) -> Float[Array, "b f"]:
+    """What enters the last layer: the derivative of a logit with respect to its column of the kernel."""
+
+    def logit(tree: Params, example: Array) -> Float[Array, ""]:
+        return apply_fn(tree, example[None])[0, 0]
+
+    def features(example: Array) -> Float[Array, " f"]:
+        return classifier_fn(jax.grad(logit)(params, example)).kernel[:, 0]
+
+    return jax.vmap(features)(inputs)
+
+
+def _scores(
+    apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"], lowering: Lowering
+) -> Float[Array, " f"]:
+    def scores_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, " f"]:
+        # An example's features depend on itself alone, so one cotangent for all examples gives each its own row.
+        features, pull = jax.vjp(lambda x: _features(apply_fn, classifier_fn, params, x), inputs)
+
+        def sensitivity(i: Array) -> Float[Array, " b"]:
+            (row,) = pull(jnp.zeros_like(features).at[:, i].set(1))
+            return jnp.sqrt(jnp.sum(jnp.square(row.reshape(len(row), -1)), 1))
+
+        rows = jax.lax.map(sensitivity, jnp.arange(features.shape[1]), batch_size=64)
+        return jnp.sum(rows.T / (jnp.abs(features) + GUARD), axis=0)
+
+    traced = jax.make_jaxpr(scores_fn)(params, inputs)
+    closed = lower(traced) if lowers_to_matmul(lowering) else traced
+    return jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, inputs)))[0]

@@ -1,0 +1,150 @@
+"""Objectives of an attacker that knows the defense, and what it reads of the defense's parameters from an update.
+
+It never holds the client's key: what was drawn at random enters through a likelihood, not through a second draw.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from gia_jax import _check
+from gia_jax.base import ObjectiveFn, Updates
+from gia_jax.matching.objectives import cosine
+
+FLOOR = 1e-2  # a likelihood below this goes on along its tangent: a start outside of every interval has a derivative
+
+
+def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> ObjectiveFn:
+    """For pruning and top-k: the objective on the observed support, and a penalty where a zero should have been seen:
+
+        D(g on S, o) + weight * sum over i not in S of max(0, |g_i| - t)^2 / |o|^2,   S = {o_i != 0}.
+
+    t is the least observed magnitude of the tensor (of the whole update, where a tensor has none): what was pruned was
+    not larger. The share that was pruned need not be known.
+
+    Args:
+        objective_fn: D.
+        weight: Of the penalty, >= 0; 0 gives what `masked_cosine` does.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: If `weight` is negative.
+    """
+    _check.not_negative(weight=weight)
+
+    def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+        least = jax.tree.map(lambda o: jnp.min(jnp.abs(o), initial=jnp.inf, where=o != 0), observed)
+        overall = jnp.min(jnp.stack(jax.tree.leaves(least)))
+
+        def excess(s: Array, o: Array, t: Array) -> Float[Array, ""]:
+            limit = jnp.where(jnp.isfinite(t), t, overall)
+            return jnp.sum(jnp.square(jnp.where(o == 0, jax.nn.relu(jnp.abs(s) - limit), 0)))
+
+        over = jnp.asarray(optax.tree.sum(jax.tree.map(excess, simulated, observed, least)))
+        matched = objective_fn(on_support(simulated, observed), observed)
+        return matched + weight * over / _squared_norm(observed)
+
+    return objective
+
+
+def supported(objective_fn: ObjectiveFn = cosine) -> ObjectiveFn:
+    """For Soteria: the objective on what is not zero in the observation, whatever was removed by a rule of its own."""
+    return lambda simulated, observed: objective_fn(on_support(simulated, observed), observed)
+
+
+def sign_hinge(*, margin: float = 0.1) -> ObjectiveFn:
+    """For signs: the sum over tensors of the mean of max(0, margin - sign(o_i) g_i / m), m the tensor's mean |o|.
+
+    `defenses.sign` shares the mean magnitude of the tensor as its scale, so g / m is of order one.
+
+    Args:
+        margin: > 0, in units of the tensor's mean magnitude.
+
+    Returns:
+        The objective; 0 where every sign agrees by the margin.
+
+    Raises:
+        ValueError: If `margin` is not positive.
+    """
+    _check.positive(margin=margin)
+
+    def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
+        mean = jnp.mean(jnp.abs(o))
+        scaled = jnp.sign(o) * s / jnp.where(mean > 0, mean, 1)
+        return jnp.mean(jnp.where(o != 0, jax.nn.relu(margin - scaled), 0))
+
+    return lambda simulated, observed: jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
+
+
+def rounding_likelihood(bits: int) -> ObjectiveFn:
+    """For `defenses.quantize` and, with 2 bits, `ternary`: minus the mean log-likelihood of an entry, in nats.
+
+    Stochastic rounding between levels d apart gives o from g with probability 1 - |g - o| / d, and 0 beyond d. Below a
+    probability of 1e-2 the logarithm goes on along its tangent.
+
+    Args:
+        bits: An integer in [2, 16], as the defense's.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: If `bits` is out of range.
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}")
+    levels = 2 ** (bits - 1) - 1
+
+    def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
+        step = jnp.max(jnp.abs(o), initial=0) / levels
+        probability = 1 - jnp.abs(s - o) / jnp.where(step > 0, step, 1)
+        tangent = math.log(FLOOR) + (probability - FLOOR) / FLOOR
+        return -jnp.sum(jnp.where(probability > FLOOR, jnp.log(jnp.maximum(probability, FLOOR)), tangent))
+
+    def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+        total = jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
+        return total / sum(leaf.size for leaf in jax.tree.leaves(observed))
+
+    return objective
+
+
+def relative(objective_fn: ObjectiveFn) -> ObjectiveFn:
+    """The objective over its value at no update at all: of the size of a cosine, so that priors keep their weights.
+
+    For Gaussian noise `relative(euclidean)`, for Laplace noise `relative(l1)`: the likelihood up to a factor.
+    """
+
+    def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+        nothing = objective_fn(optax.tree.zeros_like(observed), observed)
+        return objective_fn(simulated, observed) / jnp.where(nothing > 0, nothing, 1)
+
+    return objective
+
+
+def on_support(simulated: Updates, observed: Updates) -> Updates:
+    """The simulated update with zeros where the observed one has them."""
+    return jax.tree.map(lambda s, o: jnp.where(o != 0, s, 0), simulated, observed)
+
+
+def estimated_norm(observed: Updates) -> Float[Array, ""]:
+    """The clipping norm, taken to be the norm of the update (Li et al., GGL, CVPR 2022): right where it was clipped."""
+    return jnp.sqrt(_squared_norm(observed))
+
+
+def estimated_sparsity(observed: Updates) -> Updates:
+    """The share of zeros in each tensor, in [0, 1]: the ratio of pruning, where no entry was zero before."""
+    return jax.tree.map(lambda leaf: jnp.mean(leaf == 0, dtype=leaf.dtype), observed)
+
+
+def zeroed_features(kernel: Float[Array, "f c"]) -> Bool[Array, " f"]:
+    """The features whose row of the last kernel's gradient is zero: pruned by Soteria, or dead."""
+    return jnp.all(kernel == 0, axis=1)
+
+
+def _squared_norm(update: Updates) -> Float[Array, ""]:
+    return jnp.asarray(optax.tree.norm(update, squared=True))

@@ -1,0 +1,256 @@
+"""Defenses by the names of the command line, any number of them in one client, and the attacker that knows them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from gia_jax import clients, defenses, models
+from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
+from gia_jax.defenses.mixing import InputDefenseFn
+from gia_jax.labels import dense
+from gia_jax.matching import adaptive
+from gia_jax.matching.objectives import euclidean, l1, layerwise_cosine, selected
+from gia_jax.models.functional import ApplyFn, BatchNormMode
+
+
+class Part(NamedTuple):
+    """One defense and its settings, a key of `DEFENSES` and values for its settings."""
+
+    name: str
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return self.name + (":" + ",".join(f"{k}={v:g}" for k, v in self.settings.items()) if self.settings else "")
+
+
+class Named(NamedTuple):
+    """What the command line says of a defense: one line, its settings with their defaults, and what it acts on."""
+
+    summary: str
+    settings: dict[str, float]
+    acts_on: str
+
+
+DEFENSES = {
+    "prune": Named("largest entries of each tensor, Zhu et al. 2019", {"ratio": 0.9}, "update"),
+    "topk": Named("largest entries of the whole update, Stich et al. 2018", {"ratio": 0.9}, "update"),
+    "clip": Named("bounded L2 norm", {"norm": 1.0}, "update"),
+    "gaussian": Named("Gaussian noise, Zhu et al. 2019", {"scale": 1e-2}, "update"),
+    "laplace": Named("Laplace noise, Zhu et al. 2019", {"scale": 1e-2}, "update"),
+    "sign": Named("signs and a scale for each tensor, Bernstein et al. 2018", {}, "update"),
+    "ternary": Named("TernGrad, Wen et al. 2017", {}, "update"),
+    "quantize": Named("stochastic rounding, Alistarh et al. 2017", {"bits": 4}, "update"),
+    "dpsgd": Named(
+        "examples clipped, noise added, Abadi et al. 2016", {"noise_multiplier": 1.0, "norm": 1.0}, "client"
+    ),
+    "mixup": Named("mixed images and labels, Zhang et al. 2018", {"k": 4}, "input"),
+    "instahide": Named("mixed images with random signs, Huang et al. 2020", {"k": 4}, "input"),
+    "soteria": Named("last layer without revealing features, Sun et al. 2021", {"ratio": 0.8}, "client"),
+    "precode": Named("variational bottleneck, Scheliga et al. 2022", {"size": 256}, "model"),
+}
+# Of Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
+COMBINATIONS = {
+    "prune_mixup": ("mixup:k=4", "prune:ratio=0.9"),
+    "prune_instahide": ("instahide:k=4", "prune:ratio=0.9"),
+}
+INTEGERS = ("bits", "k", "size")
+
+
+class Protected(NamedTuple):
+    """A client with its defenses.
+
+    Attributes:
+        apply_fn: `(params, inputs) -> logits`.
+        params: The initial parameters; PRECODE has more of them than the module.
+        encode_fn: `(key, batch) -> batch`, before the client sees it.
+        client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key.
+        assumed_fn: The client that an attacker assumes who knows the defenses but not the key.
+        adapt_fn: From the objective of an attacker that does not know the defenses, the one of an attacker that does.
+    """
+
+    apply_fn: ApplyFn
+    params: Params
+    encode_fn: InputDefenseFn
+    client_fn: Callable[[PRNGKeyArray], ClientFn]
+    assumed_fn: ClientFn
+    adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]
+
+
+def parse(text: str) -> tuple[Part, ...]:
+    """The defenses that "NAME" or "NAME:setting=value,setting=value" means: one, or those of a combination.
+
+    Args:
+        text: Such as "prune:ratio=0.99"; a name of `DEFENSES`, or of `COMBINATIONS` without settings.
+
+    Returns:
+        The parts, every setting filled in.
+
+    Raises:
+        ValueError: An unknown name or setting, or a value that is no number.
+    """
+    name, _, rest = text.partition(":")
+    if name in COMBINATIONS:
+        if rest:
+            raise ValueError(f"defense {name} takes no settings, got {rest!r}")
+        return tuple(part for one in COMBINATIONS[name] for part in parse(one))
+    if name not in DEFENSES:
+        raise ValueError(f"defense must be one of {', '.join([*DEFENSES, *COMBINATIONS])}, got {name!r}")
+    settings = dict(DEFENSES[name].settings)
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key not in settings:
+            known = ", ".join(settings) or "nothing"
+            raise ValueError(f"defense {name} can be set {known}, got {item!r}")
+        try:
+            settings[key] = int(value) if key in INTEGERS else float(value)
+        except ValueError:
+            kind = "an integer" if key in INTEGERS else "a number"
+            raise ValueError(f"defense {name} needs {kind} for {key}, got {value!r}") from None
+    return (Part(name, settings),)
+
+
+def protect(
+    parts: Sequence[Part],
+    module: nnx.Module,
+    *,
+    num_classes: int,
+    head: str = "head",
+    key: PRNGKeyArray | None = None,
+    batch_norm: BatchNormMode = "evaluation",
+    make_client: Callable[[LossFn], ClientFn] = clients.federated_sgd,
+) -> Protected:
+    """Any defenses in one client: encodings, then the model, then what acts on examples and features, then the update.
+
+    Args:
+        parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, MixUp and
+            InstaHide there can be one each.
+        module: A model whose last operation is the dense layer `head`.
+        num_classes: Of the model.
+        head: Its last layer.
+        key: Of the initial weights that PRECODE adds; None: key 0.
+        batch_norm: As for `models.functional`.
+        make_client: From a loss, what the client does with it without a defense.
+
+    Returns:
+        The protected client.
+
+    Raises:
+        ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD with local
+            steps.
+    """
+    for kind, names in (("encoding", ("mixup", "instahide")), ("client", ("dpsgd",)), ("model", ("precode",))):
+        found = [part.name for part in parts if part.name in names]
+        if len(found) > 1:
+            raise ValueError(f"defenses must name one {kind} at most, got {' and '.join(found)}")
+    settings: dict[str, dict[str, Any]] = {part.name: part.settings for part in parts}
+    if "dpsgd" in settings and make_client is not clients.federated_sgd:
+        raise ValueError("defense dpsgd is for one step on the whole batch, got a client with local steps")
+
+    classifier_fn = dense(head)
+    if "precode" in settings:
+        key = jax.random.key(0) if key is None else key
+        features_fn, params = models.functional(models.headless(module, head), batch_norm=batch_norm)
+        num_features = classifier_fn(models.functional(module)[1]).kernel.shape[0]
+        size = int(settings["precode"]["size"])
+        model = defenses.precode(
+            key, features_fn, params, num_features=num_features, num_classes=num_classes, size=size
+        )
+        apply_fn, loss_of, params = model
+    else:
+        apply_fn, params = models.functional(module, batch_norm=batch_norm)
+
+        def loss_of(key: PRNGKeyArray | None) -> LossFn:
+            del key
+            return clients.cross_entropy(apply_fn)
+
+    def client_fn(key: PRNGKeyArray) -> ClientFn:
+        keys = {part.name: jax.random.fold_in(key, i) for i, part in enumerate(parts, 1)}
+        loss_fn = loss_of(keys.get("precode"))
+        inner = (
+            defenses.dp_sgd(loss_fn, keys["dpsgd"], **settings["dpsgd"])
+            if "dpsgd" in settings
+            else make_client(loss_fn)
+        )
+        if "soteria" in settings:
+            inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"])
+        chain = [
+            _transformation(part, jax.random.fold_in(key, i))
+            for i, part in enumerate(parts, 1)
+            if DEFENSES[part.name].acts_on == "update"
+        ]
+        return defenses.defended(inner, optax.chain(*chain)) if chain else inner
+
+    client_fn(jax.random.key(0))  # refuses bad settings here, and not in the middle of a trace
+    assumed_fn = make_client(loss_of(None))
+    if "dpsgd" in settings:
+        norm = settings["dpsgd"]["norm"]
+        assumed_fn = defenses.dp_sgd(loss_of(None), jax.random.key(0), norm=norm, noise_multiplier=0.0)
+    encode_fn = _encoding(settings, num_classes)
+    return Protected(apply_fn, params, encode_fn, client_fn, assumed_fn, functools.partial(_adapted, parts))
+
+
+def _transformation(part: Part, key: PRNGKeyArray) -> optax.GradientTransformation:
+    if part.name == "quantize":
+        return defenses.quantize(key, int(part.settings["bits"]))
+    fixed: dict[str, Callable[..., optax.GradientTransformation]] = {
+        "prune": defenses.prune,
+        "topk": functools.partial(defenses.top_k, error_feedback=False),
+        "clip": defenses.clip,
+        "sign": defenses.sign,
+    }
+    if part.name in fixed:
+        return fixed[part.name](**part.settings)
+    drawn = {"gaussian": defenses.gaussian_noise, "laplace": defenses.laplace_noise, "ternary": defenses.ternary}
+    return drawn[part.name](key, **part.settings)
+
+
+def _encoding(settings: dict[str, Any], num_classes: int) -> InputDefenseFn:
+    for name, defense in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
+        if name in settings:
+            return defense(num_classes, k=int(settings[name]["k"]))
+    return lambda key, batch: batch
+
+
+def _adapted(parts: Sequence[Part], objective_fn: ObjectiveFn) -> ObjectiveFn:
+    """Of the defenses of the update the last one says how the update is to be read; clipping keeps its direction."""
+    names = {part.name for part in parts}
+    adapted = objective_fn
+    for part in parts:
+        if part.name in ("prune", "topk"):
+            adapted = adaptive.pruned(objective_fn)
+        elif part.name == "gaussian":
+            adapted = adaptive.relative(euclidean)
+        elif part.name == "laplace":
+            adapted = adaptive.relative(l1)
+        elif part.name == "sign":
+            adapted = layerwise_cosine
+        elif part.name in ("ternary", "quantize"):
+            adapted = objective_fn
+    if "soteria" in names:
+        adapted = adaptive.supported(adapted)
+    if "precode" in names:
+        adapted = selected(adapted, lambda path: "features" in path)
+    return adapted
+
+
+def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: Batch) -> Batch:
+    """The first encodings of a client's whole data set, as many as `batch` has examples.
+
+    Args:
+        encode_fn: MixUp or InstaHide, or nothing.
+        key: The client's.
+        batch: The examples of this round, labels (b,).
+        others: The client's other examples, which may be mixed in, labels (m,).
+
+    Returns:
+        Encoding i mixes example i of `batch` with others, labels of shape (b, c).
+    """
+    whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, others)
+    return jax.tree.map(lambda leaf: leaf[: len(batch.labels)], encode_fn(key, whole))

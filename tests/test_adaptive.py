@@ -1,0 +1,75 @@
+"""An attacker that knows the defense knows nothing of the client's key: the keys change nothing, and noise can win."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from gia_jax import Batch, ThreatModel, attacks, keep_best, models, observe, report, run
+from gia_jax.base import Observation
+from gia_jax.matching.objectives import cosine
+from gia_jax.protection import parse, protect
+
+MODULE = models.LeNet((8, 8, 1), 4, rngs=nnx.Rngs(0))
+BATCH = Batch(jnp.tanh(2 * jax.random.normal(jax.random.key(0), (1, 8, 8, 1))), jnp.array([2]))
+STEPS, CLIENTS = 80, 24
+THREAT = ThreatModel(labels=True)
+
+
+@functools.cache
+def attacker(text, adaptive=True):
+    protected = protect(parse(text), MODULE, num_classes=4)
+    attack = attacks.inverting_gradients(
+        protected.assumed_fn,
+        bounds=(-1.0, 1.0),
+        num_steps=STEPS,
+        total_variation_weight=0.0,
+        objective_fn=protected.adapt_fn(cosine) if adaptive else cosine,
+    )
+    return jax.jit(jax.vmap(lambda key, seen: error(run(keep_best(attack), key, seen, num_steps=STEPS)[0])))
+
+
+def error(reconstruction):
+    return jnp.mean(jnp.square(reconstruction.batch.inputs - BATCH.inputs))
+
+
+def observations(text, keys):
+    protected = protect(parse(text), MODULE, num_classes=4)
+    return jax.jit(jax.vmap(lambda key: observe(key, THREAT, protected.client_fn(key), protected.params, BATCH)))(keys)
+
+
+def keys_of(seed):
+    return jax.random.split(jax.random.key(seed), CLIENTS)
+
+
+@pytest.mark.parametrize("text", ["gaussian:scale=0.3", "quantize:bits=3", "dpsgd:noise_multiplier=0.05,norm=1"])
+def test_the_victim_s_key_changes_nothing_not_even_in_the_attacker_s_hands(text):
+    first, second = (observations(text, keys_of(seed)) for seed in (1, 2))
+    attack_fn = attacker(text)
+    others = attack_fn(keys_of(3), first)
+    assert stats.ks_2samp(others, attack_fn(keys_of(3), second)).pvalue > 0.01
+    # With its victims' own keys for a start it does as well as with any.
+    assert stats.ks_2samp(others, attack_fn(keys_of(1), first)).pvalue > 0.01
+
+
+def test_noise_without_end_leaves_the_prior_alone():
+    weak, strong = "gaussian:scale=0.001", "gaussian:scale=1000"
+    attack_fn = attacker(strong)
+    hidden = np.asarray(attack_fn(keys_of(3), observations(strong, keys_of(1))))
+    plain = observations("gaussian:scale=0", keys_of(1))
+    noise = report.random_updates(jax.random.key(4), plain._replace(params=()))
+    nothing = np.asarray(attack_fn(keys_of(3), Observation(plain.params, noise.update, noise.extra)))
+    assert stats.ks_2samp(hidden, nothing).pvalue > 0.01
+    seen = np.asarray(attacker(weak)(keys_of(3), observations(weak, keys_of(1))))
+    assert seen.mean() < 0.5 * hidden.mean()
+
+
+def test_knowing_that_entries_were_pruned_helps():
+    text = "prune:ratio=0.95"
+    seen = observations(text, keys_of(1))
+    blind, knowing = (np.asarray(attacker(text, adaptive)(keys_of(3), seen)) for adaptive in (False, True))
+    assert knowing.mean() < 0.8 * blind.mean()

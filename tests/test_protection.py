@@ -1,0 +1,166 @@
+"""Defenses by name: what is parsed, what a client with several does, and what its attacker may not know."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gia_jax import Batch, clients, defenses, models
+from gia_jax.matching.objectives import cosine, layerwise_cosine
+from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, parse, protect
+
+MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
+BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
+KEYS = jax.random.split(jax.random.key(1), 2)
+RANDOM = ("gaussian", "laplace", "ternary", "quantize", "dpsgd", "precode")
+
+
+def protected_by(*texts):
+    return protect([part for text in texts for part in parse(text)], MODULE, num_classes=4)
+
+
+def update_of(protected, key, batch=BATCH):
+    return protected.client_fn(key)(protected.params, batch)
+
+
+def distance(a, b):
+    return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
+
+
+def test_a_name_has_defaults_and_settings():
+    assert [str(part) for part in parse("prune")] == ["prune:ratio=0.9"]
+    assert [str(part) for part in parse("dpsgd:norm=2")] == ["dpsgd:noise_multiplier=1,norm=2"]
+    assert [str(part) for part in parse("prune_instahide")] == ["instahide:k=4", "prune:ratio=0.9"]
+    assert parse("quantize:bits=3")[0].settings == {"bits": 3}
+    for name in (*DEFENSES, *COMBINATIONS):
+        assert parse(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shield", "defense must be one of prune, topk, .*prune_instahide, got 'shield'"),
+        ("prune:share=0.9", "defense prune can be set ratio, got 'share=0.9'"),
+        ("sign:scale=1", "defense sign can be set nothing, got 'scale=1'"),
+        ("prune:ratio=much", "defense prune needs a number for ratio, got 'much'"),
+        ("mixup:k=2.5", "defense mixup needs an integer for k, got '2.5'"),
+        ("prune_mixup:k=2", "defense prune_mixup takes no settings, got 'k=2'"),
+    ],
+)
+def test_what_cannot_be_parsed_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune:ratio=1", r"ratio must be in \[0, 1\), got 1\.0"),
+        ("gaussian:scale=-1", r"scale must not be negative, got -1\.0"),
+        ("clip:norm=0", r"norm must be positive, got 0\.0"),
+        ("mixup:k=0", "k must be at least 1, got 0"),
+        ("quantize:bits=1", "bits must be an integer from 2 to 16, got 1"),
+        ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
+        ("precode:size=0", "size must be positive, got 0"),
+        ("dpsgd:noise_multiplier=-1", r"noise_multiplier must not be negative, got -1\.0"),
+    ],
+)
+def test_a_bad_setting_is_refused_when_the_client_is_built(text, message):
+    with pytest.raises(ValueError, match=message):
+        protected_by(text)
+
+
+def test_what_does_not_go_together_is_named():
+    with pytest.raises(ValueError, match="one encoding at most, got mixup and instahide"):
+        protected_by("mixup", "instahide")
+
+    def averaging(loss_fn):
+        return clients.federated_averaging(loss_fn, learning_rate=0.1, local_epochs=2)
+
+    with pytest.raises(ValueError, match="dpsgd is for one step"):
+        protect(parse("dpsgd"), MODULE, num_classes=4, make_client=averaging)
+
+
+def test_parts_act_in_their_order():
+    both = protected_by("clip:norm=0.5", "prune:ratio=0.5")
+    apply_fn, params = models.functional(MODULE)
+    chain = optax.chain(defenses.clip(0.5), defenses.prune(0.5))
+    expected = defenses.defended(clients.federated_sgd(clients.cross_entropy(apply_fn)), chain)(params, BATCH)
+    assert distance(update_of(both, KEYS[0]), expected) < 1e-5
+    other = update_of(protected_by("prune:ratio=0.5", "clip:norm=0.5"), KEYS[0])
+    assert distance(other, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
+def test_randomness_is_the_client_s_own(name):
+    protected = protected_by(name)
+    first, second = (update_of(protected, key) for key in KEYS)
+    assert distance(update_of(protected, KEYS[0]), first) < 1e-6
+    assert (distance(first, second) > 1e-5) == (name in RANDOM)
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
+def test_the_attacker_s_client_draws_nothing_and_strength_nothing_is_no_defense(name):
+    """What the attacker assumes does not depend on the victim's key, and is the client of a defense of no strength."""
+    protected = protected_by(name)
+    assumed = protected.assumed_fn(protected.params, BATCH)
+    assert distance(protected.assumed_fn(protected.params, BATCH), assumed) == 0
+    weakest = {
+        "prune": "ratio=0",
+        "topk": "ratio=0",
+        "clip": "norm=1e6",
+        "gaussian": "scale=0",
+        "laplace": "scale=0",
+        "dpsgd": "noise_multiplier=0,norm=1",
+        "soteria": "ratio=0",
+    }
+    if name in weakest:
+        assert distance(update_of(protected_by(f"{name}:{weakest[name]}"), KEYS[0]), assumed) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gaussian", "ternary", "quantize"])
+def test_what_the_attacker_assumes_is_the_expectation(name):
+    protected = protected_by(name)
+    draw = jax.jit(jax.vmap(lambda key: update_of(protected, key)))
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), draw(jax.random.split(jax.random.key(2), 256)))
+    assumed, one = protected.assumed_fn(protected.params, BATCH), update_of(protected, KEYS[0])
+    # The mean of 256 is nearer by a factor of 16, within a third.
+    assert distance(mean, assumed) < 1.33 * distance(one, assumed) / 16
+
+
+def test_encodings_mix_the_whole_data_set_and_only_those_asked_for_are_used():
+    protected = protected_by("mixup:k=3")
+    one, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], BATCH) for part in (slice(0, 1), slice(1, 4)))
+    encoding = encoded(protected.encode_fn, KEYS[0], one, rest)
+    assert encoding.inputs.shape == (1, 8, 8, 3)
+    assert encoding.labels.shape == (1, 4)
+    assert encoding.labels.sum() == pytest.approx(1, abs=1e-5)
+    whole = protected.encode_fn(KEYS[0], BATCH)
+    np.testing.assert_allclose(encoding.inputs, whole.inputs[:1], rtol=1e-6)
+    plain = encoded(protected_by("prune").encode_fn, KEYS[0], one, rest)
+    np.testing.assert_array_equal(plain.inputs, one.inputs)
+    np.testing.assert_array_equal(plain.labels, one.labels)
+
+
+def test_the_paper_s_combinations_encode_and_prune():
+    for name in COMBINATIONS:
+        protected = protected_by(name)
+        encoding = protected.encode_fn(KEYS[0], BATCH)
+        assert encoding.labels.shape == (4, 4)
+        kernel = update_of(protected, KEYS[0], encoding)["head"]["kernel"]
+        assert int(np.sum(kernel != 0)) == kernel.size - int(0.9 * kernel.size)
+
+
+def test_objectives_follow_the_last_defense_of_the_update():
+    assert protected_by("clip").adapt_fn(cosine) is cosine
+    assert protected_by("prune", "sign").adapt_fn(cosine) is layerwise_cosine
+    update = update_of(protected_by("soteria:ratio=0.5"), KEYS[0])
+    plain = protected_by().assumed_fn(protected_by().params, BATCH)
+    assert cosine(plain, update) > 1e-4
+    assert protected_by("soteria").adapt_fn(cosine)(plain, update) == pytest.approx(0, abs=1e-5)
+    precode = protected_by("precode:size=8")
+    truth = precode.assumed_fn(precode.params, BATCH)
+    spoiled = truth | {"encoder": optax.tree.zeros_like(truth["encoder"])}
+    assert precode.adapt_fn(cosine)(truth, spoiled) == pytest.approx(0, abs=1e-5)
