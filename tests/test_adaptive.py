@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from scipy import stats
 
-from gia_jax import Batch, ThreatModel, attacks, keep_best, models, observe, report, run
-from gia_jax.base import Observation
+from gia_jax import Batch, ThreatModel, attacks, keep_best, models, observe, run
 from gia_jax.matching.objectives import cosine
 from gia_jax.protection import parse, protect
 
@@ -42,6 +42,10 @@ def observations(text, keys):
     return jax.jit(jax.vmap(lambda key: observe(key, THREAT, protected.client_fn(key), protected.params, BATCH)))(keys)
 
 
+def like(key, params):
+    return optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], params))
+
+
 def keys_of(seed):
     return jax.random.split(jax.random.key(seed), CLIENTS)
 
@@ -60,9 +64,10 @@ def test_noise_without_end_leaves_the_prior_alone():
     weak, strong = "gaussian:scale=0.001", "gaussian:scale=1000"
     attack_fn = attacker(strong)
     hidden = np.asarray(attack_fn(keys_of(3), observations(strong, keys_of(1))))
-    plain = observations("gaussian:scale=0", keys_of(1))
-    noise = report.random_updates(jax.random.key(4), plain._replace(params=()))
-    nothing = np.asarray(attack_fn(keys_of(3), Observation(plain.params, noise.update, noise.extra)))
+    # The noise-only level: updates of that noise around nothing.
+    seen = observations(strong, keys_of(1))
+    noise = jax.vmap(lambda key: jax.tree.map(lambda leaf: 1_000 * leaf, like(key, seen.params)))(keys_of(4))
+    nothing = np.asarray(attack_fn(keys_of(3), seen._replace(update=noise)))
     assert stats.ks_2samp(hidden, nothing).pvalue > 0.01
     seen = np.asarray(attacker(weak)(keys_of(3), observations(weak, keys_of(1))))
     assert seen.mean() < 0.5 * hidden.mean()
