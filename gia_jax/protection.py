@@ -15,7 +15,7 @@ from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
 from gia_jax.defenses.mixing import InputDefenseFn
 from gia_jax.labels import dense
 from gia_jax.matching import adaptive
-from gia_jax.matching.objectives import euclidean, l1, layerwise_cosine, selected
+from gia_jax.matching.objectives import euclidean, l1, selected
 from gia_jax.models.functional import ApplyFn, BatchNormMode
 
 
@@ -230,7 +230,7 @@ def _adapted(parts: Sequence[Part], objective_fn: ObjectiveFn) -> ObjectiveFn:
         elif part.name == "laplace":
             adapted = adaptive.relative(l1)
         elif part.name == "sign":
-            adapted = layerwise_cosine
+            adapted = adaptive.sign_hinge()
         elif part.name in ("ternary", "quantize"):
             adapted = objective_fn
     if "soteria" in names:

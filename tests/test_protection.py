@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, clients, defenses, models
-from gia_jax.matching.objectives import cosine, layerwise_cosine
+from gia_jax.matching.objectives import cosine
 from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, parse, protect
 
 MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
@@ -155,7 +155,10 @@ def test_the_paper_s_combinations_encode_and_prune():
 
 def test_objectives_follow_the_last_defense_of_the_update():
     assert protected_by("clip").adapt_fn(cosine) is cosine
-    assert protected_by("prune", "sign").adapt_fn(cosine) is layerwise_cosine
+    both = protected_by("prune", "sign")
+    signs, plain = update_of(both, KEYS[0]), both.assumed_fn(both.params, BATCH)
+    assert both.adapt_fn(cosine)(plain, signs) < 0.02
+    assert both.adapt_fn(cosine)(optax.tree.scale(-1, plain), signs) > 0.5
     update = update_of(protected_by("soteria:ratio=0.5"), KEYS[0])
     plain = protected_by().assumed_fn(protected_by().params, BATCH)
     assert cosine(plain, update) > 1e-4

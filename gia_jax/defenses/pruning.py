@@ -43,7 +43,7 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
 
     Returns:
         The transformation. Its state is empty, or the residual, a tree like the update. An attacker that knows the
-        defense reads the support from the observation: `masked_cosine` on the undefended client.
+        defense reads the support from the observation: `matching.adaptive.pruned` on the undefended client.
 
     Raises:
         ValueError: If `ratio` is outside [0, 1), or `scope` is unknown.

@@ -21,7 +21,7 @@ def sign() -> optax.GradientTransformation:
     The signs are those of signSGD; the scale, one number a tensor, keeps the update usable as a gradient (Karimireddy
     et al., Error Feedback Fixes SignSGD, ICML 2019, algorithm 1). The derivative of the signs is 0: an attack through
     this transformation hardly moves, which says nothing of the defense. An attacker that knows it compares the
-    undefended client with the signs observed, by `layerwise_cosine`.
+    undefended client with the signs observed, by `matching.adaptive.sign_hinge`.
 
     Returns:
         The transformation, without state.
