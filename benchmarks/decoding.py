@@ -18,7 +18,7 @@ import record
 from flax import nnx
 from parts import run_parts
 
-from gia_jax import Batch, ThreatModel, clients, data, decoding, defenses, models, observe
+from gia_jax import Batch, ThreatModel, clients, data, decoding, defenses, labels, models, observe
 from gia_jax.attacks import idlg
 from gia_jax.defenses.mixing import Mixing, draw_coefficients
 from gia_jax.study import study
@@ -124,14 +124,14 @@ def instahide(args: argparse.Namespace) -> None:
         "decoding_instahide",
         "InstaHide decoded from exact encodings with a known mapping, intra-dataset, float32",
         rows,
-        "Mean over images of the PSNR in dB, pixels in [0, 1], not clipped. Solved: relative residual of |E| = |M X| at "
-        "most 1e-3, at most 20 restarts of 100 reflections. Signs come from the decoder alone (spanning tree over "
+        "Mean over images of the PSNR in dB, pixels in [0, 1], not clipped. Solved: relative residual of |E| = |M X| "
+        "at most 1e-3, at most 20 restarts of 100 reflections. Signs come from the decoder alone (spanning tree over "
         "neighbours, last sign from the pixel box); 'ORACLE signs' takes them from the truth and is no attack.",
     )
 
 
 def plain(_: argparse.Namespace) -> None:
-    """The ablation: alternating projections (relaxation 0 leaves z <- P z + 0) against reflections."""
+    """The ablation: alternating projections against reflections."""
     size, k = 50, 4
     images, rows = images_of(size), []
     columns = images.inputs.reshape(size, -1)[:, ::12]
@@ -166,7 +166,7 @@ def inverted(args: argparse.Namespace) -> None:
     images, rows = images_of(size), []
     apply_fn, params = models.functional(models.MODELS["lenet"]((32, 32, 3), CLASSES, rngs=nnx.Rngs(0)))
     client_fn, threat = clients.federated_sgd(clients.cross_entropy(apply_fn)), ThreatModel(labels=True)
-    attack = idlg(client_fn, lambda tree: tree["head"], label_fn=granted_labels)
+    attack = idlg(client_fn, labels.dense("head"), label_fn=granted_labels)
     mixing = draw_epochs(0, epochs, size, k)
     matrix = decoding.mixing_matrix(mixing, size)
     soft = matrix @ jax.nn.one_hot(images.labels, CLASSES)
@@ -217,8 +217,8 @@ def inverted(args: argparse.Namespace) -> None:
         "decoding_inverted",
         f"Encodings inverted from gradients of an untrained LeNet, then decoded: N={size}, k={k}, T={epochs}",
         rows,
-        f"iDLG, {args.steps} steps of L-BFGS, one restart, batch of one encoding, soft labels granted, mixing known. PSNR "
-        "in dB of the mean squared error, pixels in [0, 1]. 'predicted' is the mean error of the encodings times the "
+        f"iDLG, {args.steps} steps of L-BFGS, one restart, batch of one encoding, soft labels granted, mixing known. "
+        "PSNR in dB of the mean squared error, pixels in [0, 1]. 'predicted' is the mean error of the encodings times the "
         "noise gain: it takes errors for equal and uncorrelated, and for InstaHide all signs for found. 'ORACLE' takes "
         "the signs of pixels from the truth and is no attack.",
     )
@@ -274,8 +274,8 @@ def mapping(args: argparse.Namespace) -> None:
         "Pairs of InstaHide encodings that share an image, from encodings alone",
         rows,
         f"Similarity of squares whitened by {args.public:,} encodings of public training images; the threshold makes "
-        "precision equal recall on encodings of other public images with the same N, k, T. Overlap of a pair is the sum "
-        "over images of the product of squared coefficients: a pair may share an image with coefficients near 0. "
+        "precision equal recall on encodings of other public images with the same N, k, T. Overlap of a pair is the "
+        "sum over images of the product of squared coefficients: a pair may share an image with coefficients near 0. "
         "Clusters: symmetric non-negative factorisation, N and k known.",
     )
 
@@ -309,7 +309,7 @@ def cross_dataset(args: argparse.Namespace) -> None:
         )
     record.write(
         "decoding_cross_dataset",
-        "Cross-dataset InstaHide, N=50, T=20: two private and two public images an encoding, mapping of the private known",
+        "Cross-dataset InstaHide, N=50, T=20: two private and two public images an encoding, private mapping known",
         rows,
         "Public images are noise to the decoder; the factor scales them, 0 being the control that must be solved and 1 "
         "the defense. Mean over images of the PSNR in dB; grey is the mean pixel. Report only: no claim of recovery.",
@@ -319,7 +319,7 @@ def cross_dataset(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="mixings of the part `mixup`")
-    parser.add_argument("--steps", type=int, default=600, help="of the inversion")
+    parser.add_argument("--steps", type=int, default=300, help="of the inversion")
     parser.add_argument("--public", type=int, default=4_000, help="public encodings of the part `mapping`")
     run_parts(parser, mixup, plain, instahide, inverted, mapping, cross_dataset)
 
