@@ -177,7 +177,7 @@ def inverted(args: argparse.Namespace) -> None:
         one = lambda key, batch: observe(key, threat, client_fn, params, batch, num_classes=CLASSES)  # noqa: E731
         observations = jax.jit(jax.vmap(one))(keys, victims)._replace(params=params)
         outcome = study(attack, jax.random.key(5), observations, num_steps=args.steps, lanes=16)
-        found = jnp.clip(jnp.nan_to_num(jnp.asarray(outcome.reconstruction.inputs)), -2.2, 2.2)
+        found = jnp.clip(jnp.nan_to_num(jnp.asarray(outcome.reconstruction.batch.inputs)), -2.2, 2.2)
         # Trust from what the attacker sees: the loss of its own inversion.
         losses = jnp.asarray(outcome.reconstruction.loss).reshape(epochs, size)
         weights = 1 / (jnp.nan_to_num(losses, nan=1e3, posinf=1e3) + jnp.median(losses))
@@ -218,8 +218,8 @@ def inverted(args: argparse.Namespace) -> None:
         f"Encodings inverted from gradients of an untrained LeNet, then decoded: N={size}, k={k}, T={epochs}",
         rows,
         f"iDLG, {args.steps} steps of L-BFGS, one restart, batch of one encoding, soft labels granted, mixing known. "
-        "PSNR in dB of the mean squared error, pixels in [0, 1]. 'predicted' is the mean error of the encodings times the "
-        "noise gain: it takes errors for equal and uncorrelated, and for InstaHide all signs for found. 'ORACLE' takes "
+        "PSNR in dB of the mean squared error, pixels in [0, 1]. 'predicted' is the mean error of the encodings times "
+        "the noise gain: it takes errors for equal and uncorrelated, and for InstaHide all signs for found. 'ORACLE' takes "
         "the signs of pixels from the truth and is no attack.",
     )
 

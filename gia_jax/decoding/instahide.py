@@ -162,7 +162,7 @@ def retrieve(
 
 def synchronize(
     images: Float[Array, "n *d"],
-    solved: Bool[Array, "*d"],
+    solved: Bool[Array, "*p"],
     *,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
 ) -> Float[Array, "n *d"]:

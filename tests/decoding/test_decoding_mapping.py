@@ -13,17 +13,25 @@ from gia_jax.decoding import (
     same_source,
     similarity,
 )
-from gia_jax.defenses import draw_mixing, mix
+from gia_jax.defenses.mixing import Mixing
+
+
+def epochs(seed, count, size, k):
+    """Drawn by NumPy, which compiles nothing: rows with themselves and k - 1 others."""
+    rng = np.random.default_rng(seed)
+    others = [
+        [[i, *rng.permutation(np.delete(np.arange(size), i))[: k - 1]] for i in range(size)] for _ in range(count)
+    ]
+    coefficients = rng.dirichlet([3.0] + [1.0] * (k - 1), (count, size))
+    return Mixing(jnp.asarray(others), jnp.asarray(coefficients))
 
 
 def made(seed, *, size, count, k, pixels):
     """White images: what natural ones are after whitening, at best."""
-    key_images, *keys = jax.random.split(jax.random.key(seed), count + 1)
-    images = jax.random.normal(key_images, (size, pixels))
-    mixing = jax.vmap(lambda key: draw_mixing(key, size, k=k, high=0.65))(jnp.stack(keys))
-    encodings = jax.vmap(lambda one: mix(one, images))(mixing).reshape(-1, pixels)
-    signs = jax.random.rademacher(jax.random.key(seed + 1), encodings.shape, encodings.dtype)
-    return signs * encodings, mixing_matrix(mixing, size)
+    rng = np.random.default_rng(seed)
+    matrix = np.asarray(mixing_matrix(epochs(seed, count, size, k), size))
+    encodings = matrix @ rng.standard_normal((size, pixels), np.float32)
+    return jnp.asarray(encodings * rng.choice([-1, 1], encodings.shape), jnp.float32), jnp.asarray(matrix)
 
 
 def test_pairs_by_hand():
