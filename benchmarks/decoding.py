@@ -219,8 +219,8 @@ def inverted(args: argparse.Namespace) -> None:
         rows,
         f"iDLG, {args.steps} steps of L-BFGS, one restart, batch of one encoding, soft labels granted, mixing known. "
         "PSNR in dB of the mean squared error, pixels in [0, 1]. 'predicted' is the mean error of the encodings times "
-        "the noise gain: it takes errors for equal and uncorrelated, and for InstaHide all signs for found. 'ORACLE' takes "
-        "the signs of pixels from the truth and is no attack.",
+        "the noise gain: it takes errors for equal and uncorrelated, and for InstaHide all signs for found. 'ORACLE' "
+        "takes the signs of pixels from the truth and is no attack.",
     )
 
 
@@ -259,6 +259,10 @@ def mapping(args: argparse.Namespace) -> None:
             _, strong = decoding.precision_recall(found, overlap >= 0.2**4)
             _, strongest = decoding.precision_recall(found, overlap >= 0.4**4)
             cluster_precision, cluster_recall = decoding.precision_recall(by_cluster, truth)
+            refined = decoding.refine_mixing(jax.random.key(3), clusters, encodings, size)
+            refined_precision, refined_recall = decoding.precision_recall(
+                decoding.same_source(decoding.mixing_matrix(refined, size)), truth
+            )
             rows.append(
                 {"N": size, "k": k, "T": epochs}
                 | {"pairs that share": f"{float(np.mean(np.asarray(truth)[np.triu_indices(count, 1)])):.3f}"}
@@ -267,6 +271,8 @@ def mapping(args: argparse.Namespace) -> None:
                 | {"recall, overlap >= 0.4^4": f"{float(strongest):.3f}"}
                 | {"clusters: precision": f"{float(cluster_precision):.3f}"}
                 | {"clusters: recall": f"{float(cluster_recall):.3f}"}
+                | {"refined: precision": f"{float(refined_precision):.3f}"}
+                | {"refined: recall": f"{float(refined_recall):.3f}"}
             )
             print(rows[-1], flush=True)
     record.write(
@@ -276,7 +282,7 @@ def mapping(args: argparse.Namespace) -> None:
         f"Similarity of squares whitened by {args.public:,} encodings of public training images; the threshold makes "
         "precision equal recall on encodings of other public images with the same N, k, T. Overlap of a pair is the "
         "sum over images of the product of squared coefficients: a pair may share an image with coefficients near 0. "
-        "Clusters: symmetric non-negative factorisation, N and k known.",
+        "Clusters: symmetric non-negative factorisation, N and k known; refined: `refine_mixing` started from these.",
     )
 
 

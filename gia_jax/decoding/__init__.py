@@ -5,6 +5,7 @@ from gia_jax.decoding.mapping import (
     calibrated_threshold,
     precision_recall,
     recover_mixing,
+    refine_mixing,
     same_source,
     similarity,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "precision_recall",
     "predicted_psnr",
     "recover_mixing",
+    "refine_mixing",
     "retrieve",
     "same_source",
     "similarity",

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from scipy.optimize import nnls
 
 from gia_jax import _check
+from gia_jax.decoding.instahide import retrieve
+from gia_jax.decoding.mixup import mixing_matrix
 from gia_jax.defenses.mixing import Mixing
 
 EPSILON = 1e-12  # keeps a factor's update from dividing by zero
+JITTER = 1e-4  # gives images that no encoding is thought to mix a rank
 
 
 def similarity(
@@ -147,3 +151,71 @@ def recover_mixing(
     weights, sources = jax.lax.top_k(found[jnp.argmin(losses)], k)
     roots = jnp.sqrt(weights) + EPSILON
     return Mixing(sources, roots / jnp.sum(roots, 1, keepdims=True))
+
+
+def refine_mixing(
+    key: PRNGKeyArray,
+    mixing: Mixing,
+    encodings: Float[Array, "m *d"],
+    num_images: int,
+    *,
+    num_rounds: int = 2,
+    num_pixels: int = 256,
+) -> Mixing:
+    """Corrects a rough mixing by turns: some pixels of the images given the mixing, the mixing given these.
+
+    The first half is `retrieve`. The second fits every encoding by itself, |e| = |lambda X| with lambda >= 0: squares
+    first, e^2 ~ lambda^2 X^2, which is convex and needs no start, then alternating signs and non-negative least
+    squares; the k largest stay. An encoding that was wrongly mapped hardly moves the images, which fit many others, and
+    so finds its true sources. Later rounds trust encodings by their residual.
+
+    Args:
+        key: Of the pixels and of `retrieve`.
+        mixing: Of `recover_mixing`, shape (m, k).
+        encodings: Signs play no part.
+        num_images: N.
+        num_rounds: At most; the mixing of the least median residual is returned.
+        num_pixels: Pixels and channels used, chosen at random; all where there are fewer.
+
+    Returns:
+        The mixing, shape (m, k), coefficients adding up to 1. Host code around `retrieve`.
+
+    Raises:
+        ValueError: Lengths that differ, or a count that is not positive.
+    """
+    _check.positive(num_rounds=num_rounds, num_pixels=num_pixels)
+    if len(encodings) != len(mixing.sources):
+        raise ValueError(f"encodings must be {len(mixing.sources)} like mixing, got {len(encodings)}")
+    key_pixels, *keys = jax.random.split(key, num_rounds + 1)
+    flat = jnp.abs(encodings).reshape(len(encodings), -1)
+    sizes = flat[:, jax.random.permutation(key_pixels, flat.shape[1])[:num_pixels]]
+    weights, best, least = np.ones(len(flat)), mixing, np.inf
+    for key_round in keys:
+        key_jitter, key_retrieve = jax.random.split(key_round)
+        matrix = mixing_matrix(mixing, num_images).astype(flat.dtype)
+        matrix += JITTER * jax.random.uniform(key_jitter, matrix.shape, matrix.dtype)
+        root = jnp.sqrt(jnp.asarray(weights, flat.dtype))[:, None]
+        images, _ = retrieve(key_retrieve, root * matrix, root * sizes, num_restarts=3, num_steps=60, tolerance=1e-2)
+        fits = [_fit(np.asarray(images), size, mixing.sources.shape[1]) for size in np.asarray(sizes)]
+        residuals = np.asarray([residual for *_, residual in fits])
+        sources, coefficients = (np.stack(part) for part in list(zip(*fits))[:2])
+        mixing = Mixing(jnp.asarray(sources), jnp.asarray(coefficients, flat.dtype))
+        middle = np.median(residuals)
+        if middle < least:
+            best, least = mixing, middle
+        # Never more than twice the trust of the median, or a few encodings determine the images by themselves.
+        weights = 1 / (np.square(residuals) + middle**2 + EPSILON)
+        weights /= weights.mean()
+    return best
+
+
+def _fit(images: np.ndarray, size: np.ndarray, k: int, num_steps: int = 8) -> tuple[np.ndarray, np.ndarray, float]:
+    """The k sources of one encoding, their coefficients, and the relative residual."""
+    squared, _ = nnls(np.square(images).T, np.square(size))
+    found = np.sqrt(squared)
+    for _ in range(num_steps):
+        found, _ = nnls(images.T, np.where(found @ images < 0, -size, size))
+    sources = np.argsort(-found)[:k]
+    coefficients = found[sources] / max(found[sources].sum(), EPSILON)
+    residual = np.linalg.norm(np.abs(coefficients @ images[sources]) - size) / max(np.linalg.norm(size), EPSILON)
+    return sources, coefficients, float(residual)

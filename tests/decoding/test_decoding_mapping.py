@@ -10,6 +10,7 @@ from gia_jax.decoding import (
     mixing_matrix,
     precision_recall,
     recover_mixing,
+    refine_mixing,
     same_source,
     similarity,
 )
@@ -22,7 +23,7 @@ def epochs(seed, count, size, k):
     others = [
         [[i, *rng.permutation(np.delete(np.arange(size), i))[: k - 1]] for i in range(size)] for _ in range(count)
     ]
-    coefficients = rng.dirichlet([3.0] + [1.0] * (k - 1), (count, size))
+    coefficients = rng.dirichlet([10.0] * k, (count, size))  # none near 0, which no similarity shows
     return Mixing(jnp.asarray(others), jnp.asarray(coefficients))
 
 
@@ -88,6 +89,15 @@ def test_clusters_are_the_mixing_up_to_order():
     np.testing.assert_allclose(found[:, order], matrix, atol=0.02)
 
 
+def test_a_mixing_with_errors_is_corrected():
+    encodings, matrix = made(0, size=6, count=6, k=2, pixels=300)
+    coefficients, sources = jax.lax.top_k(matrix, 2)
+    wrong = Mixing(sources.at[::6].set((sources[::6] + 1) % 6), jnp.full_like(coefficients, 0.5))
+    assert not (same_source(mixing_matrix(wrong, 6)) == same_source(matrix)).all()
+    refined = refine_mixing(jax.random.key(1), wrong, encodings, 6, num_rounds=2, num_pixels=100)
+    np.testing.assert_array_equal(same_source(mixing_matrix(refined, 6)), same_source(matrix))
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"public must have shape .* like encodings, got \(5, 4\)"):
         similarity(jnp.ones((2, 3)), jnp.ones((5, 4)))
@@ -99,5 +109,10 @@ def test_bad_input_is_named():
         recover_mixing(jax.random.key(0), jnp.eye(5), 3, k=4)
     with pytest.raises(ValueError, match="num_steps must be positive, got 0"):
         recover_mixing(jax.random.key(0), jnp.eye(5), 3, k=2, num_steps=0)
+    mixing = Mixing(jnp.zeros((3, 1), int), jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match="encodings must be 3 like mixing, got 2"):
+        refine_mixing(jax.random.key(0), mixing, jnp.ones((2, 4)), 1)
+    with pytest.raises(ValueError, match="num_rounds must be positive, got 0"):
+        refine_mixing(jax.random.key(0), mixing, jnp.ones((3, 4)), 1, num_rounds=0)
     with pytest.raises(ValueError, match=r"truth must have shape \(3, 3\) like values, got \(2, 2\)"):
         calibrated_threshold(jnp.eye(3), jnp.eye(2, dtype=bool))
