@@ -1,6 +1,6 @@
 """Gradient inversion attacks in JAX: what does a shared gradient give away, and which defense stops it?"""
 
-from gia_jax import attacks, clients, data, defenses, labels, matching, metrics, models
+from gia_jax import attacks, clients, data, decoding, defenses, labels, matching, metrics, models
 from gia_jax.base import (
     Attack,
     AttackInfo,
@@ -49,6 +49,7 @@ __all__ = [
     "clients",
     "continued",
     "data",
+    "decoding",
     "defenses",
     "gradient_matching",
     "granted",

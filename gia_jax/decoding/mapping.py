@@ -1,0 +1,221 @@
+"""Which private images each InstaHide encoding mixes, from encodings alone: similarity, threshold, clusters.
+
+Carlini et al., An Attack on InstaHide: Is Private Learning Possible with Instance Encoding?, arXiv 2011.05315, section
+4.2, train a network to tell whether two encodings share an image. Nothing is trained here: signs vanish from squares,
+and squares are whitened by those of public encodings, so that what all natural images have in common counts little.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from scipy.optimize import nnls
+
+from gia_jax import _check
+from gia_jax.decoding.instahide import retrieve
+from gia_jax.decoding.mixup import mixing_matrix
+from gia_jax.defenses.mixing import Mixing
+
+EPSILON = 1e-12  # keeps a factor's update from dividing by zero
+JITTER = 1e-4  # gives images that no encoding is thought to mix a rank
+
+
+def similarity(
+    encodings: Float[Array, "m *d"], public: Float[Array, "q *p"], *, ridge: float = 0.03
+) -> Float[Array, "m m"]:
+    """Cosines of the encodings' squares, centred and whitened by those of public encodings.
+
+    Squares e^2 of two encodings that share an image x with coefficients a and b share a^2 b^2 <x^2, x^2>. Squares of
+    natural images are alike in a few smooth patterns, which hide that: whitened, all pixels count alike.
+
+    Threat model: whoever has the encodings, knows the scheme, and has public images like the private ones to encode.
+
+    Args:
+        encodings: Of private images; signs play no part.
+        public: Encodings that the attacker made of public images by the same scheme, as many as pixels or more.
+        ridge: Added to the covariance, as a share of its mean variance, > 0.
+
+    Returns:
+        Values in [-1, 1], about 0 where no image is shared.
+
+    Raises:
+        ValueError: Shapes that differ, fewer than two public encodings, or a ridge that is not positive.
+    """
+    _check.positive(ridge=ridge)
+    if encodings.shape[1:] != public.shape[1:]:
+        raise ValueError(f"public must have shape (q, *{encodings.shape[1:]}) like encodings, got {public.shape}")
+    if len(public) < 2:
+        raise ValueError(f"public must have at least 2 encodings, got {len(public)}")
+    known = jnp.square(public.reshape(len(public), -1))
+    mean = jnp.mean(known, 0)
+    covariance = jnp.matmul((known - mean).T, known - mean) / len(known)
+    size = len(covariance)
+    factor = jnp.linalg.cholesky(covariance + ridge * jnp.trace(covariance) / size * jnp.eye(size, dtype=mean.dtype))
+    squares = jnp.square(encodings.reshape(len(encodings), -1)) - mean
+    white = jax.scipy.linalg.solve_triangular(factor, squares.T, lower=True)
+    white /= jnp.maximum(jnp.linalg.norm(white, axis=0), EPSILON)
+    return jnp.matmul(white.T, white)
+
+
+def same_source(matrix: Float[Array, "m n"]) -> Bool[Array, "m m"]:
+    """Which pairs of encodings share an image, of a known `mixing_matrix`."""
+    mixed = (matrix > 0).astype(jnp.float32)
+    return jnp.matmul(mixed, mixed.T) > 0
+
+
+def precision_recall(
+    predicted: Bool[Array, "m m"], truth: Bool[Array, "m m"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Of pairs of different encodings: the share of predicted ones that are true, of true ones that are predicted.
+
+    Args:
+        predicted: Symmetric; the diagonal plays no part.
+        truth: Likewise.
+
+    Returns:
+        Precision and recall, in [0, 1]; NaN where nothing is predicted, or nothing true.
+    """
+    pairs = ~jnp.eye(len(truth), dtype=bool)
+    hits = jnp.sum(predicted & truth & pairs)
+    return hits / jnp.sum(predicted & pairs), hits / jnp.sum(truth & pairs)
+
+
+def calibrated_threshold(values: Float[Array, "m m"], truth: Bool[Array, "n n"]) -> Float[Array, ""]:
+    """The similarity above which as many pairs lie as are true, so that precision equals recall.
+
+    Args:
+        values: Similarities of encodings that the attacker made of public images.
+        truth: Their `same_source`. Never the victim's: its pairs are what the threshold is for.
+
+    Returns:
+        The threshold.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if values.shape != truth.shape:
+        raise ValueError(f"truth must have shape {values.shape} like values, got {truth.shape}")
+    rows, columns = np.triu_indices(len(values), 1)
+    ordered = jnp.sort(values[rows, columns])
+    count = jnp.sum(truth[rows, columns])
+    return ordered[jnp.clip(len(ordered) - count, 0, len(ordered) - 1)]
+
+
+def recover_mixing(
+    key: PRNGKeyArray,
+    values: Float[Array, "m m"],
+    num_images: int,
+    *,
+    k: int,
+    num_restarts: int = 4,
+    num_steps: int = 1_000,
+) -> Mixing:
+    """Overlapping clusters of the encodings as a mixing: W >= 0 with values close to W W^T off the diagonal.
+
+    Entry (i, n) of W grows with the square of the coefficient of image n in encoding i. W is found by multiplicative
+    updates from random starts, the closest one is kept, and the k largest entries of each row become its sources.
+
+    Args:
+        key: Of the starts.
+        values: `similarity`.
+        num_images: N, of which there are as many clusters, in an order of their own.
+        k: Images in an encoding, at most N.
+        num_restarts: Starts.
+        num_steps: Updates of each.
+
+    Returns:
+        The mixing, shape (m, k), its coefficients rough: roots of the entries, adding up to 1. Unlike a drawn one it
+        lists sources by coefficient.
+
+    Raises:
+        ValueError: k outside 1 to N, or a count that is not positive.
+    """
+    _check.positive(num_images=num_images, num_restarts=num_restarts, num_steps=num_steps)
+    if not 1 <= k <= num_images:
+        raise ValueError(f"k must be from 1 to num_images={num_images}, got {k}")
+    off = 1 - jnp.eye(len(values), dtype=values.dtype)
+    above, below = off * jnp.maximum(values, 0), off * jnp.maximum(-values, 0)
+
+    def update(w: Array, _: None) -> tuple[Array, None]:
+        # Twice the square root of the usual step: the model is quadratic in W.
+        ratio = above @ w / ((off * (w @ w.T) + below) @ w + EPSILON)
+        return w * jnp.sqrt(ratio), None
+
+    def start(key: PRNGKeyArray) -> tuple[Array, Array]:
+        scale = 2 * jnp.sqrt(jnp.mean(above) / num_images)
+        w = scale * jax.random.uniform(key, (len(values), num_images), values.dtype)
+        w, _ = jax.lax.scan(update, w, length=num_steps)
+        return w, jnp.sum(jnp.square(off * (values - w @ w.T)))
+
+    found, losses = jax.lax.map(start, jax.random.split(key, num_restarts))
+    weights, sources = jax.lax.top_k(found[jnp.argmin(losses)], k)
+    roots = jnp.sqrt(weights) + EPSILON
+    return Mixing(sources, roots / jnp.sum(roots, 1, keepdims=True))
+
+
+def refine_mixing(
+    key: PRNGKeyArray,
+    mixing: Mixing,
+    encodings: Float[Array, "m *d"],
+    num_images: int,
+    *,
+    num_rounds: int = 2,
+    num_pixels: int = 256,
+) -> Mixing:
+    """Corrects a rough mixing by turns: some pixels of the images given the mixing, the mixing given these.
+
+    The first half is `retrieve`. The second fits every encoding by itself, |e| = |lambda X| with lambda >= 0: squares
+    first, e^2 ~ lambda^2 X^2, which is convex and needs no start, then alternating signs and non-negative least
+    squares; the k largest stay. An encoding that was wrongly mapped hardly moves the images, which fit many others, and
+    so finds its true sources. Later rounds trust encodings by their residual.
+
+    Args:
+        key: Of the pixels and of `retrieve`.
+        mixing: Of `recover_mixing`, shape (m, k).
+        encodings: Signs play no part.
+        num_images: N.
+        num_rounds: At most; the mixing of the least median residual is returned.
+        num_pixels: Pixels and channels used, chosen at random; all where there are fewer.
+
+    Returns:
+        The mixing, shape (m, k), coefficients adding up to 1. Host code around `retrieve`.
+
+    Raises:
+        ValueError: Lengths that differ, or a count that is not positive.
+    """
+    _check.positive(num_rounds=num_rounds, num_pixels=num_pixels)
+    if len(encodings) != len(mixing.sources):
+        raise ValueError(f"encodings must be {len(mixing.sources)} like mixing, got {len(encodings)}")
+    key_pixels, *keys = jax.random.split(key, num_rounds + 1)
+    flat = jnp.abs(encodings).reshape(len(encodings), -1)
+    sizes = flat[:, jax.random.permutation(key_pixels, flat.shape[1])[:num_pixels]]
+    weights, best, least = np.ones(len(flat)), mixing, np.inf
+    for key_round in keys:
+        key_jitter, key_retrieve = jax.random.split(key_round)
+        matrix = mixing_matrix(mixing, num_images).astype(flat.dtype)
+        matrix += JITTER * jax.random.uniform(key_jitter, matrix.shape, matrix.dtype)
+        root = jnp.sqrt(jnp.asarray(weights, flat.dtype))[:, None]
+        images, _ = retrieve(key_retrieve, root * matrix, root * sizes, num_restarts=3, num_steps=60, tolerance=1e-2)
+        fits = [_fit(np.asarray(images), size, mixing.sources.shape[1]) for size in np.asarray(sizes)]
+        residuals = np.asarray([residual for *_, residual in fits])
+        sources, coefficients = (np.stack(part) for part in list(zip(*fits))[:2])
+        mixing = Mixing(jnp.asarray(sources), jnp.asarray(coefficients, flat.dtype))
+        middle = np.median(residuals)
+        if middle < least:
+            best, least = mixing, middle
+        # Never more than twice the trust of the median, or a few encodings determine the images by themselves.
+        weights = 1 / (np.square(residuals) + middle**2 + EPSILON)
+        weights /= weights.mean()
+    return best
+
+
+def _fit(images: np.ndarray, size: np.ndarray, k: int, num_steps: int = 8) -> tuple[np.ndarray, np.ndarray, float]:
+    """The k sources of one encoding, their coefficients, and the relative residual."""
+    squared, _ = nnls(np.square(images).T, np.square(size))
+    found = np.sqrt(squared)
+    for _ in range(num_steps):
+        found, _ = nnls(images.T, np.where(found @ images < 0, -size, size))
+    sources = np.argsort(-found)[:k]
+    coefficients = found[sources] / max(found[sources].sum(), EPSILON)
+    residual = np.linalg.norm(np.abs(coefficients @ images[sources]) - size) / max(np.linalg.norm(size), EPSILON)
+    return sources, coefficients, float(residual)

@@ -1,0 +1,112 @@
+"""MixUp undone: encodings are linear in the images, so enough of them give the images by least squares.
+
+Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, section 6, who
+minimise the same squares by Adam; the strongest adversary there knows which images are mixed and how much.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from gia_jax import _check
+from gia_jax.defenses.mixing import Mixing
+
+
+def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
+    """The matrix M of coefficients: encodings are M times images, up to signs.
+
+    Args:
+        mixing: Of one epoch, fields of shape (m, k), or of several, with more leading axes: these become one.
+        num_images: Private images N >= 1 that mix with each other and with no others.
+
+    Returns:
+        M, a row an encoding.
+
+    Raises:
+        ValueError: The fields have different shapes, or a source is no image.
+    """
+    sources, coefficients = mixing
+    _check.positive(num_images=num_images)
+    if sources.shape != coefficients.shape or sources.ndim < 2:
+        raise ValueError(f"mixing.sources must have shape (m, k) like coefficients, got {sources.shape}")
+    if _check.is_concrete(sources):
+        values = np.asarray(sources)
+        outside = values[(values < 0) | (values >= num_images)]
+        if outside.size:
+            raise ValueError(f"mixing.sources must be at least 0 and below num_images={num_images}, got {outside[0]}")
+    k = sources.shape[-1]
+    sources, coefficients = sources.reshape(-1, k), coefficients.reshape(-1, k)
+    rows = jnp.arange(len(sources))[:, None]
+    return jnp.zeros((len(sources), num_images), coefficients.dtype).at[rows, sources].add(coefficients)
+
+
+def decode_mixup(mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int) -> Float[Array, "n *d"]:
+    """The images X that least squares finds, min ||M X - E||, by a QR decomposition of M.
+
+    Threat model: whoever has the encodings, exact or inverted from gradients, and knows the mixing. Errors of the
+    encodings are carried over with `noise_gain`.
+
+    Args:
+        mixing: Known; of several epochs with more leading axes (`jax.vmap` of `draw_mixing`).
+        encodings: Shape `mixing.sources.shape[:-1] + d`, in any linear space of pixels.
+        num_images: Private images N.
+
+    Returns:
+        The images, in the space of the encodings and of their type.
+
+    Raises:
+        ValueError: Shapes that do not fit, or (of a mixing that is not traced) a matrix of rank below N: the images are
+            not determined, observe more epochs.
+    """
+    matrix, flat, shape = system(mixing, encodings, num_images)
+    q, r = jnp.linalg.qr(matrix)
+    projected = jnp.matmul(q.T, flat, precision="highest")
+    return jax.scipy.linalg.solve_triangular(r, projected).reshape(num_images, *shape)
+
+
+def system(
+    mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int
+) -> tuple[Float[Array, "m n"], Float[Array, "m p"], tuple[int, ...]]:
+    """The matrix, the encodings as rows, and the shape of an image; ValueError where the rank is below N."""
+    matrix = mixing_matrix(mixing, num_images).astype(encodings.dtype)
+    leading = mixing.sources.shape[:-1]
+    if encodings.shape[: len(leading)] != leading:
+        raise ValueError(f"encodings must have shape {leading} + d like mixing, got {encodings.shape}")
+    if len(matrix) < num_images:
+        raise ValueError(f"encodings must be at least num_images={num_images}, got {len(matrix)}")
+    if _check.is_concrete(matrix):
+        rank = np.linalg.matrix_rank(np.asarray(matrix))
+        if rank < num_images:
+            raise ValueError(f"mixing must have rank num_images={num_images}, got {rank}: observe more epochs")
+    return matrix, encodings.reshape(len(matrix), -1), encodings.shape[len(leading) :]
+
+
+def noise_gain(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    """Mean squared error of the images for each unit of that of the encodings, tr((M^T M)^-1) / N.
+
+    Args:
+        matrix: Of `mixing_matrix`.
+
+    Returns:
+        The gain, for errors that are uncorrelated between encodings; infinite, or beyond precision, below rank N.
+    """
+    return jnp.mean(jnp.square(1 / jnp.linalg.svd(matrix, compute_uv=False)))
+
+
+def predicted_psnr(encoding_mse: Float[ArrayLike, ""], matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    """PSNR in dB to expect of `decode_mixup`: -10 log10(encoding_mse * noise_gain).
+
+    Args:
+        encoding_mse: Mean squared error of the encodings, not negative, of pixels whose range has length 1.
+        matrix: Of `mixing_matrix`.
+
+    Returns:
+        The PSNR of the mean squared error over all images, before any clipping.
+
+    Raises:
+        ValueError: A negative error.
+    """
+    _check.not_negative(encoding_mse=encoding_mse)
+    return -10 * jnp.log10(encoding_mse * noise_gain(matrix))
