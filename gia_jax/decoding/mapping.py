@@ -137,7 +137,7 @@ def recover_mixing(
     above, below = off * jnp.maximum(values, 0), off * jnp.maximum(-values, 0)
 
     def update(w: Array, _: None) -> tuple[Array, None]:
-        # Twice the square root of the usual step: the model is quadratic in W.
+        # The root of the usual ratio: in a model that is quadratic in W full steps overshoot.
         ratio = above @ w / ((off * (w @ w.T) + below) @ w + EPSILON)
         return w * jnp.sqrt(ratio), None
 
