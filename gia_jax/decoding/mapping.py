@@ -137,7 +137,7 @@ def recover_mixing(
     above, below = off * jnp.maximum(values, 0), off * jnp.maximum(-values, 0)
 
     def update(w: Array, _: None) -> tuple[Array, None]:
-        # Twice the square root of the usual step: the model is quadratic in W.
+        # The root of the usual ratio: in a model that is quadratic in W full steps overshoot.
         ratio = above @ w / ((off * (w @ w.T) + below) @ w + EPSILON)
         return w * jnp.sqrt(ratio), None
 
@@ -159,7 +159,7 @@ def refine_mixing(
     encodings: Float[Array, "m *d"],
     num_images: int,
     *,
-    num_rounds: int = 2,
+    num_rounds: int = 6,
     num_pixels: int = 256,
 ) -> Mixing:
     """Corrects a rough mixing by turns: some pixels of the images given the mixing, the mixing given these.
@@ -167,14 +167,15 @@ def refine_mixing(
     The first half is `retrieve`. The second fits every encoding by itself, |e| = |lambda X| with lambda >= 0: squares
     first, e^2 ~ lambda^2 X^2, which is convex and needs no start, then alternating signs and non-negative least
     squares; the k largest stay. An encoding that was wrongly mapped hardly moves the images, which fit many others, and
-    so finds its true sources. Later rounds trust encodings by their residual.
+    so finds its true sources. Later rounds trust encodings by their residual; one that fits worse than the best
+    is undone, and the next starts with the two images that are most alike made one, and a free one for the worst fits.
 
     Args:
         key: Of the pixels and of `retrieve`.
         mixing: Of `recover_mixing`, shape (m, k).
         encodings: Signs play no part.
         num_images: N.
-        num_rounds: At most; the mixing of the least median residual is returned.
+        num_rounds: The mixing of the one with the least mean residual is returned.
         num_pixels: Pixels and channels used, chosen at random; all where there are fewer.
 
     Returns:
@@ -189,7 +190,7 @@ def refine_mixing(
     key_pixels, *keys = jax.random.split(key, num_rounds + 1)
     flat = jnp.abs(encodings).reshape(len(encodings), -1)
     sizes = flat[:, jax.random.permutation(key_pixels, flat.shape[1])[:num_pixels]]
-    weights, best, least = np.ones(len(flat)), mixing, np.inf
+    weights, best, least, reseeded = np.ones(len(flat)), mixing, np.inf, mixing
     for key_round in keys:
         key_jitter, key_retrieve = jax.random.split(key_round)
         matrix = mixing_matrix(mixing, num_images).astype(flat.dtype)
@@ -197,16 +198,31 @@ def refine_mixing(
         root = jnp.sqrt(jnp.asarray(weights, flat.dtype))[:, None]
         images, _ = retrieve(key_retrieve, root * matrix, root * sizes, num_restarts=3, num_steps=60, tolerance=1e-2)
         fits = [_fit(np.asarray(images), size, mixing.sources.shape[1]) for size in np.asarray(sizes)]
-        residuals = np.asarray([residual for *_, residual in fits])
-        sources, coefficients = (np.stack(part) for part in list(zip(*fits))[:2])
+        sources, coefficients, residuals = (np.stack(part) for part in zip(*fits))
         mixing = Mixing(jnp.asarray(sources), jnp.asarray(coefficients, flat.dtype))
-        middle = np.median(residuals)
-        if middle < least:
-            best, least = mixing, middle
-        # Never more than twice the trust of the median, or a few encodings determine the images by themselves.
-        weights = 1 / (np.square(residuals) + middle**2 + EPSILON)
-        weights /= weights.mean()
+        if residuals.mean() < least:
+            best, least, reseeded = mixing, residuals.mean(), _reseed(np.asarray(images), mixing, residuals)
+            # Never more than twice the trust of the median, or a few encodings determine the images by themselves.
+            weights = 1 / (np.square(residuals) + np.median(residuals) ** 2 + EPSILON)
+            weights /= weights.mean()
+        else:
+            mixing, weights = reseeded, np.ones(len(flat))
     return best
+
+
+def _reseed(images: np.ndarray, mixing: Mixing, residuals: np.ndarray) -> Mixing:
+    """The two images most alike become one, and the place of the other goes to the encodings that fit worst.
+
+    A cluster split in two leaves another image without one. Signs of pixels are common to all images and cancel.
+    """
+    unit = images / np.maximum(np.linalg.norm(images, axis=1, keepdims=True), EPSILON)
+    kept, freed = divmod(int(np.argmax(np.abs(np.triu(unit @ unit.T, 1)))), len(images))
+    sources, coefficients = np.array(mixing.sources), np.array(mixing.coefficients)
+    sources[sources == freed] = kept
+    worst = np.argsort(-residuals)[: len(sources) // len(images)]
+    sources[worst, -1] = freed  # in place of the smallest coefficient
+    coefficients[worst, -1] = np.maximum(coefficients[worst, -1], 1 / (2 * sources.shape[1]))
+    return Mixing(jnp.asarray(sources), jnp.asarray(coefficients / coefficients.sum(1, keepdims=True)))
 
 
 def _fit(images: np.ndarray, size: np.ndarray, k: int, num_steps: int = 8) -> tuple[np.ndarray, np.ndarray, float]:
