@@ -151,15 +151,21 @@ def see(case: Case, protected: Mapping[str, Protected], key: PRNGKeyArray, *, kn
             encoding = encoded(one.encode_fn, key_encode, batch, case.others)
             if soft:
                 encoding = Batch(encoding.inputs, as_probabilities(encoding, case.num_classes))
+            # The gradient once, for all that the threat models grant.
+            update = one.client_fn(key_client)(params, encoding)
             for granted in known:
                 threat = ThreatModel(labels=granted)
-                client_fn = one.client_fn(key_client)
-                observation = observe(key_threat, threat, client_fn, params, encoding, num_classes=case.num_classes)
+                observation = observe(
+                    key_threat, threat, lambda *_, u=update: u, params, encoding, num_classes=case.num_classes
+                )
                 seen[granted][name] = observation._replace(params=())
         return seen
 
     victims = len(case.truth.labels)
-    seen = jax.jit(jax.vmap(of_one))(jax.random.split(key, victims), case.truth)
+    # It runs once: compiling it is all that it costs.
+    seen = jax.jit(jax.vmap(of_one), compiler_options={"xla_backend_optimization_level": 0})(
+        jax.random.split(key, victims), case.truth
+    )
     return {granted: {name: o._replace(params=params) for name, o in group.items()} for granted, group in seen.items()}
 
 
