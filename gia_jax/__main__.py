@@ -192,7 +192,7 @@ def _demonstration(out: Path, seed: int) -> None:
     _banner(case, "lenet", protected["none"])
     print("The client sends the gradient of one photograph. What can the server see?\n")
     # name: steps, restarts
-    plan = {"dlg": (1_200, 2), "idlg": (1_200, 4), "inverting_gradients": (2_400, 1)}
+    plan = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
     key_clients, key_attack = jax.random.split(jax.random.key(seed))
     seen = see(case, protected, key_clients, known=(False, True))
     found = {}
@@ -246,7 +246,7 @@ def _demonstration(out: Path, seed: int) -> None:
     undefended = {name: outcomes["none"] for name, outcomes in found.items()}
     _picture(out / "reconstructions.png", case, undefended, "What the server sees of three photographs")
     for name in ("idlg", "inverting_gradients"):
-        defended = {shown: found[name][shown] for shown in SHOWN}
+        defended = {shown.replace(":", "\n"): found[name][shown] for shown in SHOWN}
         _picture(out / f"defenses_{name}.png", case, defended, f"{name}, when the client defends itself")
 
 
