@@ -1,5 +1,6 @@
-"""A network trained to convergence, for the tables that ask what training changes."""
+"""Networks that are trained, for the tables that ask what training changes, or what a defense costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from gia_jax import Batch, clients, data, models
+from gia_jax import Batch, ClientFn, clients, data, models
 from gia_jax.base import Params
 from gia_jax.models.functional import ApplyFn
+
+SampleFn = Callable[[PRNGKeyArray, Batch], Batch]
 
 
 def train_lenet(name: str, seed: int, epochs: int) -> tuple[ApplyFn, Params, float, float]:
@@ -46,3 +50,73 @@ def train_lenet(name: str, seed: int, epochs: int) -> tuple[ApplyFn, Params, flo
         return float(np.mean(predicted == images.labels))
 
     return apply_fn, carry[0], accuracy(train_images), accuracy(test_images)
+
+
+def train(
+    make_client: Callable[[PRNGKeyArray], ClientFn],
+    transformation: optax.GradientTransformation,
+    sample_fn: SampleFn,
+    params: Params,
+    key: PRNGKeyArray,
+    examples: Batch,
+    num_steps: int,
+) -> Params:
+    """An ordinary optax loop, where a defense may enter in three places.
+
+    Args:
+        make_client: `(key) -> client`, of one step: what it shares is the gradient the optimizer sees (`dp_sgd`).
+        transformation: Of the update, the optimizer last: `optax.chain(defense, optimizer)`.
+        sample_fn: `(key, examples) -> batch`, and what encodes the batch (`mixup`).
+        params: At the start.
+        key: Of the loop. The keys of `transformation` are in its own state.
+        examples: All training examples.
+        num_steps: Steps.
+
+    Returns:
+        The parameters at the end.
+    """
+
+    def step(carry: tuple[Params, Any], key: PRNGKeyArray) -> tuple[tuple[Params, Any], None]:
+        params, state = carry
+        key_sample, key_client = jax.random.split(key)
+        update = make_client(key_client)(params, sample_fn(key_sample, examples))
+        changes, state = transformation.update(update, state, params)
+        return (optax.apply_updates(params, changes), state), None
+
+    (trained, _), _ = jax.lax.scan(step, (params, transformation.init(params)), jax.random.split(key, num_steps))
+    return trained
+
+
+def uniform(size: int) -> SampleFn:
+    """Batches of `size` examples, drawn with replacement."""
+
+    def sample_fn(key: PRNGKeyArray, examples: Batch) -> Batch:
+        index = jax.random.randint(key, (size,), 0, len(examples.labels))
+        return jax.tree.map(lambda leaf: leaf[index], examples)
+
+    return sample_fn
+
+
+def poisson(size: int, capacity: int, num_classes: int) -> SampleFn:
+    """Poisson samples: every example takes part by its own coin, `size` of them on average.
+
+    An array has one shape, so a batch has `capacity` rows. Rows that stand for nobody have zeros for the probabilities
+    of all classes: their cross-entropy is 0, and so is its gradient. Of a sample larger than `capacity` the rest is
+    left out, which must be rarer than any delta that is claimed.
+    """
+
+    def sample_fn(key: PRNGKeyArray, examples: Batch) -> Batch:
+        number = len(examples.labels)
+        chosen = jax.random.bernoulli(key, size / number, (number,))
+        (index,) = jnp.nonzero(chosen, size=capacity, fill_value=0)
+        present = jnp.arange(capacity) < jnp.sum(chosen)
+        labels = jax.nn.one_hot(examples.labels[index], num_classes) * present[:, None]
+        return Batch(examples.inputs[index], labels)
+
+    return sample_fn
+
+
+def accuracy(apply_fn: ApplyFn, params: Params, inputs: Float[Array, "n *d"], labels: np.ndarray) -> float:
+    """The share of examples classified right, a thousand at a time."""
+    parts = [jax.jit(apply_fn)(params, inputs[i : i + 1_000]) for i in range(0, len(labels), 1_000)]
+    return float(np.mean(np.concatenate([np.argmax(part, -1) for part in parts]) == labels))

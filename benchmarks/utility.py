@@ -1,0 +1,377 @@
+"""What each defense costs and what it saves: test accuracy and leakage of the same network at the same strength.
+
+    python benchmarks/utility.py [PART ...] [--steps N] [--seeds N] [--victims N] [--attack-steps N]
+
+The parts are `digits` and `cifar10`. Needs the extras `demo`, `data` and `privacy`, and CIFAR-10 prepared by TFDS
+(GIA_JAX_DATA_DIR). A defense is one row of `DEFENSES`.
+"""
+
+import argparse
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import record
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+from parts import run_parts
+from training import SampleFn, accuracy, poisson, train, uniform
+
+from gia_jax import (
+    Attack,
+    Batch,
+    ClientFn,
+    Observation,
+    ThreatModel,
+    clients,
+    data,
+    defenses,
+    gradient_matching,
+    keep_best,
+    models,
+    observe,
+    report,
+)
+from gia_jax.base import LossFn, ObjectiveFn, Params
+from gia_jax.defenses.mixing import InputDefenseFn
+from gia_jax.matching import priors
+from gia_jax.matching.objectives import cosine, layerwise_cosine, masked_cosine
+from gia_jax.matching.optimizers import step_schedule
+from gia_jax.metrics import epsilon, success_share
+from gia_jax.models.functional import ApplyFn
+from gia_jax.study import study
+
+THREAT = ThreatModel(labels=True)
+CLASSES = 10
+WIDTH = 16
+BATCH = 64
+CAPACITY = 128  # eight standard deviations above the mean of a Poisson sample
+LEARNING_RATE = 3e-3
+DELTA = 1e-5
+PRIOR_ONLY = 4  # victims whose update is replaced by noise
+
+MakeClient = Callable[[LossFn, PRNGKeyArray], ClientFn]
+
+
+def mean_layerwise_cosine(simulated: Any, observed: Any) -> Float[Array, ""]:
+    """On the scale of `cosine`, so that one weight of the prior suits both."""
+    return layerwise_cosine(simulated, observed) / len(jax.tree.leaves(observed))
+
+
+OBJECTIVES: dict[str, ObjectiveFn] = {
+    "cosine": cosine,
+    # Trained networks have gradients below any threshold but 0.
+    "masked cosine": functools.partial(masked_cosine, threshold=0.0),
+    "layerwise cosine": mean_layerwise_cosine,
+}
+
+
+def undefended(loss_fn: LossFn, key: PRNGKeyArray) -> ClientFn:
+    del key
+    return clients.federated_sgd(loss_fn)
+
+
+def private(noise_multiplier: float) -> MakeClient:
+    return lambda loss_fn, key: defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=noise_multiplier)
+
+
+class Defense(NamedTuple):
+    """What a client does with its data, in training and in the round that is attacked.
+
+    Attributes:
+        transformation: `(key) -> ` transformation of the update.
+        encode: `(key, batch) -> batch`, or None.
+        client: `(loss_fn, key) -> client` of one round.
+        objective: What the attacker compares updates by, of `OBJECTIVES`.
+        assumed: `(loss_fn, key) -> client` that the attacker assumes.
+        magnitudes: Whether the attacker knows that every pixel's sign is random (in the model's space).
+        noise_multiplier: Of a client with an epsilon; training then takes Poisson samples.
+    """
+
+    transformation: Callable[[PRNGKeyArray], optax.GradientTransformation] = lambda key: optax.identity()
+    encode: InputDefenseFn | None = None
+    client: MakeClient = undefended
+    objective: str = "cosine"
+    assumed: MakeClient = undefended
+    magnitudes: bool = False
+    noise_multiplier: float | None = None
+
+
+def pruned(ratio: float, **options: Any) -> Defense:
+    return Defense(lambda key: defenses.prune(ratio), objective="masked cosine", **options)
+
+
+def dp_sgd(noise_multiplier: float) -> Defense:
+    return Defense(client=private(noise_multiplier), assumed=private(0.0), noise_multiplier=noise_multiplier)
+
+
+MIXUP = defenses.mixup(CLASSES, k=4)
+INSTAHIDE = defenses.instahide(CLASSES, k=4)
+DEFENSES = {
+    "none": Defense(),
+    "prune 0.9": pruned(0.9),
+    "prune 0.99": pruned(0.99),
+    "clip 1": Defense(lambda key: defenses.clip(1.0)),
+    "gaussian noise 1e-3": Defense(lambda key: defenses.gaussian_noise(key, 1e-3)),
+    "gaussian noise 1e-2": Defense(lambda key: defenses.gaussian_noise(key, 1e-2)),
+    "laplace noise 1e-2": Defense(lambda key: defenses.laplace_noise(key, 1e-2)),
+    "sign": Defense(lambda key: defenses.sign(), objective="layerwise cosine"),
+    "ternary": Defense(defenses.ternary),
+    "quantize, 4 bits": Defense(lambda key: defenses.quantize(key, 4)),
+    "dp_sgd, norm 1, noise 0.1": dp_sgd(0.1),
+    "dp_sgd, norm 1, noise 1": dp_sgd(1.0),
+    "mixup, k=4": Defense(encode=MIXUP),
+    "instahide, k=4": Defense(encode=INSTAHIDE, magnitudes=True),
+    "prune 0.9, mixup, k=4": pruned(0.9, encode=MIXUP),
+    "prune 0.9, instahide, k=4": pruned(0.9, encode=INSTAHIDE, magnitudes=True),
+}
+
+
+class Task(NamedTuple):
+    """A data set and the network that learns it.
+
+    Attributes:
+        train: Training examples.
+        test: Test images.
+        victims: Test images that are attacked.
+        gallery: Training images that an attacker may guess.
+        smoothness: The attack's weight of total variation.
+    """
+
+    train: Batch
+    test: data.ImageData
+    victims: Batch
+    gallery: np.ndarray
+    smoothness: float
+
+    def network(self, seed: int) -> tuple[ApplyFn, Params]:
+        """The small ConvNet of this seed."""
+        shape = self.test.images.shape[1:]
+        return models.functional(models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed)))
+
+
+def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
+    """The first image of every class in turn, then the second, ...: a list that anyone can repeat."""
+    ranks = np.asarray([np.sum(labels[:i] == label) for i, label in enumerate(labels)])
+    return np.lexsort((labels, ranks))[:number]
+
+
+def task_of(train_set: data.ImageData, test_set: data.ImageData, victims: int, smoothness: float) -> Task:
+    def batch(images: np.ndarray, labels: np.ndarray) -> Batch:
+        return Batch(jnp.asarray(test_set.normalize(images)), jnp.asarray(labels))
+
+    index = first_of_each_class(test_set.labels[:1_000], victims)
+    attacked = batch(test_set.images[index], test_set.labels[index])
+    gallery = train_set.images[:10_000]
+    return Task(batch(train_set.images, train_set.labels), test_set, attacked, gallery, smoothness)
+
+
+def trained(defense: Defense, task: Task, seeds: int, num_steps: int) -> tuple[list[Params], float]:
+    """The network of every seed under the defense, and the seconds that took without compiling."""
+    apply_fn, _ = task.network(0)
+    loss_fn = clients.cross_entropy(apply_fn)
+    sample_fn: SampleFn = uniform(BATCH)
+    if defense.noise_multiplier is not None:
+        sample_fn = poisson(BATCH, CAPACITY, CLASSES)
+
+    def encoded(key: PRNGKeyArray, examples: Batch) -> Batch:
+        key_sample, key_encoding = jax.random.split(key)
+        batch = sample_fn(key_sample, examples)
+        return batch if defense.encode is None else defense.encode(key_encoding, batch)
+
+    def one(params: Params, key: PRNGKeyArray, examples: Batch) -> Params:
+        key_defense, key_loop = jax.random.split(key)
+        transformation = optax.chain(defense.transformation(key_defense), optax.adam(LEARNING_RATE))
+        make_client = functools.partial(defense.client, loss_fn)
+        return train(make_client, transformation, encoded, params, key_loop, examples, num_steps)
+
+    starts = [(task.network(seed)[1], jax.random.key(seed)) for seed in range(seeds)]
+    compiled = jax.jit(one).lower(*starts[0], task.train).compile()
+    began = time.perf_counter()
+    found = [jax.block_until_ready(compiled(params, key, task.train)) for params, key in starts]
+    return found, time.perf_counter() - began
+
+
+def attack_on(defense: Defense, task: Task, loss_fn: LossFn, num_steps: int) -> Attack:
+    """Inverting Gradients with the objective, the client and the pixel box of one who knows the defense."""
+    low, high = task.test.bounds()
+    smooth = priors.total_variation()
+    if defense.magnitudes:
+        high = np.maximum(-low, high)
+        low = -high
+
+    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
+        inputs = jnp.abs(batch.inputs) if defense.magnitudes else batch.inputs
+        return task.smoothness * smooth(batch._replace(inputs=inputs), observation)
+
+    attack = gradient_matching(
+        defense.assumed(loss_fn, jax.random.key(0)),
+        objective_fn=OBJECTIVES[defense.objective],
+        prior_fn=prior_fn,
+        project_fn=lambda inputs: optax.projections.projection_box(inputs, low, high),
+        optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
+    )
+    return keep_best(attack)
+
+
+class Leakage(NamedTuple):
+    """PSNR in dB of every victim, of what was encoded of it, and of those whose update is noise."""
+
+    private: np.ndarray
+    encoding: np.ndarray
+    prior_only: np.ndarray
+
+
+def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str) -> Leakage:
+    """The attack on every victim, alone in its batch."""
+    apply_fn, _ = task.network(0)
+    loss_fn = clients.cross_entropy(apply_fn)
+    truth = task.victims
+    key_encoding, key_victims, key_noise, key_attack = jax.random.split(jax.random.key(0), 4)
+    # Victims mix with each other; each then shares the update of its own encoding.
+    sent = truth if defense.encode is None else defense.encode(key_encoding, truth)
+    sent, truth = jax.tree.map(lambda leaf: leaf[:, None], (sent, truth))
+
+    def shared(key: PRNGKeyArray, params: Params, batch: Batch) -> Observation:
+        key_client, key_update, key_labels = jax.random.split(key, 3)
+        client_fn = defenses.defended(defense.client(loss_fn, key_client), defense.transformation(key_update))
+        return observe(key_labels, THREAT, client_fn, params, batch, num_classes=CLASSES)
+
+    keys = jax.random.split(key_victims, len(truth.labels))
+    seen = jax.jit(jax.vmap(shared, (0, None, 0)))(keys, params, sent)._replace(params=params)
+    few = jax.tree.map(lambda leaf: leaf[:PRIOR_ONLY], (seen.update, seen.extra))
+    noise = jax.jit(report.random_updates)(key_noise, Observation(params, *few))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (seen.update, seen.extra), (noise.update, noise.extra))
+
+    def progress(done: int, total: int, seconds: float) -> None:
+        print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
+
+    attack = attack_on(defense, task, loss_fn, num_steps)
+    options: dict[str, Any] = {"num_steps": num_steps, "lanes": 10, "progress_fn": progress}
+    inputs = study(attack, key_attack, Observation(params, *both), **options).reconstruction.batch.inputs
+
+    def psnr(found: Array, victims: Batch) -> np.ndarray:
+        return report.score(Batch(found, victims.labels), victims, task.test).psnr[:, 0]
+
+    count = len(keys)
+    error = (inputs[:count] - np.asarray(sent.inputs)) * np.asarray(task.test.std)
+    encoding = -10 * np.log10(np.mean(error**2, (1, 2, 3, 4)))
+    first = jax.tree.map(lambda leaf: leaf[:PRIOR_ONLY], truth)
+    return Leakage(psnr(inputs[:count], truth), encoding, psnr(inputs[count:], first))
+
+
+def promised(defense: Defense, task: Task, num_steps: int) -> str:
+    """The epsilon of the whole training."""
+    if defense.noise_multiplier is None:
+        return "-"
+    rate = BATCH / len(task.train.labels)
+    return f"{epsilon(defense.noise_multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
+
+
+def stage(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
+    error = found.private.std(ddof=1) / np.sqrt(len(found.private))
+    return {
+        f"PSNR {name}": f"{found.private.mean():.2f} +- {error:.2f}",
+        f">= 20 dB {name}": f"{float(success_share(jnp.asarray(found.private))):.0%}",
+        f"prior only {name}": f"{found.prior_only.mean():.2f}",
+        f"of the encoding {name}": f"{found.encoding.mean():.2f}" if encoded else "-",
+    }
+
+
+def table(name: str, task: Task, args: argparse.Namespace) -> None:
+    """Every defense: trained, tested, attacked before and after, one row each."""
+    rows, plain, began = [], "", time.perf_counter()
+    apply_fn, start = task.network(0)
+    inputs = jnp.asarray(task.test.normalize(task.test.images))
+    for defense_name, defense in DEFENSES.items():
+        networks, seconds = trained(defense, task, args.seeds, args.steps)
+        right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
+        deviation = right.std(ddof=1) if len(right) > 1 else np.nan
+        plain = plain or f"{right.mean():.1f}"
+        before = leakage(defense, task, start, args.attack_steps, f"{defense_name}, untrained")
+        after = leakage(defense, task, networks[0], args.attack_steps, f"{defense_name}, trained")
+        row = {
+            "defense": defense_name,
+            "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}",
+            "undefended": plain,
+            "epsilon": promised(defense, task, args.steps),
+            "attacker": defense.objective + (", clips" if defense.noise_multiplier is not None else ""),
+            **stage("untrained", before, defense.encode is not None),
+            **stage("trained", after, defense.encode is not None),
+            "training s": f"{seconds:.0f}",
+        }
+        rows.append(row)
+        print(row, flush=True)
+    pixels = task.test.denormalize(np.asarray(task.victims.inputs))
+    guesses = report.baselines(pixels, task.gallery)
+    guessed = ", ".join(f"{guess} {psnr.mean():.2f}" for guess, psnr in guesses.items())
+    record.write(
+        f"utility_{name}",
+        f"Utility and leakage under each defense, {name}",
+        rows,
+        f"""\
+Accuracy: of {len(task.test.labels):,} test images, mean and standard deviation of {args.seeds} seeds (of the network, \
+the batches and the defense), after {args.steps} steps of Adam at {LEARNING_RATE:g} on batches of {BATCH} of \
+{len(task.train.labels):,} training images, a GroupNormNet of width {WIDTH}; nothing is tuned for a defense, and the \
+optimizer rescales whatever the defense scales. MixUp and InstaHide train on encodings and are tested on plain images. \
+Training s: of all seeds, without compiling.
+
+Leakage: mean PSNR in dB and its standard error over {len(task.victims.labels)} test images, the first of every class \
+in turn, each alone in its batch; share of 20 dB or more. Untrained: the network of seed 0 before training; trained: \
+the network whose accuracy is in the row, seed 0. The defense has the same strength as in training: noise of the same \
+scale on the update of a single image as on that of a batch, and for `dp_sgd` the noise of a batch of one. Prior only: \
+the same attack on random updates of the same norms, {PRIOR_ONLY} victims. Guesses without a gradient: {guessed} (the \
+nearest training image is chosen with the truth).
+
+Attack: Inverting Gradients, {args.attack_steps} steps of signed Adam, 1 start, attack seed 0, the best iterate by \
+the attacker's own loss; total variation {task.smoothness:g}, chosen among three weights on 6 to 8 training images, \
+undefended, at width 8. It assumes the undefended client, and compares by what is in the column; 'clips' assumes \
+`dp_sgd` without its noise. None of these attackers knows the noise or the rounding, so its rows are no ceiling for \
+one that does. MixUp and InstaHide: the victims are mixed with each other, the labels known \
+are those of the encoding, and PSNR is against the private image itself (of the encoding: against what was sent); for \
+InstaHide the attacker's box and total variation are those of magnitudes. Decoding encodings of several epochs is not \
+in this table: one encoding is the least that such a client gives away.
+
+Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for an adversary that sees every \
+update and not the sample: real Poisson samples at rate {BATCH / len(task.train.labels):.3g}. It is not that of the \
+single update attacked, which is not sampled.
+
+Threat model: {THREAT.describe()}. The whole table took {(time.perf_counter() - began) / 60:.0f} minutes.""",
+    )
+
+
+def digits(args: argparse.Namespace) -> None:
+    """The digits of scikit-learn; the last 360 are the test set."""
+    images = data.load("digits")
+    parts = [
+        images._replace(images=images.images[part], labels=images.labels[part], ids=images.ids[part])
+        for part in (slice(0, -360), slice(-360, None))
+    ]
+    table("digits", task_of(parts[0], parts[1], args.victims, 1e-3), args)
+
+
+def cifar10(args: argparse.Namespace) -> None:
+    """CIFAR-10."""
+    table("cifar10", task_of(data.load("cifar10", split="train"), data.load("cifar10"), args.victims, 1e-1), args)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--seeds", type=int, default=3, help="of training")
+    parser.add_argument("--victims", type=int, default=16, help="test images attacked")
+    parser.add_argument("--attack-steps", type=int, default=500, help="of the attack")
+    # The same few attacks run on many networks: each is compiled once.
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        run_parts(parser, digits, cifar10)
+
+
+if __name__ == "__main__":
+    main()
