@@ -42,14 +42,8 @@ def train_lenet(name: str, seed: int, epochs: int) -> tuple[ApplyFn, Params, flo
             carry = step(carry, Batch(x[index], y[index]))
         print(f"\rtraining: epoch {epoch + 1} of {epochs}", end="", flush=True)
     print()
-    predict = jax.jit(lambda p, z: jnp.argmax(apply_fn(p, z), -1))
-
-    def accuracy(images: data.ImageData) -> float:
-        z = inputs[images.name]
-        predicted = np.concatenate([predict(carry[0], z[i : i + 1_000]) for i in range(0, len(z), 1_000)])
-        return float(np.mean(predicted == images.labels))
-
-    return apply_fn, carry[0], accuracy(train_images), accuracy(test_images)
+    shares = [accuracy(apply_fn, carry[0], inputs[s.name], s.labels) for s in (train_images, test_images)]
+    return apply_fn, carry[0], shares[0], shares[1]
 
 
 def train(

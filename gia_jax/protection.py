@@ -129,8 +129,8 @@ def protect(
     """Any defenses in one client: encodings, then the model, then what acts on examples and features, then the update.
 
     Args:
-        parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, MixUp and
-            InstaHide there can be one each.
+        parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
+            the encodings there can be one each.
         module: A model whose last operation is the dense layer `head`.
         num_classes: Of the model.
         head: Its last layer.
@@ -145,7 +145,8 @@ def protect(
         ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD with local
             steps.
     """
-    for kind, names in (("encoding", ("mixup", "instahide")), ("client", ("dpsgd",)), ("model", ("precode",))):
+    alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
+    for kind, names in alone.items():
         found = [part.name for part in parts if part.name in names]
         if len(found) > 1:
             raise ValueError(f"defenses must name one {kind} at most, got {' and '.join(found)}")
@@ -171,7 +172,8 @@ def protect(
             return clients.cross_entropy(apply_fn)
 
     def client_fn(key: PRNGKeyArray) -> ClientFn:
-        keys = {part.name: jax.random.fold_in(key, i) for i, part in enumerate(parts, 1)}
+        drawn = [(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts, 1)]
+        keys = {part.name: own for part, own in drawn}
         loss_fn = loss_of(keys.get("precode"))
         inner = (
             defenses.dp_sgd(loss_fn, keys["dpsgd"], **settings["dpsgd"])
@@ -180,11 +182,7 @@ def protect(
         )
         if "soteria" in settings:
             inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"])
-        chain = [
-            _transformation(part, jax.random.fold_in(key, i))
-            for i, part in enumerate(parts, 1)
-            if DEFENSES[part.name].acts_on == "update"
-        ]
+        chain = [_transformation(part, own) for part, own in drawn if DEFENSES[part.name].acts_on == "update"]
         return defenses.defended(inner, optax.chain(*chain)) if chain else inner
 
     client_fn(jax.random.key(0))  # refuses bad settings here, and not in the middle of a trace

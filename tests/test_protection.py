@@ -75,6 +75,8 @@ def test_a_bad_setting_is_refused_when_the_client_is_built(text, message):
 def test_what_does_not_go_together_is_named():
     with pytest.raises(ValueError, match="one encoding at most, got mixup and instahide"):
         protected_by("mixup", "instahide")
+    with pytest.raises(ValueError, match="one pruning at most, got soteria and soteria"):
+        protected_by("soteria:ratio=0.5", "soteria:ratio=0.8")
 
     def averaging(loss_fn):
         return clients.federated_averaging(loss_fn, learning_rate=0.1, local_epochs=2)

@@ -31,8 +31,8 @@ def soteria(
     Of a batch the scores add up. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned first, although its
     row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
 
-    An attacker that knows the defense attacks the undefended client on what it sees not to be zero: `masked_cosine`
-    with threshold 0, or `selected` without the last layer.
+    An attacker that knows the defense attacks the undefended client on what it sees not to be zero:
+    `matching.adaptive.supported`; or `selected` without the last layer.
 
     Args:
         client_fn: `(params, batch) -> update`.
