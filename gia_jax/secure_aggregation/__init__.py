@@ -1,0 +1,47 @@
+"""Secure aggregation: the server learns a sum of updates, and of each client masked or encrypted bytes.
+
+Needs the extra `secure`, and BFV and CKKS the extra `he`. All parties run in this process, but each is given only its
+own input and bytes. Secrets come from the operating system.
+"""
+
+from gia_jax.secure_aggregation import limits
+from gia_jax.secure_aggregation.fastsecagg import UnluckyDropouts, fastsecagg, fft_sharing
+from gia_jax.secure_aggregation.homomorphic import homomorphic
+from gia_jax.secure_aggregation.lightsecagg import lightsecagg
+from gia_jax.secure_aggregation.observe import Ciphertext, observe
+from gia_jax.secure_aggregation.plain import plain_sum
+from gia_jax.secure_aggregation.protocol import (
+    AggregationAborted,
+    AggregationProtocol,
+    Message,
+    ServerView,
+    aggregate,
+    aggregate_residues,
+    quantized,
+)
+from gia_jax.secure_aggregation.quantization import Quantizer
+from gia_jax.secure_aggregation.secagg import secagg
+from gia_jax.secure_aggregation.sharing import Sharing, packed_shamir
+
+__all__ = [
+    "AggregationAborted",
+    "AggregationProtocol",
+    "Ciphertext",
+    "Message",
+    "Quantizer",
+    "ServerView",
+    "Sharing",
+    "UnluckyDropouts",
+    "aggregate",
+    "aggregate_residues",
+    "fastsecagg",
+    "fft_sharing",
+    "homomorphic",
+    "lightsecagg",
+    "limits",
+    "observe",
+    "packed_shamir",
+    "plain_sum",
+    "quantized",
+    "secagg",
+]

@@ -1,0 +1,78 @@
+"""Victims of the command line whose clients aggregate their updates by a protocol."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from gia_jax.base import Batch, Observation
+from gia_jax.cases import Case
+from gia_jax.protection import Protected, encoded
+from gia_jax.secure_aggregation.observe import Ciphertext, observe
+from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate
+from gia_jax.threat import ThreatModel, grants
+
+TARGETS = ("client:0", "aggregate")
+
+
+def see_aggregated(
+    case: Case, protected: Protected, protocol: AggregationProtocol, key: PRNGKeyArray, *, known: bool
+) -> dict[str, tuple[Case, Observation | Ciphertext]]:
+    """What the server holds of one client, and of all, after a round of the protocol for every victim.
+
+    Args:
+        case: Each victim's batch is that of all clients together, in equal parts.
+        protected: Each client.
+        protocol: For as many clients.
+        key: Of the clients, the rounding and the threat model.
+        known: Whether labels are granted.
+
+    Returns:
+        By target: the case with the data behind it, and observations, leading axis of victims, or `Ciphertext`.
+
+    Raises:
+        ValueError: A number of clients that does not divide the batch.
+    """
+    victims, size = case.truth.labels.shape
+    clients = protocol.quantizer.num_clients
+    if size % clients:
+        raise ValueError(f"case must have batches of a multiple of {clients} images, got {size}")
+    threat, params = ThreatModel(labels=known), protected.params
+    key_clients, key_rounds, key_threat = jax.random.split(key, 3)
+
+    def share(key: PRNGKeyArray, batch: Batch) -> tuple[Batch, Any]:
+        key_encode, key_client = jax.random.split(key)
+        encoding = encoded(protected.encode_fn, key_encode, batch, case.others)
+        return encoding, protected.client_fn(key_client)(params, encoding)
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(victims, clients, -1, *leaf.shape[2:]), case.truth)
+    # It runs once: compiling it is all that it costs.
+    encodings, updates = jax.jit(jax.vmap(jax.vmap(share)), compiler_options={"xla_backend_optimization_level": 0})(
+        jax.random.split(key_clients, (victims, clients)), parts
+    )
+    seen: dict[str, list[Any]] = {target: [] for target in TARGETS}
+    for v in range(victims):
+        batches, shared = jax.tree.map(lambda leaf, v=v: leaf[v], (encodings, updates))
+        view = aggregate(jax.random.fold_in(key_rounds, v), protocol, shared)
+        behind = {
+            "client:0": jax.tree.map(lambda leaf: leaf[0], batches),
+            "aggregate": jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batches),
+        }
+        for target, batch in behind.items():
+            extra = grants(jax.random.fold_in(key_threat, v), threat, batch)
+            seen[target].append(observe(view, target, params, extra=extra))
+    first = case._replace(
+        truth=jax.tree.map(lambda leaf: leaf[:, : size // clients], case.truth),
+        pixels=case.pixels[:, : size // clients],
+    )
+    return {"client:0": (first, _stacked(seen["client:0"])), "aggregate": (case, _stacked(seen["aggregate"]))}
+
+
+def _stacked(seen: Sequence[Any]) -> Observation | Ciphertext:
+    """The observations of all victims as one; one ciphertext stands for all."""
+    if isinstance(seen[0], Ciphertext):
+        return seen[0]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one._replace(params=()) for one in seen])
+    return together._replace(params=seen[0].params)

@@ -1,0 +1,257 @@
+"""Where secure aggregation does not protect: what a server does with the exact sum, and with what travels beside it.
+
+Each function is one such limit. All but `inconsistent_models` and `imprinted` leave the protocol and the models alone.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from gia_jax.base import Observation, Params, Updates
+from gia_jax.labels import ClassifierFn, bias_counts
+from gia_jax.secure_aggregation.observe import Ciphertext, observe
+from gia_jax.secure_aggregation.protocol import ServerView
+
+Path = Sequence[str]
+
+
+def lone_honest_client(
+    view: ServerView, client: int, residues: UInt32[np.ndarray, "n p"], params: Params
+) -> Observation | Ciphertext:
+    """The update of one client when all other contributors collude with the server, or are its sybils: exact.
+
+    No protocol prevents it: the sum less what the others put in is what is left.
+
+    Args:
+        view: After a run.
+        client: The only honest one.
+        residues: What every client put in, from `quantized`; the row of `client` is not read.
+        params: What the server sent.
+
+    Returns:
+        The observation, or `Ciphertext` where the server does not learn the sum.
+
+    Raises:
+        ValueError: If `client` is not in the sum.
+    """
+    if client not in view.contributors:
+        raise ValueError(f"client must be a contributor, got {client}")
+    colluders = {other: residues[other] for other in view.contributors if other != client}
+    return observe(view, "aggregate", params, colluders=colluders)
+
+
+def inconsistent_models(params: Params, layer: Path, victim: int, num_clients: int) -> Params:
+    """Different parameters for every client, so that only the victim's gradient of a layer is in the sum.
+
+    Pasquini, Francati and Ateniese, Eluding Secure Aggregation in Federated Learning via Model Inconsistency, CCS 2022.
+    All but the victim get a layer of which no unit is ever active: behind ReLU its gradient is zero, for any data.
+    Works with any number of clients and any protocol. Clients notice it by comparing models; `secagg` with
+    `model_hashes` makes the sum useless.
+
+    Threat model: a malicious server that sends each client parameters of its own.
+
+    Args:
+        params: What the victim gets.
+        layer: Keys to a layer with "kernel" and "bias" that is followed by ReLU.
+        victim: From 0.
+        num_clients: N.
+
+    Returns:
+        A tree like `params` with a leading axis of the clients, for `vmap(client_fn)`.
+
+    Raises:
+        ValueError: If there is no such layer or victim.
+    """
+    if not 0 <= victim < num_clients:
+        raise ValueError(f"victim must be from 0 to {num_clients - 1}, got {victim}")
+    old = _layer(params, layer)
+    dead = _replaced(params, layer, {"kernel": jnp.zeros_like(old["kernel"]), "bias": -jnp.ones_like(old["bias"])})
+    sent = [params if client == victim else dead for client in range(num_clients)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sent)
+
+
+def model_hash(params: Params) -> bytes:
+    """32 bytes that two models share only where all their parameters are equal, for `secagg(model_hashes=...)`."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.digest()
+
+
+def imprinted(params: Params, layer: Path, following: Path, thresholds: Float[Array, " k"]) -> Params:
+    """A dense layer of k units behind which single examples come apart, also in the gradient of a sum over clients.
+
+    Fowl et al., Robbing the Fed, ICLR 2022, section 4: unit j is active where the mean of the input is above threshold
+    j, and all units feed the next layer alike; so the gradients of neighbours differ by the examples in between.
+
+    Threat model: a malicious server that sends all clients the same altered parameters.
+
+    Args:
+        params: With a first layer on the flattened example, ReLU behind it, and a dense layer that follows.
+        layer: Keys to the first layer, "kernel" (d, k) and "bias" (k,).
+        following: Keys to the next one, "kernel" (k, c).
+        thresholds: Rising; quantiles of the mean of an input, as the attacker guesses them.
+
+    Returns:
+        The altered parameters.
+
+    Raises:
+        ValueError: If a layer is missing, or has not k units.
+    """
+    first, after = _layer(params, layer), _layer(params, following)
+    if first["bias"].shape != thresholds.shape:
+        raise ValueError(f"thresholds must have shape {first['bias'].shape}, got {thresholds.shape}")
+    kernel = jnp.full_like(first["kernel"], 1 / first["kernel"].shape[0])
+    altered = _replaced(params, layer, {**first, "kernel": kernel, "bias": -thresholds})
+    alike = jnp.broadcast_to(after["kernel"][:1], after["kernel"].shape)
+    return _replaced(altered, following, {**after, "kernel": alike})
+
+
+class Bins(NamedTuple):
+    """What the bins of an imprint hold.
+
+    Attributes:
+        inputs: For each bin its example, shape (k, d); a mixture where it holds several.
+        occupied: Whether the bin holds any, shape (k,).
+    """
+
+    inputs: Float[Array, "k d"]
+    occupied: Bool[Array, " k"]
+
+
+def imprint_inversion(update: Updates, layer: Path, *, tolerance: float = 1e-4) -> Bins:
+    """Reads the examples out of the gradient of an imprinted layer: of one client, or of any sum over clients.
+
+    The quotient of the differences of neighbouring units' weight and bias gradients; the last unit is a bin by itself.
+
+    Args:
+        update: The gradient, as observed.
+        layer: As for `imprinted`.
+        tolerance: Differences of bias gradients below this fraction of the largest are taken to be rounding.
+    """
+    gradient = _layer(update, layer)
+    kernel = jnp.diff(gradient["kernel"].T, axis=0, append=0)
+    bias = jnp.diff(gradient["bias"], append=0)
+    occupied = jnp.abs(bias) > tolerance * jnp.max(jnp.abs(bias))
+    return Bins(jnp.where(occupied[:, None], kernel / jnp.where(occupied, bias, 1)[:, None], 0), occupied)
+
+
+def imprint_share(num_bins: int, num_examples: int) -> float:
+    """The expected share of all clients' examples that an imprint gives away: those alone in a bin.
+
+    For thresholds that are the k quantiles of the mean of an input, i / (k + 1), and without a bin below the first: an
+    example is in a bin with probability k / (k + 1), and none of the others is in it with (1 - 1 / (k + 1))^(n - 1).
+    An attacker that wants more takes more bins.
+
+    Args:
+        num_bins: k.
+        num_examples: n, in the sum over all clients.
+    """
+    return (num_bins / (num_bins + 1)) ** num_examples
+
+
+class Disaggregated(NamedTuple):
+    """Single updates from many sums.
+
+    Attributes:
+        updates: For each client its update, shape (n, p).
+        determined: For each client whether its update follows from the sums, shape (n,); the others mean nothing.
+    """
+
+    updates: Float[np.ndarray, "n p"]
+    determined: Bool[np.ndarray, " n"]
+
+
+def disaggregated(participation: Bool[np.ndarray, "rounds n"], sums: Float[np.ndarray, "sums p"]) -> Disaggregated:
+    """Single updates from the sums of many rounds with changing participants.
+
+    Lam et al., Gradient Disaggregation, ICML 2021: linear least squares. Exact where a client's update is the same in
+    every round, as with frozen parameters and full batches; updates that change are noise.
+
+    Threat model: an honest-but-curious server that sees who takes part, as it does in every protocol here.
+
+    Args:
+        participation: Who is in which sum.
+        sums: One for each round.
+
+    Raises:
+        ValueError: If there is not one sum for each round.
+    """
+    if len(sums) != len(participation):
+        raise ValueError(f"sums must have {len(participation)} rounds, got {len(sums)}")
+    system = participation.astype(np.float64)
+    inverse = np.linalg.pinv(system)
+    # A client is determined where its unit vector lies in the row space, on which inverse @ system projects.
+    determined = np.isclose(np.diag(inverse @ system), 1)
+    return Disaggregated(inverse @ sums, determined)
+
+
+def joint_labels(
+    view: ServerView, params: Params, counts: Mapping[int, int], classifier_fn: ClassifierFn
+) -> Int[Array, " b"]:
+    """The labels of all contributors together, from the sum and the example counts that clients send in the clear.
+
+    Clients weight their gradient by the number of their examples, and send the number beside it, as federated averaging
+    does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels.
+
+    Args:
+        view: After a run whose updates were gradients times counts.
+        params: What the server sent.
+        counts: Examples of each contributor.
+        classifier_fn: Picks the last layer; it must have a bias.
+
+    Returns:
+        The labels, sorted.
+
+    Raises:
+        ValueError: If the counts are not of the contributors, or there is no sum.
+    """
+    if set(counts) != set(view.contributors):
+        raise ValueError(f"counts must be of the contributors {view.contributors}, got {sorted(counts)}")
+    total = sum(counts.values())
+    observation = observe(view, "aggregate", params, extra={"inputs_like": jnp.zeros((total, 1))})
+    if isinstance(observation, Ciphertext):
+        raise ValueError("view must have an aggregate, got ciphertext")
+    mean = jax.tree.map(lambda leaf: leaf * (len(counts) / total), observation.update)
+    return bias_counts(classifier_fn)(observation._replace(update=mean))
+
+
+def noise_against_server(noise_multiplier: float, *, num_clients: int, num_honest: int) -> float:
+    """The noise multiplier that is left of distributed noise when only `num_honest` clients add theirs.
+
+    Each client adds a share of 1 / sqrt(n) of the noise, so that the sum has all of it; those that collude know their
+    own, and sybils add none. Boenisch et al., Reconstructing Individual Data Points in Federated Learning Hardened with
+    Differential Privacy and Secure Aggregation, EuroS&P 2023. Pass both to `gia_jax.metrics.epsilon`.
+
+    Args:
+        noise_multiplier: Of the sum, > 0.
+        num_clients: n.
+        num_honest: From 1, the worst case, to n.
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+    if not noise_multiplier > 0:
+        raise ValueError(f"noise_multiplier must be positive, got {noise_multiplier}")
+    if not 1 <= num_honest <= num_clients:
+        raise ValueError(f"num_honest must be from 1 to {num_clients}, got {num_honest}")
+    return noise_multiplier * (num_honest / num_clients) ** 0.5
+
+
+def _layer(tree: Params, path: Path) -> dict[str, Any]:
+    layer = tree
+    for key in path:
+        if key not in layer:
+            raise ValueError(f"layer {tuple(path)} does not exist: {key!r} not found")
+        layer = layer[key]
+    return layer
+
+
+def _replaced(tree: Params, path: Path, layer: dict[str, Any]) -> Params:
+    return layer if not path else {**tree, path[0]: _replaced(tree[path[0]], path[1:], layer)}

@@ -1,0 +1,92 @@
+"""What an attack may see of an aggregation: from the server's view to an observation."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gia_jax.base import Observation, Params
+from gia_jax.secure_aggregation.protocol import ServerView, decode, modular_sum
+
+
+class Ciphertext(NamedTuple):
+    """In place of an observation: there are no numbers to attack. A table prints "n/a: ciphertext", never a score.
+
+    Attributes:
+        num_bytes: Of the ciphertext.
+    """
+
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return "n/a: ciphertext"
+
+
+def observe(
+    view: ServerView,
+    target: str,
+    params: Params,
+    *,
+    colluders: Mapping[int, np.ndarray] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Observation | Ciphertext:
+    """The update that a server sees of one client, or of all, by itself or with clients that tell it what they know.
+
+    * "aggregate": the sum over the contributors less what the colluders put in, divided by the number of the others:
+      for batches of one size, the gradient of the union of their batches.
+    * "client:3": what client 3 sent in place of its update, read as if it were one. Where the colluders are all the
+      other contributors, the update itself.
+
+    Args:
+        view: After a run.
+        target: "aggregate", or "client:" and a number.
+        params: What the server sent to the clients.
+        colluders: From a client to the residues it put into the protocol, shape (p,), as `quantized` gives them.
+        extra: What else the threat model grants, as `gia_jax.grants` makes it.
+
+    Returns:
+        The observation, for any attack; or `Ciphertext`.
+
+    Raises:
+        ValueError: An unknown target, a client that sent nothing, a colluder that is no contributor, or a sum that
+            there is not, or that is over colluders only.
+    """
+    colluders = {} if colluders is None else colluders
+    if unknown := sorted(set(colluders) - set(view.contributors)):
+        raise ValueError(f"colluders must be contributors, got client {unknown[0]}")
+    others = set(view.contributors) - set(colluders)
+    if target == "aggregate":
+        seen = _rest(view, colluders)
+        count = len(others)
+    else:
+        client = _client(target)
+        if client not in view.uploads:
+            raise ValueError(f"target must name a client that sent something, got {target!r}")
+        seen = _rest(view, colluders) if colluders and others == {client} else view.uploads[client]
+        count = 1
+    if isinstance(seen, bytes):
+        return Ciphertext(len(seen))
+    update = jax.tree.map(lambda leaf: leaf / count, decode(view.quantizer, seen, view.like))
+    return Observation(params, update, {} if extra is None else extra)
+
+
+def _client(target: str) -> int:
+    kind, _, number = target.partition(":")
+    if kind != "client" or not number.isdecimal():
+        raise ValueError(f'target must be "aggregate" or such as "client:3", got {target!r}')
+    return int(number)
+
+
+def _rest(view: ServerView, colluders: Mapping[int, np.ndarray]) -> np.ndarray | bytes:
+    """The residues of the sum over all but the colluders."""
+    if view.total is None:
+        uploads = list(view.uploads.values())
+        if uploads and isinstance(uploads[0], bytes):
+            return uploads[0]
+        raise ValueError("target must not be the aggregate of a run that gave none")
+    if len(colluders) == len(view.contributors):
+        raise ValueError("colluders must leave a client to observe, got all contributors")
+    modulus = view.quantizer.modulus
+    negated = [(modulus - own.astype(np.uint64)) % modulus for own in colluders.values()]
+    return modular_sum([view.total, *negated], modulus)

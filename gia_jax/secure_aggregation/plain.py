@@ -1,0 +1,70 @@
+"""The control: every client sends its quantised update in the clear."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gia_jax.secure_aggregation.primitives import RandomBytes
+from gia_jax.secure_aggregation.protocol import (
+    AggregationProtocol,
+    Client,
+    Server,
+    modular_sum,
+    require,
+    to_bytes,
+    words,
+)
+from gia_jax.secure_aggregation.quantization import Quantizer
+from gia_jax.secure_aggregation.wire import Bytes
+
+
+def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationProtocol:
+    """No protection: what the protocols are compared with. Whoever answers is in the sum.
+
+    Args:
+        num_clients: N.
+        clip: Largest magnitude of an entry.
+        bits: Bits an entry.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: As `Quantizer`.
+    """
+    quantizer = Quantizer(clip, bits, num_clients)
+
+    def make_clients(residues: np.ndarray, randoms: Sequence[RandomBytes]) -> list[PlainClient]:
+        del randoms
+        return [PlainClient(vector) for vector in residues]
+
+    return AggregationProtocol("plain_sum", quantizer, 0, make_clients, lambda length, _: PlainServer(length))
+
+
+class PlainClient(Client):
+    """Sends its vector."""
+
+    def __init__(self, vector: np.ndarray) -> None:
+        self._vector = vector
+        self.rounds = (self.upload,)
+
+    def upload(self, message: bytes) -> bytes:
+        """Round 0."""
+        del message
+        return to_bytes(self._vector)
+
+
+class PlainServer(Server):
+    """Adds what it is sent."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.rounds = (self.add,)
+
+    def add(self, answers: Bytes) -> Bytes:
+        """Round 0."""
+        require(len(answers), 1, "the upload")
+        vectors = {client: words(data, self._length) for client, data in answers.items()}
+        self.uploads, self.contributors = vectors, tuple(vectors)
+        self.total = modular_sum(list(vectors.values()), 2**32)
+        return {}

@@ -1,0 +1,403 @@
+"""SecAgg: pairwise masks that cancel in the sum.
+
+Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, figure 4; with
+`neighbours`, Bell et al., Secure Single-Server Aggregation with (Poly)Logarithmic Overhead, CCS 2020, algorithm 2.
+
+Departures: a commitment to every self-mask seed and a comparison with the advertised mask key, so that wrong shares end
+the run instead of giving a wrong sum; the server names survivors and dropped clients in two lists, and a client refuses
+where they overlap.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from gia_jax.secure_aggregation import shamir
+from gia_jax.secure_aggregation.primitives import Mailbox, RandomBytes, agree, keystream
+from gia_jax.secure_aggregation.protocol import (
+    AggregationAborted,
+    AggregationProtocol,
+    Client,
+    Server,
+    require,
+    to_bytes,
+    words,
+)
+from gia_jax.secure_aggregation.quantization import Quantizer
+from gia_jax.secure_aggregation.wire import Bytes, Wire
+
+
+def secagg(
+    num_clients: int,
+    *,
+    threshold: int,
+    clip: float,
+    bits: int = 22,
+    neighbours: int | None = None,
+    consistency: bool = False,
+    model_hashes: Sequence[bytes] | None = None,
+) -> AggregationProtocol:
+    """The sum over the clients that sent a masked input, modulo 2^32; at least `threshold` clients must answer each
+    round, so up to num_clients - threshold may drop out.
+
+    Threat model: an honest-but-curious server and up to threshold - 1 clients that collude with it learn the sum over
+    the other contributors, and nothing else; with threshold colluders they learn everything, and a sum over one
+    honest client is that client's update. Clients that send garbage are not noticed. With `consistency` also a server
+    that lies about who dropped out, where 2 threshold > num_clients + colluders and the clients' identity keys come
+    from a source it cannot forge. From a server that sends different models (`limits.inconsistent_models`) only
+    `model_hashes` protect.
+
+    Args:
+        num_clients: N.
+        threshold: t, from 2 (1 for a single client) to N; with `neighbours`, out of a client and its neighbours.
+        clip: Largest magnitude of an entry.
+        bits: Bits an entry.
+        neighbours: None masks and shares with every other client. An even number k < N does so with k others, on a
+            circle in random order (SecAgg+); every client then needs `threshold` answers from among its own k + 1.
+            Colluders and dropouts that cut the circle in two give the server two sums: fewer than k of them together
+            never do, and more hardly ever, because the order is random. The server draws it, and must be honest.
+        consistency: Adds signed keys and the consistency round.
+        model_hashes: Of the model that each client received, such as `limits.model_hash` of it. Masks are then derived
+            from it: between clients with different models they do not cancel, and the sum is noise. (A proposal of this
+            library, without a paper.)
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: As `Quantizer`; `threshold` or `neighbours` out of range; `consistency` with neighbours; or
+            not one hash for each client.
+    """
+    quantizer = Quantizer(clip, bits, num_clients)
+    if neighbours is not None and not (0 < neighbours < num_clients and neighbours % 2 == 0):
+        raise ValueError(f"neighbours must be even, positive and below {num_clients}, got {neighbours}")
+    if neighbours is not None and consistency:
+        raise ValueError(f"consistency=True needs neighbours=None, got {neighbours}: all must sign the same survivors")
+    if model_hashes is not None and len(model_hashes) != num_clients:
+        raise ValueError(f"model_hashes must be {num_clients}, got {len(model_hashes)}")
+    models = [b""] * num_clients if model_hashes is None else list(model_hashes)
+    holders = num_clients if neighbours is None else neighbours + 1
+    if not min(2, num_clients) <= threshold <= holders:
+        raise ValueError(f"threshold must be from {min(2, num_clients)} to {holders}, got {threshold}")
+
+    def make_clients(residues: np.ndarray, randoms: Sequence[RandomBytes]) -> list[SecAggClient]:
+        signers = _signers(randoms) if consistency else [None] * num_clients
+        parts = zip(residues, randoms, models, signers)
+        return [SecAggClient(i, *own, threshold=threshold) for i, own in enumerate(parts)]
+
+    def make_server(length: int, random: RandomBytes) -> SecAggServer:
+        return SecAggServer(length, random, threshold, neighbours, consistency, models)
+
+    collusion = threshold - 1 if neighbours is None else min(threshold, neighbours) - 1
+    return AggregationProtocol("secagg", quantizer, collusion, make_clients, make_server)
+
+
+@dataclass(frozen=True)
+class Keys(Wire):
+    """Round 0: the client's public keys, and its signature of both (empty without the consistency round)."""
+
+    channel: bytes
+    mask: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class KeyList(Wire):
+    """The `Keys` of a client's peers, and its own."""
+
+    keys: Bytes
+
+
+@dataclass(frozen=True)
+class Shares(Wire):
+    """Round 1: a box for every peer, and the hash of the self-mask seed."""
+
+    boxes: Bytes
+    commitment: bytes
+
+
+@dataclass(frozen=True)
+class Boxes(Wire):
+    """The boxes for one client, by sender."""
+
+    boxes: Bytes
+
+
+@dataclass(frozen=True)
+class UnmaskRequest(Wire):
+    """Who is in the sum and who dropped out, among a client's peers; signatures of the survivors by client."""
+
+    survivors: tuple[int, ...]
+    dropped: tuple[int, ...]
+    signatures: Bytes
+
+
+@dataclass(frozen=True)
+class UnmaskAnswer(Wire):
+    """The shares of the survivors' self-mask seeds and of the dropped clients' mask keys."""
+
+    seeds: Bytes
+    keys: Bytes
+
+
+@dataclass(frozen=True)
+class Signer:
+    """One client's identity key, and everybody's public one, from a source that the server cannot forge."""
+
+    client: int
+    identity: Ed25519PrivateKey
+    directory: dict[int, bytes]
+
+    def sign(self, content: bytes) -> bytes:
+        """A signature of this client."""
+        return self.identity.sign(f"{self.client} ".encode() + content)
+
+    def verify(self, client: int, content: bytes, signature: bytes) -> None:
+        """Raises AggregationAborted where `client` did not sign `content`."""
+        try:
+            public = Ed25519PublicKey.from_public_bytes(self.directory[client])
+            public.verify(signature, f"{client} ".encode() + content)
+        except InvalidSignature:
+            raise AggregationAborted(f"the signature of client {client} is wrong") from None
+
+
+def _signers(randoms: Sequence[RandomBytes]) -> list[Signer]:
+    identities = [Ed25519PrivateKey.from_private_bytes(random(32)) for random in randoms]
+    publics = [identity.public_key().public_bytes_raw() for identity in identities]
+    return [Signer(i, identity, dict(enumerate(publics))) for i, identity in enumerate(identities)]
+
+
+class SecAggClient(Client):
+    """One client.
+
+    Args:
+        client: Its number.
+        vector: Its residues, shape (p,).
+        random: Its source of randomness.
+        model: The hash of the model that it received, or nothing.
+        signer: Its identity, for the consistency round.
+        threshold: t.
+    """
+
+    def __init__(
+        self,
+        client: int,
+        vector: np.ndarray,
+        random: RandomBytes,
+        model: bytes = b"",
+        signer: Signer | None = None,
+        *,
+        threshold: int,
+    ) -> None:
+        self._client, self._vector, self._random, self._threshold = client, vector, random, threshold
+        self._purpose = b"mask" + model
+        self._signer = signer
+        self._mailbox = Mailbox(client, random)
+        self._mask_key = X25519PrivateKey.from_private_bytes(random(32))
+        self._seed = random(32)
+        self._answered = False
+        middle = () if signer is None else (self.check_consistency,)
+        self.rounds = (self.advertise_keys, self.share_keys, self.mask_input, *middle, self.unmask)
+
+    def advertise_keys(self, message: bytes) -> bytes:
+        """Round 0."""
+        del message
+        channel, mask = self._mailbox.public, self._mask_key.public_key().public_bytes_raw()
+        signature = b"" if self._signer is None else self._signer.sign(channel + mask)
+        self._own_keys = Keys(channel, mask, signature)
+        return self._own_keys.to_bytes()
+
+    def share_keys(self, message: bytes) -> bytes:
+        """Round 1: the mask key and the self-mask seed, shared among the peers."""
+        keys = {client: Keys.from_bytes(data) for client, data in KeyList.from_bytes(message).keys.items()}
+        publics = [public for own in keys.values() for public in (own.channel, own.mask)]
+        if len(keys) < self._threshold:
+            raise AggregationAborted(f"client {self._client} got {len(keys)} keys, threshold {self._threshold}")
+        if keys.get(self._client) != self._own_keys or len(set(publics)) < len(publics):
+            raise AggregationAborted(f"client {self._client} got keys that are not its own, or not distinct")
+        for client, theirs in keys.items():
+            if self._signer is not None:
+                self._signer.verify(client, theirs.channel + theirs.mask, theirs.signature)
+            if client != self._client:
+                self._mailbox.connect(client, theirs.channel)
+        self._peers = {client: theirs.mask for client, theirs in keys.items() if client != self._client}
+        seeds = shamir.share(self._random, self._seed, self._threshold, keys)
+        mask_keys = shamir.share(self._random, self._mask_key.private_bytes_raw(), self._threshold, keys)
+        self._own_share = seeds[self._client]
+        boxes = {peer: self._mailbox.seal(peer, seeds[peer] + mask_keys[peer]) for peer in self._peers}
+        return Shares(boxes, hashlib.sha256(self._seed).digest()).to_bytes()
+
+    def mask_input(self, message: bytes) -> bytes:
+        """Round 2: the vector, a mask of its own, and one for every peer: one side adds it, the other subtracts it."""
+        self._boxes = Boxes.from_bytes(message).boxes
+        if not set(self._boxes) <= set(self._peers) or len(self._boxes) + 1 < self._threshold:
+            raise AggregationAborted(
+                f"client {self._client} got boxes of {sorted(self._boxes)}, threshold {self._threshold}"
+            )
+        masked = self._vector + keystream(self._seed, self._vector.size)
+        for peer in self._boxes:
+            mask = keystream(agree(self._mask_key, self._peers[peer], self._purpose), self._vector.size)
+            masked = masked + mask if self._client < peer else masked - mask
+        return to_bytes(masked)
+
+    def check_consistency(self, message: bytes) -> bytes:
+        """Round 3, where there is one: signs who is in the sum."""
+        assert self._signer is not None
+        self._signed = UnmaskRequest.from_bytes(message).survivors
+        return self._signer.sign(_survivors(self._signed))
+
+    def unmask(self, message: bytes) -> bytes:
+        """Last round: of every peer either the share of its seed or that of its mask key, never of both."""
+        request = UnmaskRequest.from_bytes(message)
+        survivors, dropped = set(request.survivors), set(request.dropped)
+        if self._answered:
+            raise AggregationAborted(f"client {self._client} was asked to unmask twice")
+        if both := survivors & dropped:
+            raise AggregationAborted(f"client {min(both)} is named as a survivor and as dropped")
+        if unknown := (survivors | dropped) - set(self._boxes) - {self._client}:
+            raise AggregationAborted(f"client {min(unknown)} shared no keys with client {self._client}")
+        if self._client not in survivors or len(survivors) < self._threshold:
+            raise AggregationAborted(f"survivors must be {self._threshold} clients and the asked, got {len(survivors)}")
+        if self._signer is not None:
+            self._check_signatures(request)
+        self._answered = True
+        opened = {
+            peer: self._mailbox.open(peer, self._boxes[peer]) for peer in survivors | dropped if peer in self._boxes
+        }
+        seeds = {peer: opened[peer][: shamir.SHARE] for peer in sorted(survivors - {self._client})}
+        keys = {peer: opened[peer][shamir.SHARE :] for peer in sorted(dropped)}
+        return UnmaskAnswer({**seeds, self._client: self._own_share}, keys).to_bytes()
+
+    def _check_signatures(self, request: UnmaskRequest) -> None:
+        assert self._signer is not None
+        if request.survivors != self._signed or len(request.signatures) < self._threshold:
+            raise AggregationAborted(f"client {self._client} signed other survivors, or too few signed")
+        for client, signature in request.signatures.items():
+            if client not in request.survivors:
+                raise AggregationAborted(f"client {client} signed and is no survivor")
+            self._signer.verify(client, _survivors(request.survivors), signature)
+
+
+def _survivors(clients: tuple[int, ...]) -> bytes:
+    return b"survivors " + ",".join(map(str, clients)).encode()
+
+
+class SecAggServer(Server):
+    """The server. `_peers` says among whom each client masks and shares, itself included; `_models`, what it sent."""
+
+    def __init__(
+        self,
+        length: int,
+        random: RandomBytes,
+        threshold: int,
+        neighbours: int | None,
+        consistency: bool,
+        models: Sequence[bytes],
+    ) -> None:
+        self._length, self._random, self._threshold, self._neighbours = length, random, threshold, neighbours
+        self._models = tuple(models)
+        middle = (self.forward_signatures,) if consistency else ()
+        self.rounds = (self.send_keys, self.send_boxes, self.send_survivors, *middle, self.recover_sum)
+
+    def send_keys(self, answers: Bytes) -> Bytes:
+        """Round 0."""
+        self._keys = {client: Keys.from_bytes(data) for client, data in answers.items()}
+        self._peers = graph(self._random, sorted(answers), self._neighbours)
+        self._check(set(answers), set(answers), "with keys")
+        return {
+            client: KeyList({peer: answers[peer] for peer in peers}).to_bytes() for client, peers in self._peers.items()
+        }
+
+    def send_boxes(self, answers: Bytes) -> Bytes:
+        """Round 1."""
+        self._shares = {client: Shares.from_bytes(data) for client, data in answers.items()}
+        self._check(set(answers), set(answers), "with shares")
+
+        def boxes_for(client: int) -> Boxes:
+            senders = [peer for peer in self._peers[client] if peer in self._shares and peer != client]
+            return Boxes({sender: self._shares[sender].boxes[client] for sender in senders})
+
+        return {client: boxes_for(client).to_bytes() for client in answers}
+
+    def send_survivors(self, answers: Bytes) -> Bytes:
+        """Round 2."""
+        self._masked = {client: words(data, self._length) for client, data in answers.items()}
+        self.uploads, self.contributors = self._masked, tuple(answers)
+        self._check(set(answers), set(answers), "with a masked input")
+        return {client: self._request(client, {}).to_bytes() for client in answers}
+
+    def forward_signatures(self, answers: Bytes) -> Bytes:
+        """Round 3, where there is one."""
+        self._check(set(answers), set(answers), "with a signature")
+        return {client: self._request(client, answers).to_bytes() for client in answers}
+
+    def recover_sum(self, answers: Bytes) -> Bytes:
+        """Last round: takes the self masks of the survivors off, and the masks of those that dropped out."""
+        self._check(set(self._shares), set(answers), "unmasking")
+        unmasked = {client: UnmaskAnswer.from_bytes(data) for client, data in answers.items()}
+        seed_shares = {holder: answer.seeds for holder, answer in unmasked.items()}
+        key_shares = {holder: answer.keys for holder, answer in unmasked.items()}
+        # All secrets first: where one is wrong there is no part of a sum.
+        seeds = {client: self._seed_of(client, seed_shares) for client in self._masked}
+        mask_keys = {client: self._mask_key_of(client, key_shares) for client in set(self._shares) - set(self._masked)}
+        total = np.zeros(self._length, np.uint32)
+        for client, masked in self._masked.items():
+            total += masked - keystream(seeds[client], self._length)
+        for client, mask_key in mask_keys.items():
+            for peer in self._peers[client] & set(self._masked):
+                mask = keystream(agree(mask_key, self._keys[peer].mask, b"mask" + self._models[peer]), self._length)
+                total = total - mask if peer < client else total + mask
+        self.total = total
+        return {}
+
+    def _seed_of(self, client: int, shares: dict[int, Bytes]) -> bytes:
+        seed = self._recombine(client, shares)
+        if hashlib.sha256(seed).digest() != self._shares[client].commitment:
+            raise AggregationAborted(f"the shares of client {client}'s seed do not fit its commitment")
+        return seed
+
+    def _mask_key_of(self, client: int, shares: dict[int, Bytes]) -> X25519PrivateKey:
+        mask_key = X25519PrivateKey.from_private_bytes(self._recombine(client, shares))
+        if mask_key.public_key().public_bytes_raw() != self._keys[client].mask:
+            raise AggregationAborted(f"the shares of client {client}'s mask key do not fit its public key")
+        return mask_key
+
+    def _check(self, whose: set[int], answered: set[int], step: str) -> None:
+        """Every client of `whose` needs `threshold` answers from among its peers and itself."""
+        require(len(answered), self._threshold, step)
+        for client in whose:
+            require(len(self._peers[client] & answered), self._threshold, f"{step} among the peers of client {client}")
+
+    def _request(self, client: int, signatures: Bytes) -> UnmaskRequest:
+        shared = self._peers[client] & set(self._shares)
+        survivors = sorted(shared & set(self._masked))
+        return UnmaskRequest(tuple(survivors), tuple(sorted(shared - set(self._masked))), signatures)
+
+    def _recombine(self, client: int, shares: dict[int, Bytes]) -> bytes:
+        try:
+            return shamir.recombine(
+                {holder: held[client] for holder, held in shares.items() if client in held}, self._threshold
+            )
+        except ValueError as error:
+            raise AggregationAborted(f"client {client}: {error}") from None
+
+
+def graph(random: RandomBytes, clients: Sequence[int], neighbours: int | None) -> dict[int, set[int]]:
+    """Who masks and shares with whom, each client among its own peers.
+
+    Args:
+        random: Orders the circle.
+        clients: Those that advertised keys.
+        neighbours: None for everybody, or an even number: half of them on each side of the circle.
+    """
+    if neighbours is None or neighbours >= len(clients):
+        return {client: set(clients) for client in clients}
+    # A random order: sorted by 16 random bytes each.
+    order = sorted(clients, key={client: random(16) for client in clients}.__getitem__)
+    near = range(-(neighbours // 2), neighbours // 2 + 1)
+    return {client: {order[(i + j) % len(order)] for j in near} for i, client in enumerate(order)}
