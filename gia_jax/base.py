@@ -22,16 +22,18 @@ class Batch(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """All that an attack receives. Made by `gia_jax.observe` and by nothing else.
+    """All that an attack receives. Made by `gia_jax.observe` or `gia_jax.secure_aggregation.observe`, by nothing else.
 
     Attributes:
         params: The parameters the server sent.
-        update: What the client returned, with the sign and scale of a gradient (a pseudo-gradient), always.
+        update: What the client returned, with the sign and scale of a gradient (a pseudo-gradient), always. A client of
+            several rounds returns them stacked: a leading axis t in every leaf.
         extra: What else the threat model grants, by name:
 
             * "inputs_like": zeros of the batch's shape (b, *d): the shape of an example and the size of the batch;
             * "labels": the batch's labels, shuffled unless the threat model grants their order;
-            * "statistics": the batch-normalisation statistics of the client's own forward pass.
+            * "statistics": the batch-normalisation statistics of the client's own forward pass;
+            * "batch_indices": the records that each round used, shape (t, b), places in "inputs_like".
     """
 
     params: Params

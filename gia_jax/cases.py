@@ -1,6 +1,6 @@
 """A setting of the command line: victims and their client, with any defenses, and an attack on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from gia_jax import clients, data, labels, models, report
-from gia_jax.attacks.named import Target, make_attack, make_linear
+from gia_jax.attacks.named import INVERTIBLE, Target, make_analytic, make_attack
 from gia_jax.base import Batch, LossFn, Observation
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.models.functional import Statistics
 from gia_jax.protection import Part, Protected, encoded, protect
 from gia_jax.study import ProgressFn, Study, study, study_analytic
 from gia_jax.threat import ThreatModel, observe
 
-FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
 PRIOR_ONLY = "prior only"
 
@@ -50,6 +50,17 @@ class Case(NamedTuple):
     def num_classes(self) -> int:
         """Classes of the data."""
         return len(self.images.class_names)
+
+    @property
+    def statistics_fn(self) -> Callable[..., Statistics] | None:
+        """Of the features of the model; None without batch normalisation."""
+        has_any = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(self.module))
+        return models.batch_norm_inputs(self.module) if has_any else None
+
+    def running_statistics(self, observation: Observation) -> Statistics:
+        """Those that the model keeps; of an untrained one they say nothing about any data."""
+        like = jnp.zeros((1, *self.truth.inputs.shape[2:]), self.truth.inputs.dtype)
+        return models.running_statistics(self.module, observation.params, like)
 
     def protect(self, parts: Sequence[Part]) -> Protected:
         """The client with these defenses."""
@@ -128,7 +139,14 @@ def _built(model: str, shape: tuple[int, ...], num_classes: int, seed: int) -> n
     return build()
 
 
-def see(case: Case, protected: Mapping[str, Protected], key: PRNGKeyArray, *, known: Sequence[bool]) -> Any:
+def see(
+    case: Case,
+    protected: Mapping[str, Protected],
+    key: PRNGKeyArray,
+    *,
+    known: Sequence[bool],
+    statistics: bool = False,
+) -> Any:
     """What the server sees of every victim under every defense, with and without its labels.
 
     Args:
@@ -136,12 +154,15 @@ def see(case: Case, protected: Mapping[str, Protected], key: PRNGKeyArray, *, kn
         protected: Their clients, by a name; they share one set of parameters.
         key: Of the clients, each of which draws its own, and of the threat model.
         known: Whether labels are granted, one or both of False and True.
+        statistics: Whether the feature statistics of the client's batch are granted.
 
     Returns:
         By `known`, then by name: observations, leading axis of victims. Labels are probabilities, so that those of
         mixed images are like the others, where more than one defense is to be attacked by one program.
     """
-    params = next(iter(protected.values())).params
+    params, measure = next(iter(protected.values())).params, case.statistics_fn
+    if statistics and measure is None:
+        raise ValueError("statistics need a model with batch normalisation, got one without")
     soft = len(protected) > 1
 
     def of_one(key: PRNGKeyArray, batch: Batch) -> Any:
@@ -154,9 +175,14 @@ def see(case: Case, protected: Mapping[str, Protected], key: PRNGKeyArray, *, kn
             # The gradient once, for all that the threat models grant.
             update = one.client_fn(key_client)(params, encoding)
             for granted in known:
-                threat = ThreatModel(labels=granted)
                 observation = observe(
-                    key_threat, threat, lambda *_, u=update: u, params, encoding, num_classes=case.num_classes
+                    key_threat,
+                    ThreatModel(labels=granted, statistics=statistics),
+                    lambda *_, u=update: u,
+                    params,
+                    encoding,
+                    num_classes=case.num_classes,
+                    statistics=measure(params, encoding.inputs) if statistics and measure is not None else None,
                 )
                 seen[granted][name] = observation._replace(params=())
         return seen
@@ -179,6 +205,7 @@ def attack(
     model: str,
     known_labels: bool,
     adaptive: bool = False,
+    statistics: str = "none",
     solver: str = "paper",
     num_steps: int,
     num_restarts: int = 1,
@@ -195,9 +222,11 @@ def attack(
         assumed: The client the attacker assumes.
         name: Of the attack.
         key: The attacker's.
-        model: Its name, for the attack "linear".
+        model: Its name, for analytic attacks.
         known_labels: Whether the labels were granted.
         adaptive: Whether the attacker knows the defenses of `assumed`, or takes the client for one without any.
+        statistics: Of the features, that GradInversion matches: "none", the model's "running" ones, or the "exact"
+            ones that were granted.
         solver: As for `make_attack`.
         num_steps: As for `study`.
         num_restarts: As for `study`.
@@ -227,12 +256,13 @@ def attack(
         case.truth.labels.shape[1],
         (low, high),
         apply_fn=plain.apply_fn,
+        statistics_fn=None if statistics == "none" else case.statistics_fn,
+        known_statistics_fn=case.running_statistics if statistics == "running" else None,
     )
     target = target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
     rule = "known" if known_labels else "inferred"
-    if name == "linear":
-        reconstruct_fn = make_linear(target, layer_fn=labels.dense(FIRST_LAYER[model]), labels=rule)
-        found = study_analytic(reconstruct_fn, key_attack, together)
+    if name in INVERTIBLE:
+        found = study_analytic(make_analytic(name, target, model=model, labels=rule), key_attack, together)
     else:
         found = study(
             make_attack(name, target, labels=rule, solver=solver, num_steps=num_steps),

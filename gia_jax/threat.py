@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from gia_jax import _check
-from gia_jax.base import Batch, ClientFn, Observation, Params
+from gia_jax.base import Batch, ClientFn, Observation, Params, Updates
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ThreatModel:
             which example was used when; one gradient of the whole batch does not depend on it.
         statistics: Whether the batch-normalisation statistics of the client's forward pass are known
             (observation.extra["statistics"]).
+        batch_indices: Whether it is known which records each of several rounds used
+            (observation.extra["batch_indices"]).
     """
 
     name: str = "honest-but-curious server"
@@ -30,6 +33,7 @@ class ThreatModel:
     labels: bool = False
     label_order: bool = False
     statistics: bool = False
+    batch_indices: bool = False
 
     def __post_init__(self) -> None:
         if self.label_order and not self.labels:
@@ -41,6 +45,7 @@ class ThreatModel:
         known += ["batch size"] if self.batch_size else []
         known += [f"labels ({'in order' if self.label_order else 'unordered'})"] if self.labels else []
         known += ["batch statistics"] if self.statistics else []
+        known += ["batch indices"] if self.batch_indices else []
         return f"{self.name}; knows {', '.join(known)}"
 
 
@@ -53,6 +58,7 @@ def observe(
     *,
     num_classes: int | None = None,
     statistics: PyTree[Array] | None = None,
+    batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
 ) -> Observation:
     """Lets the client work on its batch, and keeps of it what the threat model grants.
 
@@ -64,19 +70,46 @@ def observe(
         batch: The client's data; nothing of it reaches the observation unless granted.
         num_classes: If given, concrete labels are checked against it.
         statistics: The statistics to grant where `threat.statistics` is True.
+        batch_indices: For a client of t rounds, such as `clients.vertical_sgd`, whose update has a leading axis of
+            rounds: the records of each; granted where `threat.batch_indices` is True.
 
     Returns:
         The observation, all arrays: `vmap` over keys and batches observes many victims.
 
     Raises:
         ValueError: Empty batch, labels out of range, non-finite inputs or parameters, an update unlike `params`, or
-            granted statistics that are missing.
+            granted statistics or batch indices that are missing.
     """
     _check.batch(batch.inputs, batch.labels, num_classes)
     _check.finite("params", params)
     update = client_fn(params, batch)
-    _check.same_structure("update", update, "params", params)
+    one_round = update if batch_indices is None else _first_round(update, len(batch_indices))
+    _check.same_structure("update", one_round, "params", params)
     _check.finite("update", update)
+    extra = grants(key, threat, batch, statistics=statistics, batch_indices=batch_indices)
+    return Observation(params, update, extra)
+
+
+def grants(
+    key: PRNGKeyArray,
+    threat: ThreatModel,
+    batch: Batch,
+    *,
+    statistics: PyTree[Array] | None = None,
+    batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
+) -> dict[str, Any]:
+    """What the threat model grants beside the parameters and the update: `Observation.extra`.
+
+    Args:
+        key: It shuffles granted labels.
+        threat: What the adversary is granted.
+        batch: The data behind the update: of one client, or of all clients behind a sum.
+        statistics: The statistics to grant where `threat.statistics` is True.
+        batch_indices: The records of each round, to grant where `threat.batch_indices` is True.
+
+    Raises:
+        ValueError: Granted statistics or batch indices that are missing.
+    """
     extra: dict[str, Any] = {}
     if threat.batch_size:
         extra["inputs_like"] = jnp.zeros_like(batch.inputs)
@@ -86,7 +119,19 @@ def observe(
         if statistics is None:
             raise ValueError("statistics must be given where the threat model grants them, got None")
         extra["statistics"] = statistics
-    return Observation(params, update, extra)
+    if threat.batch_indices:
+        if batch_indices is None:
+            raise ValueError("batch_indices must be given where the threat model grants them, got None")
+        extra["batch_indices"] = jnp.asarray(batch_indices)
+    return extra
+
+
+def _first_round(update: Updates, num_rounds: int) -> Updates:
+    for path, leaf in jax.tree.leaves_with_path(update):
+        if jnp.shape(leaf)[:1] != (num_rounds,):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"update must hold {num_rounds} rounds as batch_indices does, got {leaf.shape} at {name}")
+    return jax.tree.map(lambda leaf: leaf[0], update)
 
 
 def granted(observation: Observation, name: str) -> Any:

@@ -2,6 +2,17 @@
 
 from gia_jax.clients.averaging import federated_averaging
 from gia_jax.clients.gradient import parameter_gradient
-from gia_jax.clients.sgd import cross_entropy, federated_sgd, per_example
+from gia_jax.clients.sgd import binary_cross_entropy, cross_entropy, federated_sgd, per_example
+from gia_jax.clients.vertical import quadrants, vertical_model, vertical_sgd
 
-__all__ = ["cross_entropy", "federated_averaging", "federated_sgd", "parameter_gradient", "per_example"]
+__all__ = [
+    "binary_cross_entropy",
+    "cross_entropy",
+    "federated_averaging",
+    "federated_sgd",
+    "parameter_gradient",
+    "per_example",
+    "quadrants",
+    "vertical_model",
+    "vertical_sgd",
+]

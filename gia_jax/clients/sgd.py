@@ -32,6 +32,25 @@ def classification_loss(
     return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
 
 
+def binary_cross_entropy(apply_fn) -> LossFn:
+    """The mean logistic loss log(1 + e^(-y z)) of a classifier with one output z.
+
+    Args:
+        apply_fn: `(params, inputs) -> z` of shape (b, 1).
+
+    Returns:
+        `(params, batch) -> ` mean loss in nats, for labels 0 (y = -1) and 1 (y = 1), shape (b,).
+    """
+
+    def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
+        logits = apply_fn(params, batch.inputs)
+        if logits.shape[1:] != (1,):
+            raise ValueError(f"apply_fn must return outputs of shape (b, 1), got {logits.shape}")
+        return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits[:, 0], batch.labels))
+
+    return loss_fn
+
+
 def federated_sgd(loss_fn: LossFn, *, lowering: Lowering = "auto") -> ClientFn:
     """A client that shares the gradient of its loss on one batch.
 

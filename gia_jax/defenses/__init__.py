@@ -7,6 +7,7 @@ works on single examples and is a client of its own, Soteria wraps one; MixUp an
 
 from gia_jax.defenses.clipping import clip
 from gia_jax.defenses.dpsgd import dp_sgd
+from gia_jax.defenses.fake import fake_gradients
 from gia_jax.defenses.instahide import instahide
 from gia_jax.defenses.mixing import Mixing, draw_mixing, mix
 from gia_jax.defenses.mixup import mixup
@@ -24,6 +25,7 @@ __all__ = [
     "defended",
     "dp_sgd",
     "draw_mixing",
+    "fake_gradients",
     "gaussian_noise",
     "instahide",
     "kept_features",

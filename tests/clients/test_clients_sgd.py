@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from gia_jax import Batch
-from gia_jax.clients import cross_entropy, federated_sgd, per_example
+from gia_jax.clients import binary_cross_entropy, cross_entropy, federated_sgd, per_example
 
 
 def apply_fn(params, x):
@@ -32,6 +32,16 @@ def close(found, expected, tolerance=1e-5):
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert f.shape == e.shape
         assert np.linalg.norm(f - e) <= tolerance * np.linalg.norm(e)
+
+
+def test_binary_cross_entropy_in_closed_form():
+    outputs = jnp.array([[-1.5], [0.3], [2.0]])
+    loss_fn = binary_cross_entropy(lambda params, inputs: params * inputs)
+    signs = np.array([1, -1, 1])
+    loss = loss_fn(jnp.asarray(2.0), Batch(outputs, (jnp.asarray(signs) + 1) // 2))
+    np.testing.assert_allclose(loss, np.mean(np.log1p(np.exp(-signs * 2 * np.asarray(outputs)[:, 0]))), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"outputs of shape \(b, 1\), got \(3, 2\)"):
+        binary_cross_entropy(lambda params, inputs: inputs)({}, Batch(jnp.zeros((3, 2)), jnp.zeros(3, jnp.int32)))
 
 
 def test_cross_entropy_in_closed_form(problem):

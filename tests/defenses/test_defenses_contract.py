@@ -23,6 +23,7 @@ RANDOM = {
     "laplace_noise": lambda key: defenses.laplace_noise(key, 0.1),
     "ternary": defenses.ternary,
     "quantize": lambda key: defenses.quantize(key, 4),
+    "fake_gradients": lambda key: defenses.fake_gradients(key, 0.5),
 }
 ALL = STATIC | RANDOM
 

@@ -1,0 +1,126 @@
+"""Vertical federated learning: the workers hold different features of the same records.
+
+Jin et al., CAFE: Catastrophic Data Leakage in Vertical Federated Learning, NeurIPS 2021, section 2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Shaped
+
+from gia_jax import _check
+from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
+from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.lowering import Lowering
+
+SplitFn = Callable[[Any], Sequence[Any]]
+
+
+def quadrants(images: Shaped[Array | np.ndarray, "b h w c"]) -> list[Shaped[Array | np.ndarray, "b i j c"]]:
+    """The quarters of images as four workers hold them: top left, top right, bottom left, bottom right.
+
+    Args:
+        images: Of even height and width.
+
+    Returns:
+        Four arrays of shape (b, h / 2, w / 2, c).
+
+    Raises:
+        ValueError: The height or the width is odd.
+    """
+    height, width = images.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"images must have an even height and width, got {height} x {width}")
+    rows, columns = (
+        (slice(0, height // 2), slice(height // 2, height)),
+        (slice(0, width // 2), slice(width // 2, width)),
+    )
+    return [images[:, row, column] for row in rows for column in columns]
+
+
+def vertical_model(
+    split_fn: SplitFn,
+    worker_fn: Callable[[Params, Array], Float[Array, "b e"]],
+    server_fn: Callable[[Params, Float[Array, "b f"]], Float[Array, "b c"]],
+) -> Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]:
+    """The joint model of M workers and a server: logits = server(worker_1(x_1), ..., worker_M(x_M)).
+
+    Args:
+        split_fn: From inputs (b, *d) to the M slices, each feature in one of them, such as `quadrants`.
+        worker_fn: `(params of a worker, its slice) -> ` its output, shape (b, e).
+        server_fn: `(params of the server, the workers' outputs side by side) -> ` logits.
+
+    Returns:
+        `(params, inputs) -> logits`; params is {"workers": the M workers' parameters in a list, "server": ...}.
+    """
+
+    def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b c"]:
+        slices = split_fn(inputs)
+        if len(params["workers"]) != len(slices):
+            raise ValueError(f"params['workers'] must have {len(slices)} entries, got {len(params['workers'])}")
+        outputs = [worker_fn(worker, part) for worker, part in zip(params["workers"], slices, strict=True)]
+        return server_fn(params["server"], jnp.concatenate(outputs, -1))
+
+    return apply_fn
+
+
+def vertical_sgd(
+    loss_fn: LossFn,
+    batch_indices: Array | np.ndarray,
+    *,
+    learning_rate: float = 0.0,
+    transformation: optax.GradientTransformation | None = None,
+    lowering: Lowering = "auto",
+) -> ClientFn:
+    """T rounds of SGD, each on the records that the round's public indices select, the same at every worker.
+
+    Args:
+        loss_fn: `(params, batch) -> ` scalar, such as `cross_entropy(vertical_model(...))`.
+        batch_indices: The records of each round, shape (t, b), integers >= 0.
+        learning_rate: Of the step between two rounds, >= 0; with 0 the model is frozen.
+        transformation: A defense: what is shared, and trained with, is its output; its state passes from round to
+            round. None shares the gradient.
+        lowering: As for `federated_sgd`.
+
+    Returns:
+        `(params, records) -> update`, where records is a batch of all N records and every leaf of the update is the
+        T rounds' gradients, (t, *shape). To be observed with `observe(..., batch_indices=batch_indices)`.
+
+    Raises:
+        ValueError: Indices that are no matrix of integers or out of range, or a negative learning rate.
+    """
+    check_batch_indices(batch_indices)
+    _check.not_negative(learning_rate=learning_rate)
+    gradient_fn = parameter_gradient(loss_fn, lowering=lowering)
+    defense = optax.identity() if transformation is None else transformation
+
+    def client_fn(params: Params, records: Batch) -> Updates:
+        check_batch_indices(batch_indices, records.inputs.shape[0])
+
+        def one_round(state: tuple[Params, optax.OptState], chosen: Int[Array, " b"]) -> tuple[tuple, Updates]:
+            current, memory = state
+            gradient = gradient_fn(current, jax.tree.map(lambda leaf: leaf[chosen], records))
+            shared, memory = defense.update(gradient, memory, current)
+            return (optax.tree.add_scale(current, -learning_rate, shared), memory), shared
+
+        return jax.lax.scan(one_round, (params, defense.init(params)), jnp.asarray(batch_indices))[1]
+
+    return client_fn
+
+
+def check_batch_indices(batch_indices: Array | np.ndarray, num_records: int | None = None) -> None:
+    """Raises ValueError for indices that are no matrix of integers, or (where concrete) that name no record."""
+    if jnp.ndim(batch_indices) != 2 or 0 in batch_indices.shape or not jnp.issubdtype(batch_indices.dtype, jnp.integer):
+        raise ValueError(
+            f"batch_indices must be integers of shape (t, b), got {batch_indices.dtype} {jnp.shape(batch_indices)}"
+        )
+    if _check.is_concrete(batch_indices):
+        records = np.asarray(batch_indices)  # NumPy also where a trace goes on around concrete indices
+        low, high = int(records.min()), int(records.max())
+        if low < 0 or (num_records is not None and high >= num_records):
+            bound = "" if num_records is None else f" and below {num_records}"
+            raise ValueError(f"batch_indices must be at least 0{bound}, got {low if low < 0 else high}")
