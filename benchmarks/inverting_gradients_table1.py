@@ -18,7 +18,7 @@ import numpy as np
 import record
 from flax import nnx
 from parts import run_parts
-from training import train_lenet
+from training import train_network
 
 from gia_jax import Batch, ThreatModel, clients, data, gradient_matching, keep_best, labels, models, observe, report
 from gia_jax.attacks import inverting_gradients, linear_inversion
@@ -364,7 +364,7 @@ def _write_newton(name: str, title: str, rows: list[dict[str, str]]) -> None:
 def trained(args: argparse.Namespace) -> None:
     """The trained LeNet: cosine, L-BFGS, Levenberg-Marquardt."""
     epochs = 60
-    apply_fn, params, train_accuracy, test_accuracy = train_lenet("cifar10", 0, epochs)
+    apply_fn, params, train_accuracy, test_accuracy = train_network(models.LeNet, "cifar10", 0, epochs)
     print(f"accuracy: {train_accuracy:.3f} training, {test_accuracy:.3f} test", flush=True)
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
     victims, rows = victims_of(16), []

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 from flax import nnx
-from training import train_lenet
+from training import train_network
 
 from gia_jax import Batch, ThreatModel, clients, data, labels, models, observe
 from gia_jax.base import ClientFn, LabelFn, Params
@@ -72,7 +72,7 @@ def main() -> None:
             )
             for model in ("lenet", "groupnorm_net")
         }
-        *networks["lenet, trained"], _, accuracy = train_lenet(name, 0, args.epochs)
+        *networks["lenet, trained"], _, accuracy = train_network(models.LeNet, name, 0, args.epochs)
         accuracies.append(f"{name} {accuracy:.1%}")
         for network, (apply_fn, params) in networks.items():
             client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
     versions = ", ".join(f"{package} {version}" for package, version in (report.versions() | more_versions).items())
     provenance = {
         "commit": commit(),
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
         "hardware": report.hardware(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),

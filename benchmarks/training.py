@@ -17,11 +17,23 @@ from gia_jax.models.functional import ApplyFn
 SampleFn = Callable[[PRNGKeyArray, Batch], Batch]
 
 
-def train_lenet(name: str, seed: int, epochs: int) -> tuple[ApplyFn, Params, float, float]:
-    """The sigmoid LeNet by Adam with a cosine schedule: its function, parameters, training and test accuracy."""
+def train_network(
+    make: Callable[..., nnx.Module], name: str, seed: int, epochs: int
+) -> tuple[ApplyFn, Params, float, float]:
+    """A network on a data set, by Adam with a cosine schedule.
+
+    Args:
+        make: `(input_shape, num_classes, rngs=) -> module`, such as `models.LeNet`.
+        name: Of the data set.
+        seed: Of the first weights and of the order of the examples.
+        epochs: Passes over the training images.
+
+    Returns:
+        Its function, parameters, training and test accuracy.
+    """
     train_images, test_images = data.load(name, split="train"), data.load(name)
     shape, classes = train_images.images.shape[1:], len(train_images.class_names)
-    apply_fn, params = models.functional(models.LeNet(shape, classes, rngs=nnx.Rngs(seed)))
+    apply_fn, params = models.functional(make(shape, classes, rngs=nnx.Rngs(seed)))
     loss_fn = clients.cross_entropy(apply_fn)
     inputs = {s.name: jnp.asarray(s.normalize(s.images)) for s in (train_images, test_images)}
     x, y, size = inputs[train_images.name], jnp.asarray(train_images.labels), 128
@@ -44,6 +56,29 @@ def train_lenet(name: str, seed: int, epochs: int) -> tuple[ApplyFn, Params, flo
     print()
     shares = [accuracy(apply_fn, carry[0], inputs[s.name], s.labels) for s in (train_images, test_images)]
     return apply_fn, carry[0], shares[0], shares[1]
+
+
+def train_batch_norm(module: nnx.Module, examples: Batch, key: PRNGKeyArray, *, epochs: int, size: int = 128) -> None:
+    """Trains a module in place by Adam with a cosine schedule, its running statistics with it."""
+    number = len(examples.labels)
+    schedule = optax.cosine_decay_schedule(3e-3, epochs * (number // size))
+    optimizer = nnx.Optimizer(module, optax.adam(schedule), wrt=nnx.Param)
+
+    def loss_fn(module: nnx.Module, batch: Batch) -> Array:
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(module(batch.inputs), batch.labels))
+
+    @nnx.jit
+    def step(module: nnx.Module, optimizer: nnx.Optimizer, batch: Batch) -> None:
+        optimizer.update(module, nnx.grad(loss_fn)(module, batch))
+
+    module.train()
+    for epoch in range(epochs):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), number)
+        for i in range(number // size):
+            index = order[i * size : (i + 1) * size]
+            step(module, optimizer, Batch(examples.inputs[index], examples.labels[index]))
+        print(f"\rtraining: epoch {epoch + 1} of {epochs}", end="", flush=True)
+    print()
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Models of the field, in flax.nnx; every one ends in a dense layer called `head`."""
+"""Models of the field, in flax.nnx; a classifier ends in a dense layer called `head`. And networks layer by layer."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,17 @@ from collections.abc import Callable
 from flax import nnx
 
 from gia_jax.models.convnet import CNN6, ConvNet, GroupNormNet
-from gia_jax.models.functional import batch_norm_inputs, functional, headless, running_statistics
+from gia_jax.models.functional import (
+    batch_norm_inputs,
+    functional,
+    headless,
+    inferred_statistics,
+    running_statistics,
+)
+from gia_jax.models.generator import Decoder, VariationalAutoencoder
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
+from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
 from gia_jax.models.resnet import ResNet
 
 # The names of the command line: `(input_shape, num_classes, rngs=) -> module`.
@@ -28,12 +36,23 @@ __all__ = [
     "CNN6",
     "MLP",
     "MODELS",
+    "Activation",
     "ConvNet",
+    "Convolution",
+    "Decoder",
+    "FullyConnected",
     "GroupNormNet",
     "LeNet",
+    "Network",
     "ResNet",
+    "Residual",
+    "VariationalAutoencoder",
     "batch_norm_inputs",
+    "cnn6",
     "functional",
     "headless",
+    "inferred_statistics",
+    "leaky_relu",
     "running_statistics",
+    "sigmoid",
 ]

@@ -7,14 +7,16 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gia_jax import _check
 from gia_jax.base import Params
 
 ApplyFn = Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]
-Statistics = list[tuple[Float[Array, " f"], Float[Array, " f"]]]
+Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 BatchNormMode = Literal["evaluation", "training", "exact"]
 
 
@@ -49,7 +51,7 @@ def functional(
         )
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
-    def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b c"]:
+    def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b *c"]:
         model = nnx.merge(graph, params, rest, copy=True)
         model.train() if batch_norm == "training" else model.eval()
         if statistics is None:
@@ -133,6 +135,32 @@ def running_statistics(module: nnx.Module, params: Params, inputs: Float[Array, 
     _wrap_batch_norms(model, lambda norm: _RunningReader(norm, found))
     model(inputs)
     return found
+
+
+def inferred_statistics(before: Statistics, after: Statistics, *, momentum: float) -> Statistics:
+    """The statistics of the one batch between two consecutive running states, (after - momentum * before) / (1 -
+    momentum): exact up to rounding, which the division makes 1 / (1 - momentum) times larger.
+
+    flax keeps the biased variance, so the result is the biased variance of the batch. PyTorch keeps the unbiased one:
+    multiply its inferred variances by (n - 1) / n, n the number of values a feature has in the batch.
+
+    Threat model: a server that is sent the running statistics after a client's one step, and knows those before it.
+
+    Args:
+        before: Running statistics before the step, as `running_statistics` returns them.
+        after: Those after it.
+        momentum: Share of the old state that is kept, as flax counts it (0.9 in the models here), in [0, 1).
+
+    Returns:
+        Mean and variance of every layer's inputs.
+
+    Raises:
+        ValueError: A momentum out of range, or two states that do not fit each other.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    _check.same_structure("after", after, "before", before)
+    return jax.tree.map(lambda old, new: (new - momentum * old) / (1 - momentum), before, after)
 
 
 class _Wrapper(nnx.Module):

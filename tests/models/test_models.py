@@ -230,3 +230,36 @@ def test_every_style_of_model_gives_the_same_gradients():
         for j, leaf in enumerate(("kernel", "bias")):
             for other in (linen["params"][name][leaf], by_hand[i][j], plain[i][j]):
                 np.testing.assert_allclose(ours[name][leaf], other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_running_states_give_the_statistics_of_the_batch_between_them():
+    normed = models.ResNet((8, 8, 3), 4, blocks=(1,), width=4, rngs=nnx.Rngs(0))
+    inputs = jnp.asarray(np.random.default_rng(0).normal(1, 2, (3, 8, 8, 3)))
+    normed = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), normed)
+    _, params = models.functional(normed)
+    exact = models.batch_norm_inputs(normed, batch_norm="training")(params, inputs)
+    before = models.running_statistics(normed, params, inputs)
+    normed.train()
+    normed(inputs)
+    after = models.running_statistics(normed, params, inputs)
+    inferred = models.inferred_statistics(before, after, momentum=0.9)
+    for found, wanted in zip(jax.tree.leaves(inferred), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+    # Biased: no factor n / (n - 1), which for the first layer is 192 / 191.
+    first = np.asarray(normed.stem(inputs)).reshape(-1, 4)
+    np.testing.assert_allclose(inferred[0][1], first.var(0), rtol=1e-12)
+    # As PyTorch keeps it, the factor is there.
+    kept = [(mean, 0.9 * old + 0.1 * first.var(0, ddof=1)) for (mean, _), (_, old) in zip(after[:1], before[:1])]
+    unbiased = models.inferred_statistics(before[:1], kept, momentum=0.9)[0][1]
+    np.testing.assert_allclose(unbiased * 191 / 192, first.var(0), rtol=1e-12)
+
+
+def test_running_states_that_do_not_fit_are_refused():
+    state = [(jnp.zeros(3), jnp.ones(3))]
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1\.0"):
+        models.inferred_statistics(state, state, momentum=1.0)
+    with pytest.raises(
+        ValueError, match=r"after does not fit before: after\[0\]\[0\] has shape \(4,\), expected \(3,\)"
+    ):
+        models.inferred_statistics(state, [(jnp.zeros(4), jnp.ones(4))], momentum=0.9)

@@ -1,0 +1,139 @@
+"""Linear constraints that convolutions put on unknown images, and their least-squares solution.
+
+The constraints are kept as convolutions: the matrix of all rows, which has tens of thousands for a layer of a small
+network, is never formed. Its normal equations are, with iterative refinement against the constraints themselves.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from gia_jax.base import Params
+from gia_jax.models.network import Convolution, Shape, output_shape
+
+# Each refinement takes off the error that the rounding of the normal equations left.
+NUM_REFINEMENTS = 10
+# Relative to the largest entry of the diagonal: a rank-deficient matrix keeps a Cholesky factor.
+RIDGE = 1e-14
+
+
+class Operator(NamedTuple):
+    """A convolution of one unknown image, its pixels in one axis.
+
+    Attributes:
+        unknown: Index of the image.
+        taps: Pixel that entry u of the kernel reads for output position p, shape (p, u); the number of pixels, which is
+            no pixel, in the padding.
+        kernel: Shape (u, c, f).
+    """
+
+    unknown: int
+    taps: np.ndarray
+    kernel: Float[Array, "u c f"]
+
+
+class System(NamedTuple):
+    """Linear constraints on unknown images.
+
+    Attributes:
+        sizes: Pixels and channels of each image.
+        outputs: Operators whose outputs add up to z, shape (p, f), with that z.
+        gradients: Operators whose kernel is the gradient of a kernel, with the cotangent k of their output, shape
+            (p, f): the gradient of entry (u, c, f) is the sum over p of k(p, f) x(taps(p, u), c).
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    outputs: Sequence[tuple[Sequence[Operator], Float[Array, "p f"]]]
+    gradients: Sequence[tuple[Operator, Float[Array, "p f"]]]
+
+
+def convolution_operator(layer: Convolution, tree: Params, shape: Shape, unknown: int = 0) -> Operator:
+    """Of a layer, for inputs of the given shape; `tree` holds its kernel, or the gradient of it."""
+    rows, columns = (
+        np.arange(out)[:, None] * layer.stride + np.arange(layer.size) - layer.padding
+        for out in output_shape(layer, shape)[:2]
+    )
+    row, column = rows[:, None, :, None], columns[None, :, None, :]
+    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    taps = np.where(inside, row * shape[1] + column, shape[0] * shape[1]).reshape(-1, layer.size**2)
+    return Operator(unknown, taps, tree[layer.name]["kernel"].reshape(layer.size**2, shape[2], layer.features))
+
+
+def identity_operator(shape: Shape, unknown: int = 0) -> Operator:
+    """Of the shortcut that changes nothing."""
+    return Operator(unknown, np.arange(shape[0] * shape[1])[:, None], jnp.eye(shape[2])[None])
+
+
+def solve(system: System) -> tuple[list[Float[Array, "p c"]], Float[Array, ""]]:
+    """The least-squares solution, images by pixels and channels, and its relative residual."""
+    matrix, weights = normal_matrix(system)
+    factor = jax.scipy.linalg.cho_factor(matrix + RIDGE * jnp.max(jnp.diag(matrix)) * jnp.eye(len(matrix)))
+    targets = [z for _, z in system.outputs]
+    targets += [weight * operator.kernel for weight, (operator, _) in zip(weights, system.gradients, strict=True)]
+
+    def constraints(flat: Array) -> list[Array]:
+        return _apply_system(system, weights, _split(flat, system.sizes))
+
+    def misfit(flat: Array) -> list[Array]:
+        return jax.tree.map(jnp.subtract, targets, constraints(flat))
+
+    def refine(_: Any, flat: Array) -> Array:
+        (right,) = jax.linear_transpose(constraints, flat)(misfit(flat))
+        return flat + jax.scipy.linalg.cho_solve(factor, right)
+
+    flat = jax.lax.fori_loop(0, NUM_REFINEMENTS, refine, jnp.zeros(len(matrix)))
+    return _split(flat, system.sizes), optax.tree.norm(misfit(flat)) / optax.tree.norm(targets)
+
+
+def _split(flat: Array, sizes: Sequence[tuple[int, int]]) -> list[Array]:
+    ends = np.cumsum([pixels * channels for pixels, channels in sizes])
+    return [part.reshape(size) for part, size in zip(jnp.split(flat, ends[:-1]), sizes, strict=True)]
+
+
+def _apply_system(system: System, weights: Sequence[Array], images: Sequence[Array]) -> list[Array]:
+    """The left sides of all constraints."""
+
+    def patches(operator: Operator) -> Float[Array, "p u c"]:
+        return jnp.take(images[operator.unknown], operator.taps, axis=0, mode="fill", fill_value=0)
+
+    def convolved(operator: Operator) -> Float[Array, "p f"]:
+        return jnp.einsum("puc,ucf->pf", patches(operator), operator.kernel)
+
+    outputs = [sum(map(convolved, operators[1:]), convolved(operators[0])) for operators, _ in system.outputs]
+    return outputs + [
+        weight * jnp.einsum("puc,pf->ucf", patches(operator), k)
+        for weight, (operator, k) in zip(weights, system.gradients, strict=True)
+    ]
+
+
+def normal_matrix(system: System) -> tuple[Float[Array, "n n"], list[Float[Array, ""]]]:
+    """A^T A of all constraints, those of the gradients weighted so that each kind has the trace of the outputs."""
+    count = len(system.sizes)
+    blocks = [[jnp.zeros((p, q, c, d)) for q, d in system.sizes] for p, c in system.sizes]
+    for operators, _ in system.outputs:
+        for left in operators:
+            for right in operators:
+                products = jnp.einsum("ucf,vdf->uvcd", left.kernel, right.kernel)
+                at = left.taps[:, :, None], right.taps[:, None, :]  # pixels of the padding are dropped
+                block = blocks[left.unknown][right.unknown]
+                blocks[left.unknown][right.unknown] = block.at[at].add(products, mode="drop")
+    trace = sum(jnp.einsum("ppcc->", blocks[i][i]) for i in range(count))
+    weights = []
+    for operator, k in system.gradients:
+        pixels, channels = system.sizes[operator.unknown]
+        # One matrix for all channels: row (u, f) has k(p, f) at the pixel that entry u reads for position p.
+        entries = np.arange(operator.taps.shape[1])
+        rows = jnp.zeros((len(entries), pixels, k.shape[1])).at[entries, operator.taps].add(k[:, None], mode="drop")
+        squares = jnp.einsum("upf,uqf->pq", rows, rows)
+        weight = jnp.sqrt(trace / (channels * jnp.trace(squares)))
+        i = operator.unknown
+        blocks[i][i] += jnp.einsum("pq,cd->pqcd", weight**2 * squares, jnp.eye(channels))
+        weights.append(weight)
+    sizes = [pixels * channels for pixels, channels in system.sizes]
+    flat = [[blocks[i][j].swapaxes(1, 2).reshape(sizes[i], sizes[j]) for j in range(count)] for i in range(count)]
+    return jnp.block(flat), weights
