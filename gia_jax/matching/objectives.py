@@ -24,6 +24,12 @@ def euclidean(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     return jnp.asarray(optax.tree.norm(optax.tree.sub(simulated, observed), squared=True))
 
 
+def layerwise_euclidean(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+    """The sum over layers of the L2 distance, not squared (Yin et al., GradInversion, CVPR 2021)."""
+    distances = jax.tree.map(lambda s, o: optax.safe_norm(s - o, 1e-12), simulated, observed)
+    return jnp.asarray(optax.tree.sum(distances))
+
+
 def l1(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """Sum of absolute differences."""
     return jnp.asarray(optax.tree.norm(optax.tree.sub(simulated, observed), ord=1))

@@ -14,7 +14,7 @@ from gia_jax.base import Batch, Observation, Params, PriorFn
 from gia_jax.threat import granted
 
 # Per batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
-Statistics = list[tuple[Float[Array, " f"], Float[Array, " f"]]]
+Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 
 
 def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
@@ -118,6 +118,7 @@ def batch_norm_statistics(
         simulated, wanted = statistics_fn(observation.params, batch.inputs), target_fn(observation)
         if len(simulated) != len(wanted) or not simulated:
             raise ValueError(f"statistics must have one entry a layer, got {len(wanted)} for {len(simulated)} layers")
+        _check.same_structure("statistics", wanted, "the model's", simulated)
         total = jnp.zeros((), batch.inputs.dtype)
         for layer, ((mean, variance), (mean_target, variance_target)) in enumerate(zip(simulated, wanted, strict=True)):
             distance = _length(mean - mean_target) + _length(variance - variance_target)

@@ -247,3 +247,10 @@ def test_refusals_name_what_is_wrong():
         objectives.linear_decay(["conv"])(update)
     with pytest.raises(ValueError, match=r"scale must not be negative, got -0\.1"):
         objectives.tag(scale=-0.1)
+
+
+def test_layerwise_euclidean_is_the_sum_of_distances_with_a_derivative_at_the_truth():
+    a, b = {"x": jnp.array([3.0, 0.0]), "y": jnp.array([[1.0]])}, {"x": jnp.array([0.0, 4.0]), "y": jnp.array([[-1.0]])}
+    assert float(objectives.layerwise_euclidean(a, b)) == pytest.approx(5 + 2)
+    slope = jax.grad(objectives.layerwise_euclidean)(a, a)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope))

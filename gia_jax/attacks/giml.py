@@ -1,0 +1,82 @@
+"""GIML: Jeon, Kim, Lee, Oh, Ok, Gradient Inversion with Generative Image Prior, NeurIPS 2021."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
+
+from gia_jax import _check
+from gia_jax.base import Attack, AttackInfo, Observation, Params
+from gia_jax.matching.run import advance
+
+
+class MetaState(NamedTuple):
+    """The generator learned so far, which `gias` takes as `generator_params`, and the state of its optimizer."""
+
+    generator_params: Params
+    memory: Any
+
+
+class MetaLearner(NamedTuple):
+    """A generator learned from a stream of observations, as two pure functions.
+
+    Attributes:
+        init: `(generator_params) -> state`.
+        step: `(key, state, observation) -> (state, info)`; one observation, and the info of its attack's last step.
+    """
+
+    init: Callable[[Params], MetaState]
+    step: Callable[[PRNGKeyArray, MetaState, Observation], tuple[MetaState, AttackInfo]]
+
+
+def giml(
+    attack_fn: Callable[[Params], Attack],
+    *,
+    num_steps: int = 500,
+    optimizer: optax.GradientTransformation | None = None,
+) -> MetaLearner:
+    """A generator for `gias` from nothing but updates. Of each observation of a stream, `gias` finds the parameters
+    w_1..w_b that its images ask for, and the generator goes towards them, in the manner of Reptile:
+
+        w <- w - Adam(w - mean of w_i),  the gradient of the mean of |w - w_i|^2 / 2 with w_i held fixed.
+
+    Threat model: a server that saw many updates of clients with images of one kind, and has no other data. An
+    observation whose attack does not end in finite parameters changes nothing.
+
+    Args:
+        attack_fn: From the generator's parameters the attack that starts there:
+            `lambda params: gias(client_fn, generator_params=params, ...)`. The authors' library has
+            num_latents=1, total_variation_weight=1e-4 and latent_weight=1e-3 here.
+        num_steps: Steps of each attack, >= 1.
+        optimizer: Of the generator, in place of Adam at 1e-2.
+
+    Returns:
+        The learner. Start it at the network's initial weights; its `step` raises what the attack's `init` raises.
+
+    Raises:
+        ValueError: If `num_steps` is below one.
+    """
+    _check.positive(num_steps=num_steps)
+    optimizer = optax.adam(1e-2) if optimizer is None else optimizer
+    optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
+
+    def init(generator_params: Params) -> MetaState:
+        return MetaState(generator_params, optimizer.init(generator_params))
+
+    def step(key: PRNGKeyArray, state: MetaState, observation: Observation) -> tuple[MetaState, AttackInfo]:
+        params, memory = state
+        attack = attack_fn(params)
+        key_init, key_steps = jax.random.split(key)
+        reached = attack.init(key_init, observation)
+        reached, info = advance(attack, key_steps, reached, observation, start=0, num_steps=num_steps)
+        copies = reached.candidate.variables.parameters
+        away = jax.tree.map(lambda w, own: w - jnp.mean(own, 0), params, copies)
+        updates, memory = optimizer.update(away, memory, params)
+        last = jax.tree.map(lambda leaf: leaf[-1], info)
+        return MetaState(optax.apply_updates(params, updates), memory), last
+
+    return MetaLearner(init, step)
