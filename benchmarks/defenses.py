@@ -7,8 +7,11 @@ total variation for each defense, of the same list, on training images; it is fr
 """
 
 import argparse
+import functools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +21,34 @@ import record
 from flax import nnx
 from parts import run_parts
 from scipy import stats
-from training import train_lenet
+from training import train_network
 
-from gia_jax import Batch, Observation, ThreatModel, clients, data, defenses, keep_best, labels, metrics, models, report
+from gia_jax import (
+    Attack,
+    Batch,
+    Observation,
+    ThreatModel,
+    clients,
+    data,
+    defenses,
+    keep_best,
+    labels,
+    metrics,
+    models,
+    report,
+)
 from gia_jax.attacks import inverting_gradients
-from gia_jax.base import Params
+from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
+from gia_jax.matching.run import continued
 from gia_jax.protection import Part, Protected, encoded, parse, protect
 from gia_jax.study import study
 from gia_jax.threat import observe
 
 CLASSES, THREAT = 10, ThreatModel(labels=True)
+NOISE = ("gaussian", "dpsgd")
 # Three strengths of each where it has one; noise in units of an entry of the update, clipping at a norm below LeNet's.
 DEFENSES = (
     *(f"prune:ratio={ratio}" for ratio in (0.5, 0.9, 0.99)),
@@ -57,6 +75,14 @@ class Victims(NamedTuple):
     truth: Batch
     others: Batch
     images: data.ImageData
+    places: np.ndarray  # of the victims among the images
+
+
+class Seen(NamedTuple):
+    """What the server sees of victims, and what the assumed client would have sent of the same encodings."""
+
+    observations: Observation
+    assumed: Params
 
 
 class Result(NamedTuple):
@@ -70,7 +96,7 @@ class Result(NamedTuple):
 
 def victims_of(split: str, per_class: int) -> Victims:
     """The first images of each class by their ids; the next ones are the clients' others."""
-    images = data.load("cifar10", split=split, limit=2_000)
+    images = data.load("cifar10", split=split, limit=10_000)
     places = [np.flatnonzero(images.labels == c) for c in range(CLASSES)]
     chosen = np.sort(np.concatenate([place[:per_class] for place in places]))
     rest = np.setdiff1d(np.arange(len(images.labels)), chosen)[:NUM_OTHERS]
@@ -79,7 +105,7 @@ def victims_of(split: str, per_class: int) -> Victims:
         return Batch(jnp.asarray(images.normalize(images.images[index])), jnp.asarray(images.labels[index]))
 
     truth = jax.tree.map(lambda leaf: leaf[:, None], batch(chosen))
-    return Victims(images.images[chosen][:, None], truth, batch(rest), images)
+    return Victims(images.images[chosen][:, None], truth, batch(rest), images, chosen)
 
 
 class Setting(NamedTuple):
@@ -91,16 +117,12 @@ class Setting(NamedTuple):
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    if args.model == "lenet":
-        module: nnx.Module = models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))
-    else:
-        module = models.GroupNormNet((32, 32, 3), CLASSES, width=args.width, rngs=nnx.Rngs(0))
+    make = models.LeNet if args.model == "lenet" else partial(models.GroupNormNet, width=args.width)
+    module = make((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))
     _, params = models.functional(module)
     stage = "untrained"
     if args.epochs:
-        if args.model != "lenet":
-            raise SystemExit("--epochs is for the model lenet")
-        _, params, train_accuracy, test_accuracy = train_lenet("cifar10", 0, args.epochs)
+        _, params, train_accuracy, test_accuracy = train_network(make, "cifar10", 0, args.epochs)
         stage = f"{args.epochs} epochs, accuracy {train_accuracy:.1%} training, {test_accuracy:.1%} test"
     # PRECODE has parameters of its own, which were not trained.
     names = [name for name in args.defenses if name != "precode" or not args.epochs]
@@ -108,48 +130,86 @@ def setting_of(args: argparse.Namespace) -> Setting:
     return Setting(params, {"none": protect((), module, num_classes=CLASSES)} | every, stage)
 
 
-def see(setting: Setting, name: str, victims: Victims, seed: int) -> Observation:
+def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
+    """What the server sees of groups of victims, each a multiple of the number of classes, under one defense."""
     protected = setting.protected[name]
     params = protected.params if name == "precode" else setting.params
 
-    def of_one(key: jax.Array, batch: Batch) -> Observation:
+    def of_one(key: jax.Array, batch: Batch, others: Batch) -> Seen:
         key_encode, key_client, key_threat = jax.random.split(key, 3)
-        encoding = encoded(protected.encode_fn, key_encode, batch, victims.others)
+        encoding = encoded(protected.encode_fn, key_encode, batch, others)
         encoding = Batch(encoding.inputs, as_probabilities(encoding, CLASSES))
         client_fn = protected.client_fn(key_client)
-        return observe(key_threat, THREAT, client_fn, params, encoding, num_classes=CLASSES)._replace(params=())
+        observation = observe(key_threat, THREAT, client_fn, params, encoding, num_classes=CLASSES)
+        return Seen(observation._replace(params=()), protected.assumed_fn(params, encoding))
 
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 7), len(victims.pixels))
-    return jax.jit(jax.vmap(of_one))(keys, victims.truth)._replace(params=params)
+    # It runs a few times: compiling it is most of what it costs.
+    few = jax.jit(jax.vmap(of_one, (0, 0, None)), compiler_options={"xla_backend_optimization_level": 0})
+    seen = []
+    for victims in groups:
+        lanes = (jax.random.split(jax.random.key(7), len(victims.pixels)), victims.truth)
+        found = [
+            few(*jax.tree.map(lambda leaf, i=i: leaf[i : i + CLASSES], lanes), victims.others)
+            for i in range(0, len(victims.pixels), CLASSES)
+        ]
+        together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+        seen.append(together._replace(observations=together.observations._replace(params=params)))
+    return seen
 
 
 def attack(
-    client_fn: Any, objective_fn: Any, observations: Observation, victims: Victims, weight: float, args: Any, name: str
+    client_fn: Any, objective_fn: Any, observations: Observation, victims: Victims, weights: Sequence[float], args: Any
 ) -> Result:
-    """The attack on all observations, which repeat the list of victims."""
+    """The attack on all observations, which repeat the list of victims with one weight of total variation each time.
+
+    An objective other than the blind attacker's takes over after half of the steps.
+    """
     low, high = victims.images.bounds()
-    ig = inverting_gradients(
-        client_fn,
-        bounds=(low.astype(np.float32), high.astype(np.float32)),
-        num_steps=args.steps,
-        total_variation_weight=weight,
-        objective_fn=objective_fn,
+    number, later = len(victims.pixels), args.steps - args.steps // 2
+
+    def of(observation: Observation) -> Attack:
+        def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+            return inverting_gradients(
+                client_fn,
+                bounds=(low.astype(np.float32), high.astype(np.float32)),
+                num_steps=num_steps,
+                # The weight is a lane's own, so that one program serves them all.
+                total_variation_weight=observation.extra["weight"],
+                objective_fn=objective_fn,
+            )
+
+        if objective_fn is cosine:
+            return keep_best(stage(cosine, args.steps))
+        first = keep_best(stage(cosine, args.steps - later))
+        return keep_best(continued(first, stage(objective_fn, later), num_steps=args.steps - later))
+
+    ig = Attack(
+        init=lambda key, observation: of(observation).init(key, observation),
+        step=lambda key, state, observation: of(observation).step(key, state, observation),
+        finalize=lambda candidate, observation: of(observation).finalize(candidate, observation),
     )
-    began = time.perf_counter()
-    found = study(keep_best(ig), jax.random.key(0), observations, num_steps=args.steps, lanes=args.lanes)
-    times = len(found.losses) // len(victims.pixels)
+    weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
+    observations = observations._replace(extra=observations.extra | {"weight": weight})
+    counted = args.steps if objective_fn is cosine else later
+    found = study(ig, jax.random.key(0), observations, num_steps=counted, lanes=args.lanes)
+    times = len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
-    gallery = jnp.asarray(data.load("cifar10", split="test").images)
-    where = jnp.asarray([_place(gallery, image) for image in victims.pixels[:, 0]] * times)
-    rank_fn = jax.jit(lambda image, index: metrics.retrieval_rank(image, gallery, index))
-    ranks = [int(rank_fn(image, index)) for image, index in zip(scores.images[:, 0], where)]
-    print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    return Result(scores.psnr[:, 0], scores.ssim[:, 0], np.asarray(ranks), found.reconstruction.loss)
+    gallery, places = jnp.asarray(victims.images.images), jnp.tile(victims.places, times)
+    rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
+    ranks = np.asarray(rank((jnp.asarray(scores.images[:, 0]), places)))
+    timing = found.timing
+    print(
+        f"  {len(found.losses)} lanes, compile {timing.compile_seconds:.0f} s, run {timing.run_seconds:.0f} s",
+        flush=True,
+    )
+    return Result(scores.psnr[:, 0], scores.ssim[:, 0], ranks, found.reconstruction.loss)
 
 
-def _place(gallery: Any, image: np.ndarray) -> int:
-    return int(jnp.argmin(jnp.sum(jnp.square(gallery - image), (1, 2, 3))))
+def parts_of(result: Result, times: int) -> list[Result]:
+    """The results of each repetition of the list of victims."""
+    split = [np.split(field, times) for field in result]
+    return [Result(*fields) for fields in zip(*split)]
 
 
 def joined(observations: Sequence[Observation]) -> Observation:
@@ -158,26 +218,36 @@ def joined(observations: Sequence[Observation]) -> Observation:
     return together._replace(params=params)
 
 
-def blind(setting: Setting, names: Sequence[str], victims: Victims, weight: float, args: Any) -> dict[str, Result]:
-    """One program for all the defenses that share parameters: the attacker takes every client for an undefended one."""
-    number, found = len(victims.pixels), {}
-    for group in ([name for name in names if name != "precode"], [name for name in names if name == "precode"]):
+def blind(
+    setting: Setting, seen: dict[str, Seen], weights: dict[str, Sequence[float]], victims: Victims, args: Any
+) -> dict[str, list[Result]]:
+    """For each defense and weight; the attacker takes every client for an undefended one.
+
+    One program serves all the defenses that share parameters.
+    """
+    found: dict[str, list[Result]] = {}
+    for own in (False, True):
+        group = [name for name in weights if (name == "precode") == own]
         if not group:
             continue
-        plain = setting.protected["precode" if group == ["precode"] else "none"]
-        together = joined([see(setting, name, victims, 0) for name in group])
-        result = attack(plain.assumed_fn, cosine, together, victims, weight, args, f"blind, {len(group)} defenses")
-        for i, name in enumerate(group):
-            found[name] = Result(*(field[i * number : (i + 1) * number] for field in result))
+        plain = setting.protected["precode" if own else "none"]
+        listed = [(name, weight) for name in group for weight in weights[name]]
+        together = joined([seen[name].observations for name, _ in listed])
+        print(f"blind, {len(group)} defenses:", flush=True)
+        results = attack(plain.assumed_fn, cosine, together, victims, [weight for _, weight in listed], args)
+        for (name, _), result in zip(listed, parts_of(results, len(listed))):
+            found.setdefault(name, []).append(result)
     return found
 
 
-def adaptive(setting: Setting, name: str, victims: Victims, weight: float, args: Any) -> Result:
-    protected = setting.protected[name]
-    objective_fn = protected.adapt_fn(cosine)
-    return attack(
-        protected.assumed_fn, objective_fn, see(setting, name, victims, 0), victims, weight, args, f"adaptive, {name}"
-    )
+def adaptive(
+    protected: Protected, name: str, seen: Seen, victims: Victims, weights: Sequence[float], args: Any
+) -> list[Result]:
+    """For each weight; the attacker knows the defense."""
+    together = joined([seen.observations] * len(weights))
+    print(f"adaptive, {name}:", flush=True)
+    results = attack(protected.assumed_fn, protected.adapt_fn(cosine), together, victims, weights, args)
+    return parts_of(results, len(weights))
 
 
 def differs(name: str) -> bool:
@@ -185,37 +255,30 @@ def differs(name: str) -> bool:
     return not all(part.name in ("clip", "quantize", "ternary", "mixup", "instahide") for part in parse(name))
 
 
-def loss_at_truth(setting: Setting, name: str, victims: Victims) -> np.ndarray:
-    """The adaptive attacker's objective, without priors, at what the client really computed on."""
-    protected = setting.protected[name]
-    objective_fn, seen = protected.adapt_fn(cosine), see(setting, name, victims, 0)
-    plain = see(setting._replace(protected={name: undrawn(protected)}), name, victims, 0)
-    return np.asarray(jax.jit(jax.vmap(objective_fn))(plain.update, seen.update))
-
-
-def undrawn(protected: Protected) -> Protected:
-    """The client as its attacker knows it, on the encoding of the true one."""
-    return protected._replace(client_fn=lambda key: protected.assumed_fn)
-
-
-def van_trees(setting: Setting, part: Part, victims: Victims) -> float:
-    """The largest mean PSNR that any attacker can reach in expectation over a Gaussian prior, in dB."""
+def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list[float]:
+    """For each defense by noise the largest mean PSNR of any attacker, in expectation over a Gaussian prior, in dB."""
     few = jax.tree.map(lambda leaf: leaf[:8, 0], victims.truth)
-    client_fn = setting.protected["none"].assumed_fn
-    scale = part.settings.get("scale", 0)
-    if part.name == "dpsgd":
-        scale, norm = part.settings["noise_multiplier"] * part.settings["norm"], part.settings["norm"]
-        loss_fn = clients.cross_entropy(setting.protected["none"].apply_fn)
-        client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=norm, noise_multiplier=0.0)
-    information = jax.jit(
-        lambda params, batch: metrics.fisher_information(client_fn, params, batch, scale, batch_size=256)
-    )(setting.params, few)
     train = data.load("cifar10", split="train", limit=10_000)
     pixels = train.images.reshape(len(train.images), -1)
     covariance = jnp.asarray(np.cov(pixels, rowvar=False), jnp.float32)
     per_pixel = jnp.asarray(np.broadcast_to(train.std, train.images.shape[1:]).reshape(-1), jnp.float32)
-    bound = metrics.van_trees_bound(information / per_pixel[:, None] / per_pixel[None], covariance)
-    return float(-10 * jnp.log10(bound))
+
+    @functools.cache
+    def information(norm: float | None) -> jax.Array:
+        """With noise of scale 1 on the gradient, clipped to a norm."""
+        client_fn = setting.protected["none"].assumed_fn
+        if norm is not None:
+            loss_fn = clients.cross_entropy(setting.protected["none"].apply_fn)
+            client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=norm, noise_multiplier=0.0)
+        found = jax.jit(lambda params, batch: metrics.fisher_information(client_fn, params, batch, 1, batch_size=256))
+        return found(setting.params, few) / per_pixel[:, None] / per_pixel[None]
+
+    def bound(part: Part) -> float:
+        norm = part.settings.get("norm")
+        scale = part.settings["scale"] if norm is None else part.settings["noise_multiplier"] * norm
+        return float(-10 * jnp.log10(metrics.van_trees_bound(information(norm) / scale**2, covariance)))
+
+    return [bound(part) for part in parts]
 
 
 def interval(difference: np.ndarray) -> str:
@@ -242,56 +305,71 @@ def table(args: argparse.Namespace) -> None:
     names = list(setting.protected)
     adapting = [name for name in names if name != "none" and differs(name)]
 
-    tuned_blind: dict[str, dict[float, float]] = {name: {} for name in names}
-    tuned_adaptive: dict[str, dict[float, float]] = {name: {} for name in adapting}
-    for weight in args.weights:
-        for name, result in blind(setting, names, tuning, weight, args).items():
-            tuned_blind[name][weight] = result.psnr.mean()
-        for name in adapting:
-            tuned_adaptive[name][weight] = adaptive(setting, name, tuning, weight, args).psnr.mean()
+    def best(results: Sequence[Result]) -> float:
+        return args.weights[int(np.argmax([result.psnr.mean() for result in results]))]
 
-    def best(scores: dict[float, float]) -> float:
-        return max(scores, key=lambda weight: scores[weight])
-
-    found: dict[str, Result] = {}
-    for weight in args.weights:
-        group = [name for name in names if best(tuned_blind[name]) == weight]
-        found |= blind(setting, group, victims, weight, args) if group else {}
-    noise = report.random_updates(jax.random.key(5), see(setting, "none", victims, 0))
+    print("what the server sees:", flush=True)
+    seen_tuning, seen = {}, {}
+    for name in names:
+        seen_tuning[name], seen[name] = see(setting, name, tuning, victims)
+    weights = dict.fromkeys(names, args.weights)
+    tuned_blind = {name: best(results) for name, results in blind(setting, seen_tuning, weights, tuning, args).items()}
+    tuned_adaptive, knowing = {}, {}
+    for name in adapting:
+        protected = setting.protected[name]
+        weight = best(adaptive(protected, name, seen_tuning[name], tuning, args.weights, args))
+        tuned_adaptive[name] = weight
+        knowing[name] = adaptive(protected, name, seen[name], victims, [weight], args)[0]
+    found = blind(setting, seen, {name: [weight] for name, weight in tuned_blind.items()}, victims, args)
     plain = setting.protected["none"]
-    prior = attack(plain.assumed_fn, cosine, noise, victims, best(tuned_blind["none"]), args, "prior only")
+
+    def guess(seen: Seen, victims: Victims, weights: Sequence[float]) -> list[Result]:
+        """The same attack on random updates."""
+        noise = report.random_updates(jax.random.key(5), seen.observations)
+        print("prior only:", flush=True)
+        results = attack(plain.assumed_fn, cosine, joined([noise] * len(weights)), victims, weights, args)
+        return parts_of(results, len(weights))
+
+    tuned_prior = best(guess(seen_tuning["none"], tuning, args.weights))
+    prior = guess(seen["none"], victims, [tuned_prior])[0]
+    noisy = {name: part for name in names if name != "none" for part in parse(name) if part.name in NOISE}
+    bounds = dict(zip(noisy, van_trees(setting, list(noisy.values()), victims)))
 
     rows = []
     for name in names:
-        knows = adaptive(setting, name, victims, best(tuned_adaptive[name]), args) if name in adapting else found[name]
-        noisy = [part for part in (parse(name) if name != "none" else ()) if part.name in ("gaussian", "dpsgd")]
+        unaware = found[name][0]
+        knows = knowing.get(name, unaware)
+        at_truth = jax.vmap(setting.protected[name].adapt_fn(cosine))(
+            seen[name].assumed, seen[name].observations.update
+        )
         rows.append(
             {"defense": name}
-            | figures("blind", found[name])
+            | figures("blind", unaware)
             | figures("adaptive", knows)
             | {
-                "adaptive - blind, dB": interval(knows.psnr - found[name].psnr) if name in adapting else "same attack",
+                "adaptive - blind, dB": interval(knows.psnr - unaware.psnr) if name in adapting else "same attack",
                 "adaptive - prior only, dB": interval(knows.psnr - prior.psnr),
                 "loss": f"{knows.loss.mean():.3f}",
-                "objective at the truth": f"{loss_at_truth(setting, name, victims).mean():.3f}",
-                "TV": f"{best(tuned_blind[name]):g}"
-                + (f", {best(tuned_adaptive[name]):g}" if name in adapting else ""),
-                "van Trees, dB": f"{van_trees(setting, noisy[-1], victims):.1f}" if noisy else "-",
+                "objective at the truth": f"{at_truth.mean():.3f}",
+                "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in adapting else ""),
+                "van Trees, dB": f"{bounds[name]:.1f}" if name in bounds else "-",
             }
         )
     guesses = report.baselines(victims.pixels, data.load("cifar10", split="train", limit=10_000).images)
     listed = ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     record.write(
-        f"defenses_{args.model}_{stage}",
+        args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{len(victims.pixels)} CIFAR-10 test images, the first {args.per_class} of each class by id, batch 1; model, "
-        f"client and attack seed 0, 1 restart, {args.steps} steps. Both attackers tuned the weight of total variation "
+        f"client and attack seed 0, 1 restart, {args.steps} steps; an adaptive attacker with an objective of its own "
+        f"uses the blind one's for the first half. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
-        f"paired bootstrap interval of 95 %. Prior only (a random update): {prior.psnr.mean():.2f} dB. Guesses without "
-        f"a gradient: {listed} (the nearest is chosen with the truth).\n\nOf mixed images the true one is that of "
+        f"paired bootstrap interval of 95 %. Prior only (random updates, tuned alike, weight {tuned_prior:g}): "
+        f"{prior.psnr.mean():.2f} dB. Guesses without a gradient: {listed} (the nearest is chosen with the truth).\n\n"
+        "Of mixed images the true one is that of "
         "the largest expected coefficient, and each is attacked from one encoding; decoding several is another table. "
         "The objective at the truth has no prior, the loss has one. 'van Trees': no attacker's mean squared error is "
         "less, in expectation over a Gaussian with the data's covariance (8 victims' Fisher information).\n\n"
@@ -380,10 +458,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="of training before the attack")
     parser.add_argument("--per-class", type=int, default=7, help="victims of each class")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lanes", type=int, default=16)
-    parser.add_argument("--weights", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3], help="of total variation")
+    parser.add_argument("--lanes", type=int, default=10)
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
+    parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
-    run_parts(parser, table, cost)
+    with tempfile.TemporaryDirectory() as folder:
+        # The victims' program is that of the tuning images.
+        jax.config.update("jax_compilation_cache_dir", folder)
+        run_parts(parser, table, cost)
 
 
 if __name__ == "__main__":
