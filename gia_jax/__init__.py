@@ -21,7 +21,7 @@ from gia_jax.base import (
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
 from gia_jax.sharding import map_sharded
-from gia_jax.threat import ThreatModel, granted, granted_labels, observe
+from gia_jax.threat import ThreatModel, granted, granted_labels, grants, observe
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "gradient_matching",
     "granted",
     "granted_labels",
+    "grants",
     "keep_best",
     "labels",
     "map_sharded",

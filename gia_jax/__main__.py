@@ -11,13 +11,23 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import ThreatModel, labels, models, report
-from gia_jax.attacks.named import ATTACKS, LEVENBERG_MARQUARDT_STEPS, SOLVERS
-from gia_jax.cases import FIRST_LAYER, PRIOR_ONLY, Case, Outcome, attack, load_case, see
+from gia_jax import Observation, ThreatModel, data, labels, models, report, vertical
+from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
+from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
+from gia_jax.cases import PRIOR_ONLY, Case, Outcome, attack, load_case, see
 from gia_jax.plots import picture_grid
 from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Protected, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
+AGGREGATIONS = {
+    "plain": "every update in the clear: the control",
+    "secagg": "pairwise masks that cancel, Bonawitz et al. 2017",
+    "lightsecagg": "Lagrange-coded masks, So et al. 2022",
+    "fastsecagg": "multi-secret sharing by FFT, Kadhe et al. 2020",
+    "bfv": "homomorphic encryption, exact",
+    "ckks": "homomorphic encryption, approximate",
+}
+CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
 # What the demonstration defends with: strengths of the literature, the noise and the clipping in proportion to LeNet.
 SHOWN = (
     "none",
@@ -57,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     single = commands.add_parser(
         "attack", help="one attack on one setting", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    single.add_argument("--attack", default="inverting_gradients", help=", ".join(ATTACKS))
-    single.add_argument("--model", default="lenet", help=", ".join(models.MODELS))
-    single.add_argument("--data", default="photos", help=DATA)
+    single.add_argument("--attack", default="inverting_gradients", help=", ".join([*ATTACKS, "cafe"]))
+    single.add_argument("--model", help=f"{', '.join(models.MODELS)}; default: lenet, or one that suits the attack")
+    single.add_argument("--data", help=f"{DATA}; default: photos, for cafe mnist")
     single.add_argument("--victims", type=int, default=3, help="clients attacked, in the order of the data's ids")
-    single.add_argument("--batch-size", type=int, default=1, help="images of a client")
+    single.add_argument("--batch-size", type=int, help=f"images of a client; default: 1, for cafe {BATCH_SIZE}")
+    single.add_argument("--records", type=int, default=NUM_RECORDS, help="of cafe's federation")
+    single.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="of cafe's federation")
     single.add_argument("--steps", type=int, help="of each restart; default: the paper's")
     single.add_argument("--restarts", type=int, default=1, help="starts of each attack; the lowest loss is kept")
     single.add_argument("--labels", choices=["known", "inferred"], help="default: as in the attack's paper")
@@ -77,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of the client; repeat it for several, in this order: {', '.join([*DEFENSES, *COMBINATIONS])}",
     )
     single.add_argument("--adaptive", action="store_true", help="the attacker knows the defenses, but not their keys")
+    single.add_argument("--aggregation", help=f"of the updates of --clients, run for real: {', '.join(AGGREGATIONS)}")
+    single.add_argument("--clients", type=int, default=4, help="that aggregate, --batch-size images each")
+    single.add_argument("--clip", type=float, default=2.0, help="largest entry of an update that aggregation keeps")
+    single.add_argument(
+        "--statistics",
+        choices=["none", "running", "exact"],
+        default="exact",
+        help="of batch normalisation, that grad_inversion matches: the model's running ones, which say nothing of data "
+        "before training, or the client's own, granted",
+    )
     single.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
     single.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
     single.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
@@ -88,9 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list() -> None:
     for title, names in (
-        ("attacks", {name: named.summary for name, named in ATTACKS.items()}),
+        ("attacks", {name: named.summary for name, named in ATTACKS.items()} | {"cafe": CAFE}),
         ("solvers", SOLVERS),
         ("defenses", {name: f"{_settings(named)}{named.summary}" for name, named in DEFENSES.items()}),
+        ("aggregation", AGGREGATIONS),
         ("combinations of defenses", {name: " ".join(parts) for name, parts in COMBINATIONS.items()}),
         ("models", dict.fromkeys(models.MODELS, "")),
         ("data", {"photos": "scikit-image's photographs", "digits": "scikit-learn's digits", "any TFDS set": DATA}),
@@ -109,77 +132,155 @@ def _settings(named: Named) -> str:
 
 
 def _attack(args: argparse.Namespace) -> None:
-    for name, known in (("attack", ATTACKS), ("model", models.MODELS), ("solver", SOLVERS)):
+    if args.attack == "cafe":
+        _cafe(args)
+        return
+    args.data, args.batch_size = args.data or "photos", 1 if args.batch_size is None else args.batch_size
+    args.model = args.model or (ATTACKS[args.attack].model if args.attack in ATTACKS else "lenet")
+    for name, known in (("attack", [*ATTACKS, "cafe"]), ("model", models.MODELS), ("solver", SOLVERS)):
         if getattr(args, name) not in known:
             raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(args, name)!r}")
-    for name in ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps"):
+    if args.aggregation is not None and args.aggregation not in AGGREGATIONS:
+        raise ValueError(f"--aggregation must be one of {', '.join(AGGREGATIONS)}, got {args.aggregation!r}")
+    for name in ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     exact = args.solver == "levenberg_marquardt"
     args.labels = args.labels or ATTACKS[args.attack].labels
     args.steps = args.steps or (LEVENBERG_MARQUARDT_STEPS if exact else ATTACKS[args.attack].num_steps)
-    if args.attack == "linear" and args.adaptive:
-        raise ValueError("--attack linear has no objective to adapt, got --adaptive")
-    if args.attack == "linear" and args.model not in FIRST_LAYER:
-        raise ValueError(
-            f"--attack linear needs a model that starts fully connected, mlp or linear, got {args.model!r}"
-        )
-    if args.attack == "idlg" and args.labels == "inferred" and args.batch_size > 1:
-        raise ValueError(f"--attack idlg infers the label of one image, got --batch-size {args.batch_size}")
+    if args.attack in INVERTIBLE and args.adaptive:
+        raise ValueError(f"--attack {args.attack} has no objective to adapt, got --adaptive")
+    if args.model not in INVERTIBLE.get(args.attack, models.MODELS):
+        fits = ", ".join(INVERTIBLE[args.attack])
+        raise ValueError(f"--attack {args.attack} needs one of the models {fits}, got {args.model!r}")
+    if args.attack != "grad_inversion":
+        args.statistics = "none"
+    clients = 1 if args.aggregation is None else args.clients
+    size = args.batch_size * clients
+    if args.attack == "r_gap" and size > 1:
+        raise ValueError(f"--attack r_gap needs a batch of one image, got {size}")
+    if args.attack == "idlg" and args.labels == "inferred" and size > 1:
+        raise ValueError(f"--attack idlg infers the label of one image, got {size}")
     parts = tuple(part for text in args.defense for part in parse(text))
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
     out = _folder(Path(args.out))
-    jax.config.update("jax_enable_x64", exact)
+    jax.config.update("jax_enable_x64", exact or ATTACKS[args.attack].x64)
     case = load_case(
         args.model,
         args.data,
         victims=args.victims,
-        batch_size=args.batch_size,
+        batch_size=size,
         seed=args.seed,
         local_steps=args.local_steps,
         learning_rate=args.local_learning_rate,
     )
     key_clients, key_attack = jax.random.split(jax.random.key(args.seed))
     protected = case.protect(parts)
-    _banner(case, args.model, protected)
+    _banner(case, args.model, protected, clients)
+    if case.statistics_fn is None:
+        args.statistics = "none"
+    exact_statistics = args.statistics == "exact"
+    if exact_statistics and args.aggregation is not None:
+        raise ValueError("--statistics exact is of one client, got --aggregation")
     known = args.labels == "known"
     defense = " ".join(str(part) for part in parts) or "none"
-    outcomes = attack(
-        case,
-        see(case, {defense: protected}, key_clients, known=[known])[known],
-        protected,
-        args.attack,
-        key_attack,
-        model=args.model,
-        known_labels=known,
-        adaptive=args.adaptive,
-        solver=args.solver,
-        num_steps=args.steps,
-        num_restarts=args.restarts,
-        lanes=args.lanes,
-        prior_only=None if args.no_prior_only else defense,
-        progress_fn=_progress(args.attack),
-        checkpoint=out / "checkpoint.npz",
-    )
-    outcome, prior = outcomes[defense], outcomes.get(PRIOR_ONLY)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "command")}
-    threat = _threat(known, defense, args.adaptive)
+    threat = _threat(known, defense, args.adaptive, exact_statistics)
+    if args.statistics == "running":
+        threat += "; matches running statistics"
+    if args.aggregation is None:
+        seen = see(case, {defense: protected}, key_clients, known=[known], statistics=exact_statistics)
+        targets: dict[str, Any] = {"": (case, seen[known][defense])}
+    else:
+        targets = _aggregated(args, case, protected, key_clients)
+        threat += f"; {args.aggregation} of {clients} clients"
     print(f"threat model: {threat}\n")
+    unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
+    settings = {key: value for key, value in vars(args).items() if key not in unused}
     guesses = report.baselines(case.pixels, case.gallery)
-    print(_table([_row(args.attack, known, outcome, prior)], guesses))
-    extra = {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
-    if prior is not None:
-        extra["prior_only_psnr"] = prior.scores.psnr.tolist()
-    content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra)
-    title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "")
-    _write(out, content)
-    _picture(out / "reconstructions.png", case, {args.attack: outcome}, title)
+    rows, found, content = [], {}, {}
+    for target, (seen_case, observations) in targets.items():
+        title = f"{args.attack}, {target}" if target else args.attack
+        if not isinstance(observations, Observation):
+            rows.append([title, "-", str(observations), *[""] * 6])
+            content[target] = str(observations)
+            continue
+        outcomes = attack(
+            seen_case,
+            {defense: observations},
+            protected,
+            args.attack,
+            key_attack,
+            model=args.model,
+            known_labels=known,
+            adaptive=args.adaptive,
+            statistics=args.statistics,
+            solver=args.solver,
+            num_steps=args.steps,
+            num_restarts=args.restarts,
+            lanes=args.lanes,
+            prior_only=None if args.no_prior_only else defense,
+            progress_fn=_progress(title),
+            checkpoint=out / "checkpoint.npz",
+        )
+        outcome, prior = outcomes[defense], outcomes.get(PRIOR_ONLY)
+        rows.append(_row(title, known, outcome, prior))
+        found[target] = seen_case, outcome
+        extra = {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
+        if prior is not None:
+            extra["prior_only_psnr"] = prior.scores.psnr.tolist()
+        content[target] = report.results(
+            outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra
+        )
+    print(_table(rows, guesses))
+    _write(out, content.get("", content))
+    for target, (seen_case, outcome) in found.items():
+        title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "") + (f", {target}" if target else "")
+        name = f"reconstructions_{target.replace(':', '_')}.png" if target else "reconstructions.png"
+        _picture(out / name, seen_case.pixels, {args.attack: outcome}, title)
 
 
-def _threat(known: bool, defense: str, adaptive: bool) -> str:
-    card = ThreatModel(labels=known).describe()
+def _cafe(args: argparse.Namespace) -> None:
+    args.data, args.batch_size = args.data or "mnist", BATCH_SIZE if args.batch_size is None else args.batch_size
+    for name in ("model", "labels", "steps", "defense", "adaptive", "aggregation"):
+        if getattr(args, name):
+            raise ValueError(f"--attack cafe takes no --{name}, got {getattr(args, name)}")
+    options = ("data", "records", "rounds", "batch_size", "seed")
+    for name in options[1:4]:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    out = _folder(Path(args.out))
+    images = data.load(args.data, limit=args.records)
+    if len(images.labels) < args.records:
+        raise ValueError(f"--records must be at most {len(images.labels)} for {args.data}, got {args.records}")
+    print(
+        f"gia_jax {gia_jax.__version__}: {vertical.NUM_WORKERS} workers hold a quarter each of {args.records} images "
+        f"of {images.name}; {args.rounds} rounds of {args.batch_size}, model untrained and frozen; {report.hardware()}"
+    )
+    threat = vertical.THREAT.describe()
+    print(f"threat model: {threat}\n")
+    key = jax.random.key(args.seed)
+    outcome, pixels = vertical.cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
+    gallery = data.load(args.data, split="train", limit=2_000).images if args.data not in ("photos", "digits") else None
+    guesses = report.baselines(pixels, np.full_like(pixels[0], 0.5) if gallery is None else gallery)
+    print(_table([_row("cafe", False, outcome, None)], guesses))
+    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in options}
+    _write(out, report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat))
+    first = outcome._replace(scores=report.Scores(*(field[:8] for field in outcome.scores)))
+    _picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}")
+
+
+def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key: Any) -> dict[str, Any]:
+    from gia_jax.secure_aggregation.cases import see_aggregated
+    from gia_jax.secure_aggregation.named import make_protocol
+
+    protocol = make_protocol(args.aggregation, args.clients, clip=args.clip)
+    return see_aggregated(case, protected, protocol, key, known=args.labels == "known")
+
+
+def _threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) -> str:
+    card = ThreatModel(labels=known, statistics=statistics).describe()
     if defense == "none":
         return card
     return f"{card}; {'knows' if adaptive else 'does not know'} the defense {defense}"
@@ -244,10 +345,10 @@ def _demonstration(out: Path, seed: int) -> None:
     content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
     _write(out, content)
     undefended = {name: outcomes["none"] for name, outcomes in found.items()}
-    _picture(out / "reconstructions.png", case, undefended, "What the server sees of three photographs")
+    _picture(out / "reconstructions.png", case.pixels, undefended, "What the server sees of three photographs")
     for name in ("idlg", "inverting_gradients"):
         defended = {shown.replace(":", "\n"): found[name][shown] for shown in SHOWN}
-        _picture(out / f"defenses_{name}.png", case, defended, f"{name}, when the client defends itself")
+        _picture(out / f"defenses_{name}.png", case.pixels, defended, f"{name}, when the client defends itself")
 
 
 def _row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
@@ -281,8 +382,8 @@ def _write(out: Path, content: Any) -> None:
     print(f"\nwrote {out / 'results.json'}")
 
 
-def _picture(path: Path, case: Case, outcomes: dict[str, Outcome], title: str) -> None:
-    flat = case.pixels.reshape(-1, *case.pixels.shape[2:])
+def _picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str) -> None:
+    flat = pixels.reshape(-1, *pixels.shape[2:])
     columns, captions = {"original": flat}, {}
     for name, outcome in outcomes.items():
         columns[name] = outcome.scores.images.reshape(flat.shape)
@@ -302,13 +403,14 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _banner(case: Case, model: str, protected: Protected) -> None:
+def _banner(case: Case, model: str, protected: Protected, clients: int = 1) -> None:
     victims, batch_size = case.truth.labels.shape
+    groups = f"{victims} clients" if clients == 1 else f"{victims} groups of {clients} clients"
     shape = "x".join(str(n) for n in case.pixels.shape[2:])
     size = sum(leaf.size for leaf in jax.tree.leaves(protected.params))
     print(
         f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "
-        f"{victims} clients with {batch_size} of {case.images.name} ({shape}) each; {report.hardware()}"
+        f"{groups} with {batch_size // clients} of {case.images.name} ({shape}) each; {report.hardware()}"
     )
 
 

@@ -12,8 +12,19 @@ import numpy as np
 import pytest
 
 import gia_jax
-from gia_jax import Attack, Batch, Observation, ThreatModel, attacks, clients, gradient_matching, keep_best, observe
-from gia_jax.attacks.named import ATTACKS, SOLVERS, Target, make_attack
+from gia_jax import (
+    Attack,
+    Batch,
+    Observation,
+    ThreatModel,
+    attacks,
+    clients,
+    gradient_matching,
+    keep_best,
+    models,
+    observe,
+)
+from gia_jax.attacks.named import ATTACKS, INVERTIBLE, SOLVERS, Target, make_attack
 from gia_jax.labels import Dense
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
@@ -34,6 +45,7 @@ class Case(NamedTuple):
         x64: Whether the case runs in float64.
         is_random: Whether two keys must give two reconstructions.
         first_layer: "conv" or "dense".
+        batch_indices: The records of each round, for a client of several.
     """
 
     build: Callable[[Target], Attack | gia_jax.ReconstructFn]
@@ -42,6 +54,7 @@ class Case(NamedTuple):
     x64: bool = False
     is_random: bool = True
     first_layer: str = "conv"
+    batch_indices: np.ndarray | None = None
 
 
 def named(name: str, solver: str) -> Callable[[Target], Attack]:
@@ -61,12 +74,66 @@ def inverting_gradients(target: Target) -> Attack:
     return attacks.inverting_gradients(target.client_fn, bounds=target.bounds, num_steps=100)
 
 
+def grad_inversion(target: Target) -> Attack:
+    return attacks.grad_inversion(
+        target.client_fn,
+        target.classifier_fn,
+        statistics_fn=lambda params, inputs: [(jnp.mean(inputs, (0, 1, 2)), jnp.var(inputs, (0, 1, 2)))],
+        known_statistics_fn=lambda observation: [(jnp.zeros(3), jnp.ones(3))],
+        num_seeds=2,
+        num_steps=100,
+        num_warm_up_steps=0,
+    )
+
+
+def generator() -> dict[str, Any]:
+    """A linear one, and the shape of its latents."""
+    size = int(np.prod(IMAGE))
+    params = {"kernel": jax.random.normal(jax.random.key(2), (5, size)), "bias": jnp.zeros(size)}
+
+    def generator_fn(params: Any, z: jax.Array) -> jax.Array:
+        return (z @ params["kernel"] + params["bias"]).reshape(-1, *IMAGE)
+
+    return {"generator_fn": generator_fn, "generator_params": params, "latent_shape": (5,)}
+
+
+def latent_search(target: Target) -> Attack:
+    return attacks.latent_search(target.client_fn, **generator())
+
+
+def gias(target: Target) -> Attack:
+    return attacks.gias(target.client_fn, **generator(), num_latent_steps=2, num_latents=2)
+
+
+def deep_image_prior(target: Target) -> Attack:
+    return attacks.gias(target.client_fn, **generator(), num_latent_steps=0, num_latents=1)
+
+
 def exact(target: Target) -> Attack:
     return gradient_matching(target.client_fn, init_fn=near_grey(), optimizer=levenberg_marquardt())
 
 
 def linear_inversion(target: Target) -> gia_jax.ReconstructFn:
     return attacks.linear_inversion(lambda tree: _layers(tree)[0])
+
+
+def cafe(target: Target) -> gia_jax.ReconstructFn:
+    return attacks.cafe(lambda tree: _layers(tree)[:1], target.classifier_fn, split_fn=lambda inputs: [inputs])
+
+
+def r_gap(target: Target) -> gia_jax.ReconstructFn:
+    first = models.FullyConnected("first", 24, bias=True)
+    head = models.FullyConnected("head", target.num_classes, bias=True)
+    return attacks.r_gap(models.Network((first,), head, models.sigmoid), bounds=target.bounds)
+
+
+def cafe_descent(target: Target) -> Attack:
+    return attacks.cafe_descent(
+        clients.federated_sgd(clients.cross_entropy(_apply)),
+        layers_fn=lambda tree: _layers(tree)[:1],
+        features_fn=lambda params, inputs: [inputs.reshape(len(inputs), -1)],
+        num_classes=target.num_classes,
+    )
 
 
 def continued(target: Target) -> Attack:
@@ -86,11 +153,24 @@ CASES = {
     "inverting_gradients fixed_step_lbfgs": Case(
         named("inverting_gradients", "fixed_step_lbfgs"), labels=True, x64=True
     ),
+    "grad_inversion": Case(grad_inversion, batch_size=2),
+    "grad_inversion keep_best": Case(lambda target: keep_best(grad_inversion(target)), x64=True),
+    "latent_search": Case(latent_search, labels=True),
+    "gias": Case(gias, batch_size=2, labels=True),
+    "gias float64": Case(lambda target: keep_best(gias(target)), batch_size=2, labels=True, x64=True),
+    "deep image prior": Case(deep_image_prior, batch_size=2, labels=True),
     "levenberg_marquardt": Case(exact, labels=True, x64=True),
     "continued": Case(continued, x64=True),
     "linear_inversion": Case(linear_inversion, labels=True, is_random=False, first_layer="dense"),
     "linear_inversion float64": Case(
         linear_inversion, batch_size=2, labels=True, x64=True, is_random=False, first_layer="dense"
+    ),
+    "cafe": Case(
+        cafe, batch_size=3, is_random=False, first_layer="dense", batch_indices=np.array([[0, 1], [1, 2], [2, 0]])
+    ),
+    "r_gap": Case(r_gap, x64=True, is_random=False, first_layer="dense"),
+    "cafe_descent": Case(
+        cafe_descent, batch_size=3, first_layer="dense", batch_indices=np.array([[0, 1], [1, 2], [2, 0]])
     ),
 }
 
@@ -121,7 +201,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 def _subject(name: str) -> Subject:
     case = CASES[name]
     params = _params(case)
-    client_fn = clients.federated_sgd(clients.cross_entropy(_apply))
+    client_fn = _client(case)
     attack = case.build(_target(case, client_fn))
     reconstruct_fn = _reconstruct_fn(attack)
     one = jax.jit(_traced_once(reconstruct_fn))
@@ -150,6 +230,13 @@ def _params(case: Case) -> dict[str, dict[str, jax.Array]]:
         "first": {"kernel": 0.5 * jax.random.normal(key_first, shape), "bias": jnp.full(shape[-1], 0.1)},
         "head": {"kernel": jax.random.normal(key_head, (features, NUM_CLASSES)), "bias": jnp.zeros(NUM_CLASSES)},
     }
+
+
+def _client(case: Case) -> Any:
+    loss_fn = clients.cross_entropy(_apply)
+    if case.batch_indices is None:
+        return clients.federated_sgd(loss_fn)
+    return clients.vertical_sgd(loss_fn, case.batch_indices)
 
 
 def _layers(tree: Any) -> tuple[Dense, Dense]:
@@ -188,8 +275,10 @@ def _batch(subject: Subject, seed: int) -> Batch:
 
 
 def _observe(subject: Subject, batch: Batch, *, client_fn: Any = None, seed: int = 0) -> Observation:
-    threat = ThreatModel(labels=subject.case.labels)
-    return observe(jax.random.key(seed), threat, client_fn or subject.client_fn, subject.params, batch)
+    indices = subject.case.batch_indices
+    threat = ThreatModel(labels=subject.case.labels, batch_indices=indices is not None)
+    client_fn = client_fn or subject.client_fn
+    return observe(jax.random.key(seed), threat, client_fn, subject.params, batch, batch_indices=indices)
 
 
 def _victims(subject: Subject, count: int = 3) -> list[Observation]:
@@ -323,7 +412,8 @@ def test_the_order_of_granted_labels_does_not_matter_for_one_image(subject: Subj
 @pytest.mark.parametrize("name", attacks.__all__)
 def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(name: str) -> None:
     first, *rest = inspect.signature(getattr(attacks, name)).parameters.values()
-    assert first.name == ("layer_fn" if name == "linear_inversion" else "client_fn")
+    others = {"linear_inversion": "layer_fn", "cafe": "layers_fn", "r_gap": "network", "giml": "attack_fn"}
+    assert first.name == others.get(name, "client_fn")
     positional = {p.name for p in rest if p.kind is not inspect.Parameter.KEYWORD_ONLY}
     assert positional <= {"classifier_fn"}
     for parameter in (first, *rest):
@@ -332,9 +422,13 @@ def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(na
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "linear"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in INVERTIBLE])
 def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> None:
     target = _target(Case(dlg), lambda params, batch: params)
+    if (name, solver) == ("grad_inversion", "levenberg_marquardt"):
+        with pytest.raises(ValueError, match="solver levenberg_marquardt is for one seed, got the attack grad_inv"):
+            make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
+        return
     attack = make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
     parameters = [list(inspect.signature(fn).parameters) for fn in attack]
     assert parameters == [["key", "observation"], ["key", "state", "observation"], ["candidate", "observation"]]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from gia_jax import ThreatModel, data, models
 from gia_jax.__main__ import main
 from gia_jax.attacks.named import ATTACKS, SOLVERS
+from gia_jax.cases import load_case, see
 from gia_jax.protection import COMBINATIONS, DEFENSES
 
 pytest.importorskip("sklearn")
@@ -60,6 +62,54 @@ def test_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> N
         "ilrg",
     ):
         assert name in words
+
+
+@pytest.mark.parametrize("protocol", ["plain", "secagg", "bfv"])
+def test_aggregation_hides_a_client_and_not_the_sum(protocol: str, tmp_path: Path) -> None:
+    options = ["--attack", "idlg", "--labels", "known", "--aggregation", protocol, "--clients", "2", "--steps", "40"]
+    assert main([*QUICK, "--out", str(tmp_path), *options]) == 0
+    read = _read(tmp_path)
+    assert min(victim["psnr"] for victim in read["aggregate"]["victims"]) > 40
+    if protocol == "bfv":
+        assert read["client:0"] == "n/a: ciphertext"
+        return
+    psnr = [victim["psnr"] for victim in read["client:0"]["victims"]]
+    assert min(psnr) > 40 if protocol == "plain" else max(psnr) < 12
+    assert protocol in read["client:0"]["threat_model"]
+
+
+def test_seeds_that_agree_are_one_restart(tmp_path: Path) -> None:
+    options = ["--attack", "grad_inversion", "--batch-size", "2", "--steps", "20", "--statistics", "running"]
+    assert main([*QUICK, "--out", str(tmp_path), *options]) == 0
+    read = _read(tmp_path)
+    assert read["settings"]["statistics"] == "none"  # the linear model has none
+    assert "statistics" not in read["threat_model"]
+    assert len(read["victims"]) == 2
+
+
+def test_statistics_of_the_client_are_named_where_they_are_granted() -> None:
+    case = load_case("resnet20_4", "digits", victims=1, batch_size=2)
+    seen = see(case, {"none": case.protect(())}, jax.random.key(0), known=[True], statistics=True)[True]["none"]
+    mean, variance = seen.extra["statistics"][0]
+    inputs = case.truth.inputs[0]
+    kernel = case.protect(()).params["stem"]["kernel"]
+    features = jax.lax.conv_general_dilated(inputs, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(mean[0], features.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(variance[0], features.var((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--records", "24", "--rounds", "40", "--batch-size", "6"]
+    assert main(["attack", "--attack", "cafe", "--data", "digits", "--out", str(tmp_path), *size]) == 0
+    read = _read(tmp_path)
+    assert len(read["victims"]) == 24
+    assert min(victim["psnr"] for victim in read["victims"]) > 60  # float32
+    assert all(victim["label_correct"] == 1 for victim in read["victims"])
+    assert "batch indices" in read["threat_model"]
+    assert (tmp_path / "reconstructions.png").exists()
+    size[3] = "20"  # fewer rounds than records
+    assert main(["attack", "--attack", "cafe", "--data", "digits", "--out", str(tmp_path), *size]) == 2
+    assert "batch_indices cannot identify the records" in capsys.readouterr().err
 
 
 def test_the_module_runs() -> None:
@@ -144,8 +194,19 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--attack", "magic"], f"--attack must be one of {', '.join(ATTACKS)}, got 'magic'"),
+        (["--attack", "magic"], f"--attack must be one of {', '.join([*ATTACKS, 'cafe'])}, got 'magic'"),
         (["--model", "magic"], f"--model must be one of {', '.join(models.MODELS)}, got 'magic'"),
+        (
+            ["--aggregation", "magic"],
+            "--aggregation must be one of plain, secagg, lightsecagg",
+        ),
+        (["--clients", "0"], "--clients must be at least 1, got 0"),
+        (["--attack", "r_gap", "--model", "lenet"], "--attack r_gap needs one of the models cnn6, got 'lenet'"),
+        (
+            ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
+            "--attack r_gap needs a batch of one image, got 2",
+        ),
+        (["--attack", "cafe"], "--attack cafe takes no --model, got linear"),
         (["--solver", "magic"], f"--solver must be one of {', '.join(SOLVERS)}, got 'magic'"),
         (["--victims", "0"], "--victims must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
@@ -156,7 +217,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--victims", "9999"], "--victims times --batch-size must be at most 1797 for digits, got 9999"),
         (["--local-steps", "2", "--local-learning-rate", "nan"], "learning_rate must be positive, got nan"),
         (["--local-steps", "2", "--local-learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
-        (["--attack", "linear", "--model", "lenet"], "--attack linear needs a model that starts fully connected"),
+        (["--attack", "linear", "--model", "lenet"], "--attack linear needs one of the models linear, mlp, got"),
         (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
         (["--defense", "magic"], f"defense must be one of {', '.join([*DEFENSES, *COMBINATIONS])}, got 'magic'"),
         (["--defense", "prune:ratio=2"], "ratio must be in [0, 1), got 2.0"),

@@ -1,8 +1,25 @@
 """One paper a file."""
 
+from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg
+from gia_jax.attacks.gias import gias, latent_search
+from gia_jax.attacks.giml import giml
+from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
+from gia_jax.attacks.r_gap import r_gap
 
-__all__ = ["dlg", "idlg", "inverting_gradients", "linear_inversion"]
+__all__ = [
+    "cafe",
+    "cafe_descent",
+    "dlg",
+    "gias",
+    "giml",
+    "grad_inversion",
+    "idlg",
+    "inverting_gradients",
+    "latent_search",
+    "linear_inversion",
+    "r_gap",
+]

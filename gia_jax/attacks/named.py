@@ -7,20 +7,25 @@ import optax
 
 from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
 from gia_jax.attacks.dlg import dlg
+from gia_jax.attacks.grad_inversion import NUM_STEPS as GRAD_INVERSION_STEPS
+from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, ReconstructFn
-from gia_jax.labels import ClassifierFn, bias_counts
+from gia_jax.attacks.r_gap import r_gap
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, ReconstructFn
+from gia_jax.labels import ClassifierFn, bias_counts, dense
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
-from gia_jax.matching.objectives import cosine, euclidean
+from gia_jax.matching.objectives import cosine, euclidean, layerwise_euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
+from gia_jax.matching.priors import Statistics
 from gia_jax.matching.run import continued, keep_best
 from gia_jax.models.functional import ApplyFn
+from gia_jax.models.network import cnn6
 from gia_jax.threat import granted_labels
 
 
@@ -35,6 +40,8 @@ class Target(NamedTuple):
         bounds: Darkest and brightest pixel in the model's space.
         apply_fn: `(params, inputs) -> logits`, whose predictions the counting of labels measures; None for 1 / classes.
         adapt_fn: From the attack's own objective, the one to use: an attacker's that knows the defense.
+        statistics_fn: `(params, inputs) -> ` statistics of the features; None leaves them out of the attack.
+        known_statistics_fn: From the observation, the client's; None for those the threat model grants.
     """
 
     client_fn: ClientFn
@@ -44,14 +51,26 @@ class Target(NamedTuple):
     bounds: tuple
     apply_fn: ApplyFn | None = None
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn] = lambda objective_fn: objective_fn
+    statistics_fn: Callable[..., Statistics] | None = None
+    known_statistics_fn: Callable[[Observation], Statistics] | None = None
 
 
 class Named(NamedTuple):
-    """What the command line says of an attack: one line, the paper's number of steps, and whether it knows labels."""
+    """What the command line says of an attack.
+
+    Attributes:
+        summary: One line.
+        num_steps: The paper's; 0 for an analytic attack.
+        labels: Whether it takes them for "known" or finds them, "inferred".
+        model: Its default.
+        x64: Whether it needs float64.
+    """
 
     summary: str
     num_steps: int
     labels: str
+    model: str = "lenet"
+    x64: bool = False
 
 
 ATTACKS = {
@@ -62,8 +81,17 @@ ATTACKS = {
         INVERTING_GRADIENTS_STEPS,
         "known",
     ),
-    "linear": Named("analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred"),
+    "grad_inversion": Named(
+        "GradInversion, Yin et al. 2021: seeds that agree, feature statistics",
+        GRAD_INVERSION_STEPS,
+        "inferred",
+        "resnet20_4",
+    ),
+    "linear": Named("analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred", "mlp"),
+    "r_gap": Named("R-GAP, Zhu and Blaschko 2021: closed form, layer by layer", 0, "inferred", "cnn6", x64=True),
 }
+FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
+INVERTIBLE = {"linear": tuple(FIRST_LAYER), "r_gap": ("cnn6",)}  # models of the analytic attacks
 SOLVERS = {
     "paper": "what the attack's paper uses",
     "adam": "Adam, 0.1 a step",
@@ -90,7 +118,7 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
     """An iterative attack by its name, keeping its best iterate.
 
     Args:
-        name: A key of `ATTACKS`, but not "linear".
+        name: A key of `ATTACKS` that is not of `INVERTIBLE`.
         target: What is attacked.
         labels: "known" (granted) or "inferred" (DLG optimises them, the others use a label rule).
         solver: A key of `SOLVERS`.
@@ -102,12 +130,26 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
     Raises:
         ValueError: An unknown name, and what its attack raises.
     """
-    iterative = [known for known in ATTACKS if known != "linear"]
+    iterative = [known for known in ATTACKS if known not in INVERTIBLE]
     for argument, value, known in (("name", name, iterative), ("solver", solver, SOLVERS)):
         if value not in known:
             raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
 
     def build(optimizer: optax.GradientTransformation | None, init_fn: InitFn | None = None) -> Attack:
+        if name == "grad_inversion":
+            return grad_inversion(
+                target.client_fn,
+                target.classifier_fn,
+                statistics_fn=target.statistics_fn,
+                known_statistics_fn=target.known_statistics_fn,
+                num_steps=num_steps,
+                num_warm_up_steps=min(50, num_steps // 10),
+                bounds=target.bounds,
+                label_fn=granted_labels if labels == "known" else None,
+                init_fn=init_fn,
+                objective_fn=target.adapt_fn(layerwise_euclidean),
+                optimizer=optimizer,
+            )
         label_fn = label_rule(labels, target)
         objective_fn = target.adapt_fn(cosine if name == "inverting_gradients" else euclidean)
         if name == "inverting_gradients":
@@ -126,6 +168,8 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
         # With its labels given, DLG is iDLG.
         return idlg(target.client_fn, target.classifier_fn, label_fn=label_fn, **options)
 
+    if name == "grad_inversion" and solver == "levenberg_marquardt":
+        raise ValueError("solver levenberg_marquardt is for one seed, got the attack grad_inversion")
     if solver == "levenberg_marquardt":
         first = keep_best(build(fixed_step_lbfgs(), near_grey()))
         return keep_best(continued(first, build(levenberg_marquardt()), num_steps=WARM_UP))
@@ -138,14 +182,28 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
     return keep_best(build(optimizers[solver]()))
 
 
-def make_linear(target: Target, *, layer_fn: ClassifierFn, labels: str) -> ReconstructFn:
-    """The analytic attack, on the layer that sees the example.
+def make_analytic(name: str, target: Target, *, model: str, labels: str) -> ReconstructFn:
+    """An analytic attack by its name.
 
-    Inferred labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
+    Args:
+        name: A key of `INVERTIBLE`: "linear", on the layer that sees the example, or "r_gap".
+        target: What is attacked.
+        model: Its name.
+        labels: As for `make_attack`; R-GAP finds its own.
+
+    Returns:
+        The attack.
+
+    Raises:
+        ValueError: An unknown name, or a model that the attack cannot invert.
     """
-    label_fn = (
-        bias_counts(target.classifier_fn, apply_fn=target.apply_fn)
-        if labels == "inferred"
-        else label_rule(labels, target)
-    )
-    return linear_inversion(layer_fn, label_fn=label_fn)
+    if name not in INVERTIBLE:
+        raise ValueError(f"name must be one of {', '.join(INVERTIBLE)}, got {name!r}")
+    if model not in INVERTIBLE[name]:
+        raise ValueError(f"attack {name} needs one of the models {', '.join(INVERTIBLE[name])}, got {model!r}")
+    if name == "r_gap":
+        return r_gap(cnn6(target.num_classes, bias=True), bounds=target.bounds)
+    # Inferred labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
+    counted = bias_counts(target.classifier_fn, apply_fn=target.apply_fn)
+    label_fn = counted if labels == "inferred" else label_rule(labels, target)
+    return linear_inversion(dense(FIRST_LAYER[model]), label_fn=label_fn)
