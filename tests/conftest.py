@@ -15,3 +15,10 @@ def x64() -> Iterator[None]:
     """Float64 within one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drop a module's compiled programs: kept for all modules, they exhaust the memory maps that a process may have."""
+    yield
+    jax.clear_caches()
