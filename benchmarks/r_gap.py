@@ -18,7 +18,8 @@ import numpy as np
 import record
 
 from gia_jax import Batch, Observation, ThreatModel, clients, data, observe
-from gia_jax.attacks.r_gap import LayerRank, Twins, counted_ranks, r_gap_twins, rank_analysis
+from gia_jax.attacks.r_gap import Twins, r_gap_twins
+from gia_jax.attacks.rank_analysis import LayerRank, counted_ranks, rank_analysis
 from gia_jax.models import Convolution, FullyConnected, Network, Residual, cnn6
 
 THREAT = ThreatModel()

@@ -8,7 +8,8 @@ from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
-from gia_jax.attacks.r_gap import r_gap
+from gia_jax.attacks.r_gap import r_gap, r_gap_twins
+from gia_jax.attacks.rank_analysis import rank_analysis
 
 __all__ = [
     "cafe",
@@ -22,4 +23,6 @@ __all__ = [
     "latent_search",
     "linear_inversion",
     "r_gap",
+    "r_gap_twins",
+    "rank_analysis",
 ]

@@ -1,4 +1,4 @@
-"""Linear constraints that convolutions put on unknown images, and their least-squares solution.
+"""Linear constraints that convolutions and residual blocks put on unknown images, and their least-squares solution.
 
 The constraints are kept as convolutions: the matrix of all rows, which has tens of thousands for a layer of a small
 network, is never formed. Its normal equations are, with iterative refinement against the constraints themselves.
@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from gia_jax.base import Params
-from gia_jax.models.network import Convolution, Shape, output_shape
+from gia_jax.base import Params, Updates
+from gia_jax.models.network import Activation, Convolution, Layer, Residual, Shape, apply_layer, output_shape
 
 # Each refinement takes off the error that the rounding of the normal equations left.
 NUM_REFINEMENTS = 10
@@ -50,6 +50,26 @@ class System(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     outputs: Sequence[tuple[Sequence[Operator], Float[Array, "p f"]]]
     gradients: Sequence[tuple[Operator, Float[Array, "p f"]]]
+
+
+class Known(NamedTuple):
+    """What the recursion knows when it comes to a layer.
+
+    Attributes:
+        params: All parameters.
+        update: Their gradient.
+        activation: After the layer.
+        shape: Of the layer's input.
+        z: The layer's output, before the activation.
+        k: Gradient of the loss with respect to z.
+    """
+
+    params: Params
+    update: Updates
+    activation: Activation
+    shape: Shape
+    z: Float[Array, "*e"]
+    k: Float[Array, "*e"]
 
 
 def convolution_operator(layer: Convolution, tree: Params, shape: Shape, unknown: int = 0) -> Operator:
@@ -137,3 +157,67 @@ def normal_matrix(system: System) -> tuple[Float[Array, "n n"], list[Float[Array
     sizes = [pixels * channels for pixels, channels in system.sizes]
     flat = [[blocks[i][j].swapaxes(1, 2).reshape(sizes[i], sizes[j]) for j in range(count)] for i in range(count)]
     return jnp.block(flat), weights
+
+
+def convolution_system(layer: Convolution, known: Known) -> System:
+    """Constraints on the input of a convolution."""
+    output = ([convolution_operator(layer, known.params, known.shape)], _rows(known.z - _bias(layer, known)))
+    gradient = (convolution_operator(layer, known.update, known.shape), _rows(known.k))
+    return System((_size(known.shape),), [output], [gradient])
+
+
+def second_convolution_system(layer: Residual, known: Known) -> System:
+    """Constraints on the input of the second convolution, and on the block's input, which need not be determined."""
+    middle = output_shape(layer.first, known.shape)
+    second = convolution_operator(layer.second, known.params, middle)
+    short, bias, gradients = _shortcut(layer, known, unknown=1)
+    gradients = [(convolution_operator(layer.second, known.update, middle), _rows(known.k)), *gradients]
+    outputs = [([second, short], _rows(known.z - _bias(layer.second, known) - bias))]
+    return System((_size(middle), _size(known.shape)), outputs, gradients)
+
+
+def first_convolution_system(layer: Residual, known: Known, middle: Float[Array, "h w c"]) -> System:
+    """Constraints on the block's input once the input of the second convolution is known."""
+    z = known.activation.inverse_fn(middle)
+    k = through_activation(known.activation, z, pull_back(layer.second, known, middle))
+    rest = known.z - apply_layer(layer.second, known.activation, known.params, middle[None])[0]
+    first = convolution_system(layer.first, known._replace(z=z, k=k))
+    short, bias, gradients = _shortcut(layer, known, unknown=0)
+    return System(first.sizes, [*first.outputs, ([short], _rows(rest - bias))], [*first.gradients, *gradients])
+
+
+def _shortcut(
+    layer: Residual, known: Known, unknown: int
+) -> tuple[Operator, Array | int, list[tuple[Operator, Array]]]:
+    """Its operator, its bias, and its gradient constraints."""
+    if layer.shortcut is None:
+        return identity_operator(known.shape, unknown), 0, []
+    gradient = convolution_operator(layer.shortcut, known.update, known.shape, unknown)
+    short = convolution_operator(layer.shortcut, known.params, known.shape, unknown)
+    return short, _bias(layer.shortcut, known), [(gradient, _rows(known.k))]
+
+
+def through_activation(activation: Activation, z: Array, cotangent: Array) -> Array:
+    """Gradient with respect to the activation's input z, from that with respect to its output."""
+    return jax.jvp(activation.fn, (z,), (cotangent.reshape(z.shape),))[1]
+
+
+def pull_back(layer: Layer, known: Known, x: Array) -> Array:
+    """Gradient of the loss with respect to the layer's input x."""
+
+    def output(x: Array) -> Array:
+        return apply_layer(layer, known.activation, known.params, x[None])[0]
+
+    return jax.vjp(output, x)[1](known.k)[0]
+
+
+def _bias(layer: Convolution, known: Known) -> Array | int:
+    return known.params[layer.name]["bias"] if layer.bias else 0
+
+
+def _rows(image: Float[Array, "h w c"]) -> Float[Array, "p c"]:
+    return image.reshape(-1, image.shape[-1])
+
+
+def _size(shape: Shape) -> tuple[int, int]:
+    return shape[0] * shape[1], shape[2]

@@ -4,34 +4,37 @@ Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021. Where 
 
 * Twins. Without biases, x and s x have the same gradient, s = (1 + e^mu2) / (1 + e^mu1) for the two roots mu of the
   loss inversion. No residual tells them apart, only the range of pixels does. Both are returned.
-* Rank. The constraints of a convolution with f filters depend on each other: sum_u W[f', u] K[(f, u)] =
-  sum_p k_f(p) W[(f', p)] for every pair of filters. The rank is therefore computed, not counted.
+* Rank. It is computed, not counted: `rank_analysis`.
 * Residual blocks take two stages: what the first convolution tells is known once the second one's input is.
 * The label is not assumed: a wrong one contradicts the gradient.
 * Convolutions are solved by normal equations with iterative refinement, in float64; the stacked matrix is not formed.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
-from gia_jax.attacks.constraints import Operator, System, convolution_operator, identity_operator, normal_matrix, solve
+from gia_jax.attacks.constraints import (
+    Known,
+    convolution_system,
+    first_convolution_system,
+    pull_back,
+    second_convolution_system,
+    solve,
+    through_activation,
+)
+from gia_jax.attacks.rank_analysis import check_network, check_parameters, counted_ranks
 from gia_jax.base import Batch, Observation, Params, ReconstructFn, Reconstruction, Updates
 from gia_jax.models.network import (
-    Activation,
     Convolution,
     FullyConnected,
     Layer,
     Network,
-    Residual,
     Shape,
     apply_layer,
     output_shape,
@@ -66,20 +69,6 @@ class Twins(NamedTuple):
 
 
 TwinsFn = Callable[[Observation], Twins]
-
-
-class LayerRank(NamedTuple):
-    """Whether the input of a layer follows from the layer's gradient and output.
-
-    Attributes:
-        name: Of the layer.
-        unknowns: Values to find.
-        rank: Of the constraints on them.
-    """
-
-    name: str
-    unknowns: int
-    rank: int
 
 
 def r_gap(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolerance: float = 1e-3) -> ReconstructFn:
@@ -131,13 +120,13 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
         `observation -> twins`. It raises ValueError as `r_gap` does, but for the number of constraints.
     """
     _check.not_negative(tolerance=tolerance)
-    _check_network(network)
+    check_network(network)
 
     def twins_fn(observation: Observation) -> Twins:
         like = granted(observation, "inputs_like")
         if like.shape[0] != 1:
             raise ValueError(f"r_gap needs a batch of one example, got {like.shape[0]}")
-        _check_parameters(network, observation.params, like.shape[1:])
+        check_parameters(network, observation.params, like.shape[1:])
         params, update = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (observation.params, observation.update))
         backwards = list(zip(network.hidden, shapes(network, like.shape[1:])[:-1], strict=True))[::-1]
 
@@ -145,10 +134,10 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
             x, cotangent, residual = head.inputs, head.cotangent, head.residual
             for layer, shape in layers:
                 z = network.activation.inverse_fn(x.reshape(output_shape(layer, shape)))
-                k = _through_activation(network.activation, z, cotangent)
-                known = _Known(params, update, network.activation, shape, z, k)
+                k = through_activation(network.activation, z, cotangent)
+                known = Known(params, update, network.activation, shape, z, k)
                 x, misfit = _invert_layer(layer, known)
-                cotangent, residual = _pull_back(layer, known, x), jnp.maximum(residual, misfit)
+                cotangent, residual = pull_back(layer, known, x), jnp.maximum(residual, misfit)
             return x, residual
 
         heads = _invert_head(network.head, params, update)
@@ -164,28 +153,6 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
         return Twins(inputs, head.label, head.margins, fits, chosen, jnp.all(fits) & (head.scale > 1), residual)
 
     return twins_fn
-
-
-def _check_network(network: Network) -> None:
-    head = network.head
-    if head.bias or head.features > 2:
-        return
-    # Such a head leaves the scale and the sign of its input open.
-    parts = [part for layer in network.hidden for part in (layer if isinstance(layer, Residual) else [layer])]
-    biased = [part.name for part in parts if part is not None and part.bias]
-    if biased:
-        raise ValueError(f"layer {biased[0]!r} has a bias: the head {head.name!r} needs one too")
-    if not network.activation.is_homogeneous:
-        raise ValueError(f"the activation is not homogeneous: the head {head.name!r} needs a bias")
-    if not network.hidden:
-        raise ValueError(f"there is no hidden layer: the head {head.name!r} needs a bias")
-
-
-def _check_parameters(network: Network, params: Params, input_shape: Shape) -> None:
-    if jnp.result_type(float) != jnp.float64:
-        raise ValueError(f"r_gap needs float64: set jax_enable_x64, got {jnp.result_type(float)}")
-    expected = jax.eval_shape(lambda: network.init(jax.random.key(0), input_shape))
-    _check.same_structure("params", params, "the network", expected)
 
 
 class _Head(NamedTuple):
@@ -298,27 +265,7 @@ def _softmax_hypothesis(
     return _Head(x, weights @ k, jnp.ones(()), jnp.stack([margin, margin]), label, residual)
 
 
-class _Known(NamedTuple):
-    """What the recursion knows when it comes to a layer.
-
-    Attributes:
-        params: All parameters.
-        update: Their gradient.
-        activation: After the layer.
-        shape: Of the layer's input.
-        z: The layer's output, before the activation.
-        k: Gradient of the loss with respect to z.
-    """
-
-    params: Params
-    update: Updates
-    activation: Activation
-    shape: Shape
-    z: Float[Array, "*e"]
-    k: Float[Array, "*e"]
-
-
-def _invert_layer(layer: Layer, known: _Known) -> tuple[Float[Array, "*d"], Float[Array, ""]]:
+def _invert_layer(layer: Layer, known: Known) -> tuple[Float[Array, "*d"], Float[Array, ""]]:
     """The layer's input and the relative residual of the constraints on it."""
     if isinstance(layer, FullyConnected):
         gradient = known.update[layer.name]["kernel"]
@@ -326,198 +273,9 @@ def _invert_layer(layer: Layer, known: _Known) -> tuple[Float[Array, "*d"], Floa
         misfit = apply_layer(layer, known.activation, known.params, x[None])[0] - known.z
         return x, jnp.linalg.norm(misfit) / jnp.linalg.norm(known.z)
     if isinstance(layer, Convolution):
-        (x,), residual = solve(_convolution_system(layer, known))
+        (x,), residual = solve(convolution_system(layer, known))
         return x.reshape(known.shape), residual
-    (middle, _), first_residual = solve(_second_convolution_system(layer, known))
+    (middle, _), first_residual = solve(second_convolution_system(layer, known))
     middle = middle.reshape(output_shape(layer.first, known.shape))
-    (x,), residual = solve(_first_convolution_system(layer, known, middle))
+    (x,), residual = solve(first_convolution_system(layer, known, middle))
     return x.reshape(known.shape), jnp.maximum(first_residual, residual)
-
-
-def _through_activation(activation: Activation, z: Array, cotangent: Array) -> Array:
-    return jax.jvp(activation.fn, (z,), (cotangent.reshape(z.shape),))[1]
-
-
-def _pull_back(layer: Layer, known: _Known, x: Array) -> Array:
-    """Gradient of the loss with respect to the layer's input x."""
-
-    def output(x: Array) -> Array:
-        return apply_layer(layer, known.activation, known.params, x[None])[0]
-
-    return jax.vjp(output, x)[1](known.k)[0]
-
-
-def _convolution_system(layer: Convolution, known: _Known) -> System:
-    output = ([convolution_operator(layer, known.params, known.shape)], _rows(known.z - _bias(layer, known)))
-    gradient = (convolution_operator(layer, known.update, known.shape), _rows(known.k))
-    return System((_size(known.shape),), [output], [gradient])
-
-
-def _second_convolution_system(layer: Residual, known: _Known) -> System:
-    """Constraints on the input of the second convolution, and on the block's input, which need not be determined."""
-    middle = output_shape(layer.first, known.shape)
-    second = convolution_operator(layer.second, known.params, middle)
-    short, bias, gradients = _shortcut(layer, known, unknown=1)
-    gradients = [(convolution_operator(layer.second, known.update, middle), _rows(known.k)), *gradients]
-    outputs = [([second, short], _rows(known.z - _bias(layer.second, known) - bias))]
-    return System((_size(middle), _size(known.shape)), outputs, gradients)
-
-
-def _first_convolution_system(layer: Residual, known: _Known, middle: Float[Array, "h w c"]) -> System:
-    """Constraints on the block's input once the input of the second convolution is known."""
-    z = known.activation.inverse_fn(middle)
-    k = _through_activation(known.activation, z, _pull_back(layer.second, known, middle))
-    rest = known.z - apply_layer(layer.second, known.activation, known.params, middle[None])[0]
-    first = _convolution_system(layer.first, known._replace(z=z, k=k))
-    short, bias, gradients = _shortcut(layer, known, unknown=0)
-    return System(first.sizes, [*first.outputs, ([short], _rows(rest - bias))], [*first.gradients, *gradients])
-
-
-def _shortcut(
-    layer: Residual, known: _Known, unknown: int
-) -> tuple[Operator, Array | int, list[tuple[Operator, Array]]]:
-    """Its operator, its bias, and its gradient constraints."""
-    if layer.shortcut is None:
-        return identity_operator(known.shape, unknown), 0, []
-    gradient = convolution_operator(layer.shortcut, known.update, known.shape, unknown)
-    short = convolution_operator(layer.shortcut, known.params, known.shape, unknown)
-    return short, _bias(layer.shortcut, known), [(gradient, _rows(known.k))]
-
-
-def _bias(layer: Convolution, known: _Known) -> Array | int:
-    return known.params[layer.name]["bias"] if layer.bias else 0
-
-
-def _rows(image: Float[Array, "h w c"]) -> Float[Array, "p c"]:
-    return image.reshape(-1, image.shape[-1])
-
-
-def _size(shape: Shape) -> tuple[int, int]:
-    return shape[0] * shape[1], shape[2]
-
-
-def rank_analysis(
-    network: Network, params: Params, input_shape: Shape, *, key: PRNGKeyArray, tolerance: float = 1e-6
-) -> tuple[LayerRank, ...]:
-    """Whether R-GAP recovers an input exactly, told before any attack: the rank of every layer's constraints.
-
-    Recovery is exact where every layer has the rank of its unknowns. The constraints depend on the example through the
-    cotangents, their rank hardly ever does: it is taken at one random example.
-
-    Args:
-        network: As for `r_gap`.
-        params: Its parameters.
-        input_shape: Of an example.
-        key: Draws the example.
-        tolerance: Singular values below this fraction of a layer's largest are taken for zeros. At least 1e-7: they are
-            roots of the eigenvalues of the normal equations.
-
-    Returns:
-        The layers in the order of the recursion, from the output: the first one of too small a rank is the bottleneck.
-        A residual block has two entries, named after its second and its first convolution.
-
-    Raises:
-        ValueError: As for `r_gap`, but for the number of constraints.
-    """
-    if not 1e-7 <= tolerance < 1:
-        raise ValueError(f"tolerance must be in [1e-7, 1), got {tolerance}")
-    _check_network(network)
-    _check_parameters(network, params, input_shape)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-    # Compiled as one: the matrices take hundreds of small operations, each for its own shapes.
-    matrices = jax.jit(functools.partial(_constraint_matrices, network, input_shape))(params, key)
-    bounds = counted_ranks(network, input_shape)
-    ranks = []
-    for bound, matrix in zip(bounds, matrices, strict=True):
-        rank = bound.unknowns
-        if matrix is not None:
-            values = np.asarray(matrix)
-            rank = _rank(values, tolerance)
-            if len(values) > bound.unknowns:  # there are others, which need not be determined
-                rank -= _rank(values[bound.unknowns :, bound.unknowns :], tolerance)
-        ranks.append(bound._replace(rank=rank))
-    return tuple(ranks)
-
-
-def _constraint_matrices(
-    network: Network, input_shape: Shape, params: Params, key: PRNGKeyArray
-) -> list[Float[Array, "n n"] | None]:
-    """Normal equations in the order of the recursion; None for dense layers, whose gradient gives away their input."""
-    key_inputs, key_outputs = jax.random.split(key)
-    inputs = jax.random.normal(key_inputs, (1, *input_shape))
-    cotangent = jax.random.normal(key_outputs, (network.head.features,))
-    update = jax.grad(lambda p: jnp.vdot(network.apply(p, inputs)[0], cotangent))(params)
-    passed: list[tuple[Layer, Array, Array]] = []
-    for layer in network.hidden:
-        z = apply_layer(layer, network.activation, params, inputs)
-        passed.append((layer, inputs[0], z[0]))
-        inputs = network.activation.fn(z)
-    cotangent = params[network.head.name]["kernel"] @ cotangent
-    systems: list[System | None] = [None]
-    for layer, x, z in reversed(passed):
-        k = _through_activation(network.activation, z, cotangent)
-        known = _Known(params, update, network.activation, x.shape, z, k)
-        if isinstance(layer, FullyConnected):
-            systems.append(None)
-        elif isinstance(layer, Convolution):
-            systems.append(_convolution_system(layer, known))
-        else:
-            middle = network.activation.fn(apply_layer(layer.first, network.activation, params, x[None])[0])
-            systems.append(_second_convolution_system(layer, known))
-            systems.append(_first_convolution_system(layer, known, middle))
-        cotangent = _pull_back(layer, known, x)
-    return [None if system is None else normal_matrix(system)[0] for system in systems]
-
-
-def _rank(matrix: np.ndarray, tolerance: float) -> int:
-    try:  # a Cholesky factor, where there is one, proves full rank at a tenth of the eigenvalues' cost
-        np.linalg.cholesky(matrix - tolerance**2 * np.linalg.norm(matrix, np.inf) * np.eye(len(matrix)))
-        return len(matrix)
-    except np.linalg.LinAlgError:
-        values = np.linalg.eigvalsh(matrix)
-        return int(np.sum(values > tolerance**2 * values[-1]))
-
-
-def counted_ranks(network: Network, input_shape: Shape) -> tuple[LayerRank, ...]:
-    """Upper bounds on the ranks from the architecture alone; where they are too small, `rank_analysis` is not needed.
-
-    A convolution has no more independent constraints than outputs and entries of its kernel, less the dependencies
-    between its filters.
-
-    Args:
-        network: The network.
-        input_shape: Of an example.
-
-    Returns:
-        As `rank_analysis`.
-
-    Raises:
-        ValueError: A layer, by its name, that cannot take what it gets.
-    """
-    ranks = []
-    for layer, shape in reversed(list(zip((*network.hidden, network.head), shapes(network, input_shape), strict=True))):
-        if isinstance(layer, FullyConnected):
-            ranks.append(LayerRank(layer.name, math.prod(shape), math.prod(shape)))
-        elif isinstance(layer, Convolution):
-            outputs = math.prod(output_shape(layer, shape)) - _dependencies(layer, shape)
-            ranks.append(_bound(layer, shape, outputs))
-        else:
-            middle, outputs = output_shape(layer.first, shape), math.prod(output_shape(layer, shape))
-            # An identity brings as many unknowns as outputs; afterwards it gives the block's input away.
-            ranks.append(_bound(layer.second, middle, outputs if layer.shortcut else 0))
-            short = _bound(layer.shortcut, shape, outputs).rank if layer.shortcut else math.prod(shape)
-            ranks.append(_bound(layer.first, shape, math.prod(middle) + short))
-    return tuple(ranks)
-
-
-def _bound(layer: Convolution, shape: Shape, others: int) -> LayerRank:
-    """Of the gradient's constraints, the same for every channel, and others."""
-    unknowns, rows = math.prod(shape), layer.size**2 * layer.features
-    bound = shape[2] * rows + others if rows < math.prod(shape[:2]) else unknowns
-    return LayerRank(layer.name, unknowns, min(unknowns, bound))
-
-
-def _dependencies(layer: Convolution, shape: Shape) -> int:
-    """One for every pair of filters, fewer where filters are many."""
-    height, width, features = output_shape(layer, shape)
-    return features**2 - max(features - layer.size**2 * shape[2], 0) * max(features - height * width, 0)

@@ -16,12 +16,11 @@ from gia_jax.attacks.constraints import System, convolution_operator, identity_o
 from gia_jax.attacks.r_gap import (
     TURNING_POINT,
     Twins,
-    counted_ranks,
     loss_inversion,
     r_gap,
     r_gap_twins,
-    rank_analysis,
 )
+from gia_jax.attacks.rank_analysis import counted_ranks, rank_analysis
 from gia_jax.models import Convolution, FullyConnected, Network, Residual
 
 SHAPE = (6, 6, 3)
