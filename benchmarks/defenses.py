@@ -20,7 +20,6 @@ import numpy as np
 import record
 from flax import nnx
 from parts import run_parts
-from scipy import stats
 from training import train_network
 
 from gia_jax import (
@@ -281,14 +280,6 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
     return [bound(part) for part in parts]
 
 
-def interval(difference: np.ndarray) -> str:
-    """Mean of paired differences, and a bootstrap interval of 95 %."""
-    if np.ptp(difference) == 0:
-        return f"{difference.mean():+.2f}"
-    found = stats.bootstrap((difference,), np.mean, n_resamples=2_000, rng=np.random.default_rng(0))
-    return f"{difference.mean():+.2f} [{found.confidence_interval.low:+.2f}, {found.confidence_interval.high:+.2f}]"
-
-
 def figures(name: str, result: Result) -> dict[str, str]:
     return {
         f"{name} PSNR": f"{result.psnr.mean():.2f}",
@@ -347,8 +338,8 @@ def table(args: argparse.Namespace) -> None:
             | figures("blind", unaware)
             | figures("adaptive", knows)
             | {
-                "adaptive - blind, dB": interval(knows.psnr - unaware.psnr) if name in adapting else "same attack",
-                "adaptive - prior only, dB": interval(knows.psnr - prior.psnr),
+                "adaptive - blind, dB": record.gain(knows.psnr - unaware.psnr) if name in adapting else "same attack",
+                "adaptive - prior only, dB": record.gain(knows.psnr - prior.psnr),
                 "loss": f"{knows.loss.mean():.3f}",
                 "objective at the truth": f"{at_truth.mean():.3f}",
                 "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in adapting else ""),
@@ -367,7 +358,8 @@ def table(args: argparse.Namespace) -> None:
         f"uses the blind one's for the first half. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
-        f"paired bootstrap interval of 95 %. Prior only (random updates, tuned alike, weight {tuned_prior:g}): "
+        f"paired bootstrap interval of 95 % ('none' where it covers 0). "
+        f"Prior only (random updates, tuned alike, weight {tuned_prior:g}): "
         f"{prior.psnr.mean():.2f} dB. Guesses without a gradient: {listed} (the nearest is chosen with the truth).\n\n"
         "Of mixed images the true one is that of "
         "the largest expected coefficient, and each is attacked from one encoding; decoding several is another table. "

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from defenses import interval
 from flax import nnx
 from generators import Generator, train_generator
 from parts import run_parts
@@ -202,8 +201,8 @@ def table(args: argparse.Namespace) -> None:
                         "GIAS SSIM": f"{outcome.ssim[own].mean():.2f}",
                         "none PSNR": f"{equal_gradients.psnr[own].mean():.2f}",
                         "none SSIM": f"{equal_gradients.ssim[own].mean():.2f}",
-                        "gain, dB, equal gradients": interval(outcome.psnr[own] - equal_gradients.psnr[own]),
-                        "gain, dB, equal time": interval(outcome.psnr[own] - equal_time.psnr[own]),
+                        "gain, dB, equal gradients": record.gain(outcome.psnr[own] - equal_gradients.psnr[own]),
+                        "gain, dB, equal time": record.gain(outcome.psnr[own] - equal_time.psnr[own]),
                         "gradients, equal time": longer,
                     }
                 )
@@ -250,8 +249,8 @@ def meta(args: argparse.Namespace) -> None:
                     "GIML PSNR": f"{psnr['learned'].mean():.2f}",
                     "untrained PSNR": f"{psnr['untrained'].mean():.2f}",
                     "none PSNR": f"{none.psnr[own].mean():.2f}",
-                    "gain over none, dB": interval(psnr["learned"] - none.psnr[own]),
-                    "gain over untrained, dB": interval(psnr["learned"] - psnr["untrained"]),
+                    "gain over none, dB": record.gain(psnr["learned"] - none.psnr[own]),
+                    "gain over untrained, dB": record.gain(psnr["learned"] - psnr["untrained"]),
                 }
             )
             print(rows[-1], flush=True)

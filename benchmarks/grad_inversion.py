@@ -19,7 +19,6 @@ import numpy as np
 import record
 from flax import nnx
 from jaxtyping import Array
-from scipy import stats
 from training import accuracy, train_batch_norm
 
 from gia_jax import (
@@ -193,16 +192,6 @@ def attack_all(
     return results, compile_seconds
 
 
-def interval(difference: np.ndarray) -> str:
-    """Mean of paired differences with its bootstrap interval of 95 %, and "none" where that covers 0."""
-    if len(difference) < 2:
-        return "-"
-    found = stats.bootstrap((difference,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0))
-    low, high = found.confidence_interval
-    verdict = "none" if low <= 0 <= high else f"{difference.mean():+.2f}"
-    return f"{verdict} [{low:+.2f}, {high:+.2f}]"
-
-
 def row(result: Result, setting: Setting, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
     """The figures of a condition, and the mean PSNR of every victim."""
     scores = report.score(result.found.batch, setting.truth, setting.images)
@@ -243,7 +232,7 @@ def main() -> None:
         rows = []
         for i, name in enumerate(names):
             figures, per_victim = results[name]
-            gain = "-" if i == 0 else interval(per_victim - results[names[against(i)]][1])
+            gain = "-" if i == 0 else record.gain(per_victim - results[names[against(i)]][1])
             rows.append({heading: name, "statistics": conditions[name].statistics, **figures, "gain (dB)": gain})
         return rows
 

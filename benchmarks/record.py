@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from gia_jax import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,3 +65,16 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
     text = "\n\n".join(parts) + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text, flush=True)
+
+
+def gain(differences: np.ndarray) -> str:
+    """The mean of paired differences with its bootstrap interval of 95 %, named "none" where that covers 0.
+
+    Args:
+        differences: One for each victim, shape (v,), of the unit of the column.
+    """
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return f"{differences.mean():+.2f}"
+    found = stats.bootstrap((differences,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]" + (", none" if low <= 0 <= high else "")
