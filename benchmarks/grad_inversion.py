@@ -1,8 +1,9 @@
 """GradInversion on CIFAR-10: what each of its terms adds, and what each kind of feature statistics is worth.
 
-    python benchmarks/grad_inversion.py [--batches N] [--seeds N] [--steps N] [--batch-size N] [--width N] [--epochs N]
-                                        [--training-images N] [--weights FILE]
+    python benchmarks/grad_inversion.py [tune | tables] [--batches N] [--seeds N] [--steps N] [--batch-size N]
+                                        [--width N] [--epochs N] [--training-images N] [--weights FILE]
 
+`tune` tries weights of the terms on training images that the network has not seen, `tables` takes those of WEIGHTS.
 Needs the extra `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). The network is trained first, or read from
 FILE; a FILE that does not exist is written.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import record
 from flax import nnx
 from jaxtyping import Array
+from parts import run_parts
 from training import accuracy, train_batch_norm
 
 from gia_jax import (
@@ -51,11 +53,12 @@ class Condition(NamedTuple):
     fidelity: bool = True
     consistency_weight: float = 0.01
     registered: bool = True
+    changed: tuple[tuple[str, float], ...] = ()
 
     def weights(self) -> dict[str, float]:
         """The weights of the terms; those of the priors are 0 without fidelity."""
         kept = {name: value if self.fidelity or name == "match_weight" else 0.0 for name, value in WEIGHTS.items()}
-        return kept | {"consistency_weight": self.consistency_weight}
+        return kept | {"consistency_weight": self.consistency_weight} | dict(self.changed)
 
 
 ABLATION = {
@@ -114,9 +117,9 @@ class Setting(NamedTuple):
     proxy: Array
 
 
-def setting_of(module: nnx.Module, number: int, size: int, *, split: str = "test") -> Setting:
-    images = data.load("cifar10", split=split, limit=40 * number * size)
-    chosen = distinct_batches(images.labels, number, size)
+def setting_of(module: nnx.Module, number: int, size: int, *, first: int = 0, split: str = "test") -> Setting:
+    images = data.load("cifar10", split=split, limit=first + 40 * number * size)
+    chosen = first + distinct_batches(images.labels[first:], number, size)
     truth = Batch(jnp.asarray(images.normalize(images.images[chosen])), jnp.asarray(images.labels[chosen]))
     # Behind the images that the network, or a choice of weights, has seen.
     own = data.load("cifar10", split="train", limit=50_000)
@@ -206,17 +209,25 @@ def row(result: Result, setting: Setting, seeds: int) -> tuple[dict[str, Any], n
     return figures, per_victim
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=8, help="clients")
-    parser.add_argument("--seeds", type=int, default=4, help="seeds that run together")
-    parser.add_argument("--steps", type=int, default=2_000, help="of each attack")
-    parser.add_argument("--batch-size", type=int, default=4, help="images of a client, of different classes")
-    parser.add_argument("--width", type=int, default=16, help="of the network")
-    parser.add_argument("--epochs", type=int, default=3, help="of its training")
-    parser.add_argument("--training-images", type=int, default=10_000)
-    parser.add_argument("--weights", type=Path, help="file of the trained network")
-    args = parser.parse_args()
+def tune(args: argparse.Namespace) -> None:
+    """One weight after the other changed tenfold, on training images behind those that the network was trained on."""
+    setting = setting_of(network(args), args.batches, args.batch_size, first=args.training_images, split="train")
+    conditions = {"WEIGHTS": ABLATION["+ fidelity"]}
+    for name, value in WEIGHTS.items():
+        for factor in (0.1, 10.0):
+            conditions[f"{name} {factor * value:g}"] = Condition(
+                "exact", consistency_weight=0.0, changed=((name, factor * value),)
+            )
+    for weight in (1e-3, 1e-2, 1e-1):
+        conditions[f"consistency_weight {weight:g}"] = Condition("exact", consistency_weight=weight)
+    found, _ = attack_all(setting, conditions, args.seeds, args.steps)
+    for name, result in found.items():
+        figures, _ = row(result, setting, args.seeds)
+        print(f"{name}: {figures}", flush=True)
+
+
+def tables(args: argparse.Namespace) -> None:
+    """What each term adds, and what each kind of statistics is worth."""
     module = network(args)
     setting = setting_of(module, args.batches, args.batch_size)
     test = data.load("cifar10", limit=1_000)
@@ -261,6 +272,19 @@ def main() -> None:
         table(STATISTICS, lambda i: 0, "attacker's statistics"),
         notes.format("the first line") + f" Proxy: {PROXY_IMAGES} training images that nobody trained on.",
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=8, help="clients")
+    parser.add_argument("--seeds", type=int, default=4, help="seeds that run together")
+    parser.add_argument("--steps", type=int, default=2_000, help="of each attack")
+    parser.add_argument("--batch-size", type=int, default=4, help="images of a client, of different classes")
+    parser.add_argument("--width", type=int, default=16, help="of the network")
+    parser.add_argument("--epochs", type=int, default=3, help="of its training")
+    parser.add_argument("--training-images", type=int, default=10_000)
+    parser.add_argument("--weights", type=Path, help="file of the trained network")
+    run_parts(parser, tune, tables)
 
 
 if __name__ == "__main__":
