@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Attack, Batch, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params
+from gia_jax.lowering import lowered
 from gia_jax.matching import priors
 from gia_jax.matching.adaptive import supported
 from gia_jax.matching.optimizers import step_schedule
@@ -85,7 +86,7 @@ def latent_search(
         objective_fn=supported() if objective_fn is None else objective_fn,
         prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
         label_fn=label_fn,
-        decode_fn=lambda latents, labels: Batch(generator_fn(generator_params, latents), labels),
+        decode_fn=lambda latents, labels: Batch(lowered(generator_fn)(generator_params, latents), labels),
         optimizer=optax.chain(optax.add_decayed_weights(latent_weight), adam),
     )
 
@@ -172,7 +173,7 @@ def gias(
         def one(latent: Array, parameters: Params) -> Array:
             return generator_fn(parameters, jax.lax.stop_gradient(latent)[None])[0]  # z* stays: Adam sees zeros
 
-        return Batch(jax.vmap(one)(*variables), labels)
+        return Batch(lowered(jax.vmap(one))(*variables), labels)
 
     return gradient_matching(
         client_fn,

@@ -7,17 +7,15 @@ of second derivatives the product is a *forward* derivative of a gradient, d/dt 
 so reverse mode, forward mode, `vmap`, `scan` and `remat` all compose with it, and both run at matrix-product speed.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
-from jax.interpreters import ad, batching, mlir
 
 from gia_jax.lowering import Lowering, lower, lowers_to_matmul
+from gia_jax.lowering.linear import call, linear_p, moving, opened, transpose
 
 # Cheaper to do again than to keep: a reversed kernel kept for the second derivative is a copy of the weights.
 RECOMPUTED = {"rev", "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "pad", "slice"}
@@ -74,12 +72,11 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
 
     @jax.custom_jvp
     def gradient(*values: jax.Array) -> list[jax.Array]:
-        return _call(prepare(jax.make_jaxpr(lambda *v: list(jax.grad(loss, wrt)(*v)))(*values)), *values)
+        return call(prepare(jax.make_jaxpr(lambda *v: list(jax.grad(loss, wrt)(*v)))(*values)), *values)
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not SymbolicZero]
-        moving = [i for i in moving if jnp.issubdtype(jnp.result_type(primals[i]), jnp.inexact)]
-        wanted = (*wrt, *(i for i in moving if i >= count))
+        moved = moving(primals, tangents)
+        wanted = (*wrt, *(i for i in moved if i >= count))
         linear: dict[str, jex_core.Jaxpr] = {}
 
         def value_and_residuals(*values: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -88,20 +85,19 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
 
             kept = jax.checkpoint(gradients, prevent_cse=False, policy=lambda p, *_, **__: p.name not in RECOMPUTED)
             out, push = jax.linearize(kept, list(values[:count]))
-            picked = [wanted.index(i) for i in moving]
+            picked = [wanted.index(i) for i in moved]
             traced = jax.make_jaxpr(lambda v: [push(v)[i] for i in picked])(list(values[:count]))
             linear["jaxpr"] = traced.jaxpr
             return list(out[:count]), list(traced.consts)
 
         both = prepare(jax.make_jaxpr(value_and_residuals)(*primals))
-        outputs = _call(both, *primals)
+        outputs = call(both, *primals)
         value, residuals = outputs[:count], outputs[count:]
-        back = linear["jaxpr"]
-        back = jex_core.ClosedJaxpr(back.replace(invars=[*back.constvars, *back.invars], constvars=[]), ())
-        forward = _transpose(back, residuals, primals[:count], [primals[i] for i in moving])
+        back = opened(linear["jaxpr"])
+        forward = transpose(back, residuals, primals[:count], [primals[i] for i in moved])
         tangent = linear_p.bind(
             *residuals,
-            *(tangents[i] for i in moving),
+            *(tangents[i] for i in moved),
             forward=prepare(forward),
             backward=prepare(back),
             num_residuals=len(residuals),
@@ -110,77 +106,3 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
 
     gradient.defjvp(rule, symbolic_zeros=True)
     return gradient(*operands)
-
-
-def _call(closed: jex_core.ClosedJaxpr, *values: Any) -> list[Any]:
-    return jex_core.jaxpr_as_fun(closed)(*values)
-
-
-def _like(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)) for v in values]
-
-
-def _transpose(
-    closed: jex_core.ClosedJaxpr, residuals: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
-) -> jex_core.ClosedJaxpr:
-    """The transpose of `(residuals, inputs) -> outputs`, which is linear in the inputs."""
-
-    def transposed(*values: Any) -> list[Any]:
-        kept, cotangents = values[: len(residuals)], list(values[len(residuals) :])
-        return list(jax.linear_transpose(lambda *v: _call(closed, *kept, *v), *_like(inputs))(cotangents))
-
-    return jax.make_jaxpr(transposed)(*_like(residuals), *_like(outputs))
-
-
-# A linear map with its transpose at hand: (residuals, inputs) -> outputs. Transposing the fast form of one operation by
-# operation would give a slow form of the other, so both are kept. `jax.custom_derivatives.linear_call` is the same idea
-# without a batching rule.
-linear_p = jex_core.Primitive("gia_jax_linear")
-linear_p.multiple_results = True
-
-
-def _linear(*values: Any, forward: jex_core.ClosedJaxpr, backward: jex_core.ClosedJaxpr, num_residuals: int) -> list:
-    del backward, num_residuals
-    return _call(forward, *values)
-
-
-def _linear_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
-    n = params["num_residuals"]
-    out = linear_p.bind(*primals, **params)
-    moves = [ad.instantiate_zeros(t) for t in tangents]
-    if all(type(t) is ad.Zero for t in tangents[:n]):
-        return out, linear_p.bind(*primals[:n], *moves[n:], **params)
-    return jax.jvp(lambda *v: _call(params["forward"], *v), list(primals), moves)  # third derivatives: no special rule
-
-
-def _linear_transpose(cotangents: Sequence[Any], *values: Any, **params: Any) -> list[Any]:
-    n = params["num_residuals"]
-    swapped = {"forward": params["backward"], "backward": params["forward"], "num_residuals": n}
-    out = linear_p.bind(*values[:n], *(ad.instantiate_zeros(c) for c in cotangents), **swapped)
-    return [None] * n + list(out)
-
-
-def _linear_batch(values: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[list[Any], list[int]]:
-    n = params["num_residuals"]
-    size = next(v.shape[a] for v, a in zip(values, axes, strict=True) if a is not None)
-    values = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(values, axes, strict=True)]
-    residuals, inputs = values[:n], values[n:]
-    inputs = [v if a is not None else jnp.broadcast_to(v, (size, *v.shape)) for v, a in zip(inputs, axes[n:])]
-    mapped = [None if a is None else 0 for a in axes[:n]]
-
-    def batched(closed: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
-        lanes = [jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for v in closed.in_avals[n:]]
-        fn = jax.vmap(lambda *v: _call(closed, *v), in_axes=(*mapped, *itertools.repeat(0, len(lanes))), axis_size=size)
-        return jax.make_jaxpr(fn)(*_like(residuals), *lanes)
-
-    params = {"forward": batched(params["forward"]), "backward": batched(params["backward"]), "num_residuals": n}
-    out = linear_p.bind(*residuals, *inputs, **params)
-    return out, [0] * len(out)
-
-
-linear_p.def_impl(_linear)
-linear_p.def_abstract_eval(lambda *_, forward, backward, num_residuals: forward.out_avals)
-ad.primitive_jvps[linear_p] = _linear_jvp
-ad.primitive_transposes[linear_p] = _linear_transpose
-batching.primitive_batchers[linear_p] = _linear_batch
-mlir.register_lowering(linear_p, mlir.lower_fun(_linear, multiple_results=True))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from gia_jax import _check
 from gia_jax.base import Batch, Observation, Params, PriorFn
+from gia_jax.lowering import lowered
 from gia_jax.threat import granted
 
 # Per batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
@@ -112,10 +113,10 @@ def batch_norm_statistics(
         The prior: the sum over layers of the L2 distances (not squared) of means and of variances.
     """
     _check.not_negative(first_layer_weight=first_layer_weight)
-    target_fn = target_fn or (lambda observation: granted(observation, "statistics"))
+    target_fn, fast_fn = target_fn or (lambda observation: granted(observation, "statistics")), lowered(statistics_fn)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        simulated, wanted = statistics_fn(observation.params, batch.inputs), target_fn(observation)
+        simulated, wanted = fast_fn(observation.params, batch.inputs), target_fn(observation)
         if len(simulated) != len(wanted) or not simulated:
             raise ValueError(f"statistics must have one entry a layer, got {len(wanted)} for {len(simulated)} layers")
         _check.same_structure("statistics", wanted, "the model's", simulated)

@@ -1,0 +1,84 @@
+"""Fast convolutions for functions that are differentiated once, such as a generator or feature statistics."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from gia_jax.lowering.linear import call, linear_p, moving, opened, transpose
+from gia_jax.lowering.rewrite import Lowering, lower, lowers_to_matmul
+
+
+def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[..., Any]:
+    """The same function, whose value and first derivatives compute convolutions as matrix products.
+
+    Each is rewritten after it was derived, so the derivative rules inside `fn` hold; forward and reverse mode, `vmap`
+    and `scan` compose with it. What is *between* convolutions is left as it is. A second derivative is correct, but not
+    fast: for the gradient of a loss take `gia_jax.clients.parameter_gradient`.
+
+    Args:
+        fn: Of trees of arrays, to a tree of floating-point arrays. It may close over traced values.
+        lowering: "matmul", "native", which leaves `fn` as it is, or "auto": the first on CPU, the second elsewhere.
+
+    Returns:
+        The function.
+    """
+    if not lowers_to_matmul(lowering):
+        return fn
+
+    def fast_fn(*arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arguments))
+        traced, shape = jax.make_jaxpr(lambda *values: fn(*jax.tree.unflatten(tree, values)), return_shape=True)(
+            *leaves
+        )
+
+        operands = [*leaves, *map(jnp.asarray, traced.consts)]
+
+        # What the function closes over, traced or not, becomes an operand like any other.
+        def flat(*values: jax.Array) -> list[jax.Array]:
+            return call(jex_core.ClosedJaxpr(traced.jaxpr, list(values[len(leaves) :])), *values[: len(leaves)])
+
+        return jax.tree.unflatten(jax.tree.structure(shape), _lowered(flat, operands, len(traced.out_avals)))
+
+    return fast_fn
+
+
+def _lowered(fn: Callable[..., list[jax.Array]], operands: Sequence[Any], count: int) -> list[Any]:
+    """Its `count` outputs."""
+
+    @jax.custom_jvp
+    def value(*values: jax.Array) -> list[jax.Array]:
+        return call(lower(jax.make_jaxpr(fn)(*values)), *values)
+
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        moved = moving(primals, tangents)
+        linear: dict[str, jex_core.Jaxpr] = {}
+
+        def value_and_residuals(*values: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+            def along(*inputs: jax.Array) -> list[jax.Array]:
+                places = dict(zip(moved, inputs, strict=True))
+                return fn(*(places.get(i, value) for i, value in enumerate(values)))
+
+            inputs = [values[i] for i in moved]
+            out, push = jax.linearize(along, *inputs)
+            traced = jax.make_jaxpr(push)(*inputs)
+            linear["jaxpr"] = traced.jaxpr
+            return out, list(traced.consts)
+
+        found = call(lower(jax.make_jaxpr(value_and_residuals)(*primals)), *primals)
+        outputs, residuals = found[:count], found[count:]
+        forward = opened(linear["jaxpr"])
+        backward = transpose(forward, residuals, [primals[i] for i in moved], outputs)
+        tangent = linear_p.bind(
+            *residuals,
+            *(tangents[i] for i in moved),
+            forward=lower(forward),
+            backward=lower(backward),
+            num_residuals=len(residuals),
+        )
+        return outputs, list(tangent)
+
+    value.defjvp(rule, symbolic_zeros=True)
+    return value(*operands)
