@@ -38,9 +38,8 @@ from gia_jax import (
     run,
 )
 from gia_jax.attacks import grad_inversion
-from gia_jax.base import Params
+from gia_jax.base import Params, Statistics
 from gia_jax.matching import group
-from gia_jax.matching.priors import Statistics
 
 PROXY_IMAGES = 256  # of the training set, the attacker's own
 WEIGHTS = {"match_weight": 1e-3, "total_variation_weight": 1e-4, "norm_weight": 1e-6, "statistics_weight": 0.1}

@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 Params = PyTree[Array]
 Updates = PyTree[Array]
+# Per batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
+Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 
 
 class Batch(NamedTuple):

@@ -12,9 +12,8 @@ from jaxtyping import PRNGKeyArray
 
 from gia_jax import clients, data, labels, models, report
 from gia_jax.attacks.named import INVERTIBLE, Target, make_analytic, make_attack
-from gia_jax.base import Batch, LossFn, Observation
+from gia_jax.base import Batch, LossFn, Observation, Statistics
 from gia_jax.defenses.mixing import as_probabilities
-from gia_jax.models.functional import Statistics
 from gia_jax.protection import Part, Protected, encoded, protect
 from gia_jax.study import ProgressFn, Study, study, study_analytic
 from gia_jax.threat import ThreatModel, observe

@@ -9,14 +9,24 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import _check
-from gia_jax.base import Attack, AttackState, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params, PriorFn
+from gia_jax.base import (
+    Attack,
+    AttackState,
+    ClientFn,
+    InitFn,
+    LabelFn,
+    ObjectiveFn,
+    Observation,
+    Params,
+    PriorFn,
+    Statistics,
+)
 from gia_jax.labels import ClassifierFn, column_minimum
 from gia_jax.matching import priors
 from gia_jax.matching.group import ConsensusFn, consistency, registered_mean, together
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import layerwise_euclidean
 from gia_jax.matching.optimizers import langevin_noise
-from gia_jax.matching.priors import Statistics
 from gia_jax.matching.solver import box, gradient_matching
 
 NUM_STEPS = 20_000

@@ -15,14 +15,13 @@ from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
 from gia_jax.attacks.r_gap import r_gap
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, ReconstructFn
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, ReconstructFn, Statistics
 from gia_jax.labels import ClassifierFn, bias_counts, dense
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.objectives import cosine, euclidean, layerwise_euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
-from gia_jax.matching.priors import Statistics
 from gia_jax.matching.run import continued, keep_best
 from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6

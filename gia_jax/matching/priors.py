@@ -10,12 +10,9 @@ import optax
 from jaxtyping import Array, Float
 
 from gia_jax import _check
-from gia_jax.base import Batch, Observation, Params, PriorFn
+from gia_jax.base import Batch, Observation, Params, PriorFn, Statistics
 from gia_jax.lowering import lowered
 from gia_jax.threat import granted
-
-# Per batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
-Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 
 
 def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:

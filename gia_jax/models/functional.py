@@ -13,10 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gia_jax import _check
-from gia_jax.base import Params
+from gia_jax.base import Params, Statistics
 
 ApplyFn = Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]
-Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 BatchNormMode = Literal["evaluation", "training", "exact"]
 
 
