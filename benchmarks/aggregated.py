@@ -17,9 +17,9 @@ from parts import run_parts
 from scipy import stats
 
 from gia_jax import Observation, ThreatModel
+from gia_jax.aggregation import make_protocol
 from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
 from gia_jax.secure_aggregation.cases import see_aggregated
-from gia_jax.secure_aggregation.named import make_protocol
 from gia_jax.secure_aggregation.protocol import decode
 from gia_jax.secure_aggregation.quantization import RING
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gia_jax import secure_aggregation as sa
+from gia_jax.aggregation import make_protocol
 
 KINDS = [*protocols(6)]
 
@@ -115,6 +116,22 @@ def reachable(party):
         left += value if isinstance(value, list | tuple | set) else []
         left += list(vars(value).values()) if hasattr(value, "__dict__") else []
     return found
+
+
+@pytest.mark.parametrize("name", ["plain", "secagg", "lightsecagg", "fastsecagg"])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_protocols_by_name_bear_the_dropouts_they_promise(name, n):
+    protocol = make_protocol(name, n, clip=1.0)
+    residues = random_residues(np.random.default_rng(n), protocol, 4)
+    runs_to(protocol, residues, {}, range(n))
+    # In the round of the upload.
+    number = {"plain": 0, "fastsecagg": 1}.get(name, 2)
+    runs_to(protocol, residues, dict.fromkeys(range(n // 4), number), range(n // 4, n))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="name must be one of plain, secagg, .* got 'sum'"):
+        make_protocol("sum", 3, clip=1.0)
 
 
 def test_bytes_are_those_of_the_formula():
