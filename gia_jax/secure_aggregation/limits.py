@@ -198,7 +198,8 @@ def joint_labels(
     """The labels of all contributors together, from the sum and the example counts that clients send in the clear.
 
     Clients weight their gradient by the number of their examples, and send the number beside it, as federated averaging
-    does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels.
+    does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels. `weighted_mean` hides who
+    has how many, but its total is enough for the same reading.
 
     Args:
         view: After a run whose updates were gradients times counts.

@@ -130,7 +130,7 @@ def test_protocols_by_name_bear_the_dropouts_they_promise(name, n):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="name must be one of plain, secagg, .* got 'sum'"):
+    with pytest.raises(ValueError, match=r"name must be one of plain, secagg, .* got 'sum'"):
         make_protocol("sum", 3, clip=1.0)
 
 
