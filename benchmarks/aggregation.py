@@ -1,9 +1,10 @@
 """What secure aggregation costs a client and the server, in seconds and bytes, and how far that is from its primitives.
 
-    python benchmarks/aggregation.py [--clients N ...] [--sizes lenet resnet18] [--protocols NAME ...] [--name FILE]
+    python benchmarks/aggregation.py [--clients N ...] [--size lenet|resnet18] [--protocols NAME ...] [--slices K]
+                                     [--name FILE]
 
-Needs the extra `secure`, and the extra `he` for the homomorphic protocols, which are run when named. ResNet-18 with
-FastSecAgg or LightSecAgg takes gigabytes: the boxes of all clients are in memory at once.
+Needs the extra `secure`, and the extra `he` for BFV and CKKS. The messages of all clients are in memory at once: for
+ResNet-18 that is up to tens of gigabytes. With `--slices` one slice of the update is run.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Case(NamedTuple):
 
 
 PROTOCOLS = ("plain_sum", "secagg", "secagg+", "lightsecagg", "fastsecagg")
-HOMOMORPHIC = ("bfv", "ckks")
+HOMOMORPHIC = ("bfv", "ckks", "paillier")
 
 
 def make_case(name: str, n: int) -> Case:
@@ -128,44 +129,50 @@ def run(protocol: sa.AggregationProtocol, length: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 50, 100], choices=[*GRIDS])
-    parser.add_argument("--sizes", nargs="+", default=["lenet"], choices=[*SIZES])
+    parser.add_argument("--size", default="lenet", choices=[*SIZES])
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS + HOMOMORPHIC)
+    parser.add_argument("--slices", type=int, default=1, help="of the update, of which one is run")
     parser.add_argument("--name", default="aggregation", help="of the files in benchmarks/results")
     options = parser.parse_args()
-    rows = []
-    for size in options.sizes:
-        for n in options.clients:
-            for name in options.protocols:
-                length = SIZES[size]
-                exchange, byte = primitives()
-                case = make_case(name, n)
-                cost = run(case.protocol, length)
-                needed = case.exchanges * exchange + 4 * length * case.stream * byte
-                rows.append(
-                    {
-                        "protocol": name,
-                        "model": size,
-                        "clients": n,
-                        "client s": f"{cost['client']:.3f}",
-                        "server s": f"{cost['server']:.3f}",
-                        "all parties s": f"{cost['all']:.2f}",
-                        "client MB": f"{cost['bytes'] / 1e6:.2f}",
-                        "over the update": f"{cost['bytes'] / (4 * length):.2f}",
-                        "exchange us": f"{1e6 * exchange:.0f}",
-                        "ChaCha20 ns a byte": f"{1e9 * byte:.2f}",
-                        "client over its primitives": f"{cost['client'] / needed:.1f}" if needed else "",
-                    }
-                )
-                print(rows[-1], flush=True)
+    rows, length = [], SIZES[options.size]
+    slices = options.slices
+    for n in options.clients:
+        for name in options.protocols:
+            exchange, byte = primitives()
+            case = make_case(name, n)
+            cost = {of: slices * value for of, value in run(case.protocol, -(-length // slices)).items()}
+            needed = case.exchanges * exchange + 4 * length * case.stream * byte
+            rows.append(
+                {
+                    "protocol": name,
+                    "clients": n,
+                    "client s": f"{cost['client']:.3f}",
+                    "server s": f"{cost['server']:.3f}",
+                    "all parties s": f"{cost['all']:.2f}",
+                    "client MB": f"{cost['bytes'] / 1e6:.2f}",
+                    "over the update": f"{cost['bytes'] / (4 * length):.2f}",
+                    "exchange us": f"{1e6 * exchange:.0f}",
+                    "ChaCha20 ns a byte": f"{1e9 * byte:.2f}",
+                    "client over one mask": f"{cost['client'] / (4 * length * byte):.1f}",
+                    "client over its primitives": f"{cost['client'] / needed:.1f}" if needed else "-",
+                }
+            )
+            print(rows[-1], flush=True)
+    sliced = f"""
+The update was cut into {slices} slices, each to be summed by a run of its own; one was run, and seconds and bytes are
+{slices} times its. What a run needs once, such as keys, is thus counted {slices} times, but in the ratio's primitives.
+"""
     notes = f"""
 One run a row, every party in one process and one thread, one after the other; {DROPPED:.0%} of the clients drop out
 just before they send their update. Seconds are processor time, which other work on the machine disturbs less than the
 clock; of a client, the mean over those that stayed. Bytes are sent and received. The two primitives were timed just
-before each row, in the same state of the machine. "Over its primitives" divides a client's seconds by the time of the
-X25519 exchanges and ChaCha20 bytes that its protocol cannot do without: masks, or shares sealed and opened. On a busy
-machine a byte of ChaCha20 takes up to four times as long from one row to the next, and the ratio moves with it.
-"""
-    record.write(options.name, "Secure aggregation: costs", rows, notes, cryptography=cryptography.__version__)
+before each row, in the same state of the machine. "Over one mask" divides a client's seconds by the time of as many
+ChaCha20 bytes as its update has, "over its primitives" by that of the X25519 exchanges and ChaCha20 bytes that its
+protocol cannot do without: masks, or shares sealed and opened. On a busy machine a byte of ChaCha20 takes up to four
+times as long from one row to the next, and the ratios move with it.
+""" + (sliced if slices > 1 else "")
+    title = f"Secure aggregation: costs at the size of {options.size}, {length:,} parameters"
+    record.write(options.name, title, rows, notes, cryptography=cryptography.__version__)
 
 
 if __name__ == "__main__":

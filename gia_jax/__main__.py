@@ -12,6 +12,7 @@ import numpy as np
 
 import gia_jax
 from gia_jax import Observation, ThreatModel, data, labels, models, report, vertical
+from gia_jax.aggregation import AGGREGATIONS, make_protocol
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import PRIOR_ONLY, Case, Outcome, attack, load_case, see
@@ -19,14 +20,6 @@ from gia_jax.plots import picture_grid
 from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Protected, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
-AGGREGATIONS = {
-    "plain": "every update in the clear: the control",
-    "secagg": "pairwise masks that cancel, Bonawitz et al. 2017",
-    "lightsecagg": "Lagrange-coded masks, So et al. 2022",
-    "fastsecagg": "multi-secret sharing by FFT, Kadhe et al. 2020",
-    "bfv": "homomorphic encryption, exact",
-    "ckks": "homomorphic encryption, approximate",
-}
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
 # What the demonstration defends with: strengths of the literature, the noise and the clipping in proportion to LeNet.
 SHOWN = (
@@ -113,7 +106,7 @@ def _list() -> None:
         ("attacks", {name: named.summary for name, named in ATTACKS.items()} | {"cafe": CAFE}),
         ("solvers", SOLVERS),
         ("defenses", {name: f"{_settings(named)}{named.summary}" for name, named in DEFENSES.items()}),
-        ("aggregation", AGGREGATIONS),
+        ("aggregation", {name: named.summary for name, named in AGGREGATIONS.items()}),
         ("combinations of defenses", {name: " ".join(parts) for name, parts in COMBINATIONS.items()}),
         ("models", dict.fromkeys(models.MODELS, "")),
         ("data", {"photos": "scikit-image's photographs", "digits": "scikit-learn's digits", "any TFDS set": DATA}),
@@ -273,7 +266,6 @@ def _cafe(args: argparse.Namespace) -> None:
 
 def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key: Any) -> dict[str, Any]:
     from gia_jax.secure_aggregation.cases import see_aggregated
-    from gia_jax.secure_aggregation.named import make_protocol
 
     protocol = make_protocol(args.aggregation, args.clients, clip=args.clip)
     return see_aggregated(case, protected, protocol, key, known=args.labels == "known")

@@ -22,6 +22,7 @@ from gia_jax.secure_aggregation.protocol import (
 from gia_jax.secure_aggregation.quantization import Quantizer
 from gia_jax.secure_aggregation.secagg import secagg
 from gia_jax.secure_aggregation.sharing import Sharing, packed_shamir
+from gia_jax.secure_aggregation.weighted import WeightedMean, weighted_mean
 
 __all__ = [
     "AggregationAborted",
@@ -32,6 +33,7 @@ __all__ = [
     "ServerView",
     "Sharing",
     "UnluckyDropouts",
+    "WeightedMean",
     "aggregate",
     "aggregate_residues",
     "fastsecagg",
@@ -44,4 +46,5 @@ __all__ = [
     "plain_sum",
     "quantized",
     "secagg",
+    "weighted_mean",
 ]

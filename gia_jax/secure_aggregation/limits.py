@@ -84,11 +84,17 @@ def model_hash(params: Params) -> bytes:
     return digest.digest()
 
 
-def imprinted(params: Params, layer: Path, following: Path, thresholds: Float[Array, " k"]) -> Params:
+def imprinted(
+    params: Params, layer: Path, following: Path, thresholds: Float[Array, " k"], *, gain: float = 0.25
+) -> Params:
     """A dense layer of k units behind which single examples come apart, also in the gradient of a sum over clients.
 
     Fowl et al., Robbing the Fed, ICLR 2022, section 4: unit j is active where the mean of the input is above threshold
     j, and all units feed the next layer alike; so the gradients of neighbours differ by the examples in between.
+
+    Departure: they feed it with `gain` and -`gain` in turn, which makes an example's gradient about as large whatever
+    its label, and with outputs of 1 / k, with which the softmax stays away from 0 and 1. That is above the rounding and
+    below the clipping of a quantizer.
 
     Threat model: a malicious server that sends all clients the same altered parameters.
 
@@ -97,6 +103,7 @@ def imprinted(params: Params, layer: Path, following: Path, thresholds: Float[Ar
         layer: Keys to the first layer, "kernel" (d, k) and "bias" (k,).
         following: Keys to the next one, "kernel" (k, c).
         thresholds: Rising; quantiles of the mean of an input, as the attacker guesses them.
+        gain: About the largest entry of the layer's gradient, times that of an input and over the batch size.
 
     Returns:
         The altered parameters.
@@ -107,9 +114,11 @@ def imprinted(params: Params, layer: Path, following: Path, thresholds: Float[Ar
     first, after = _layer(params, layer), _layer(params, following)
     if first["bias"].shape != thresholds.shape:
         raise ValueError(f"thresholds must have shape {first['bias'].shape}, got {thresholds.shape}")
-    kernel = jnp.full_like(first["kernel"], 1 / first["kernel"].shape[0])
-    altered = _replaced(params, layer, {**first, "kernel": kernel, "bias": -thresholds})
-    alike = jnp.broadcast_to(after["kernel"][:1], after["kernel"].shape)
+    size, num_bins = first["kernel"].shape
+    kernel = jnp.full_like(first["kernel"], 1 / (size * num_bins))
+    altered = _replaced(params, layer, {**first, "kernel": kernel, "bias": -thresholds / num_bins})
+    signs = 1 - 2 * (jnp.arange(after["kernel"].shape[1]) % 2)
+    alike = jnp.broadcast_to(gain * signs, after["kernel"].shape).astype(after["kernel"].dtype)
     return _replaced(altered, following, {**after, "kernel": alike})
 
 
@@ -198,7 +207,8 @@ def joint_labels(
     """The labels of all contributors together, from the sum and the example counts that clients send in the clear.
 
     Clients weight their gradient by the number of their examples, and send the number beside it, as federated averaging
-    does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels.
+    does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels. `weighted_mean` hides who
+    has how many, but its total is enough for the same reading.
 
     Args:
         view: After a run whose updates were gradients times counts.

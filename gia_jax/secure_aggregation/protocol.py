@@ -3,7 +3,7 @@
 import functools
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -301,6 +301,13 @@ def require(found: int, threshold: int, step: str) -> None:
     """Raises AggregationAborted where fewer than `threshold` clients answered."""
     if found < threshold:
         raise AggregationAborted(f"only {found} clients answered {step}, threshold {threshold}")
+
+
+def require_own_keys(client: int, own: bytes, keys: Bytes, publics: Iterable[bytes]) -> None:
+    """Raises AggregationAborted where the keys that a client is sent have not its own, or two public keys are equal."""
+    publics = list(publics)
+    if keys.get(client) != own or len(set(publics)) < len(publics):
+        raise AggregationAborted(f"client {client} got keys that are not its own, or not distinct")
 
 
 def modular_sum(vectors: Sequence[np.ndarray], modulus: int) -> UInt32[np.ndarray, " p"]:

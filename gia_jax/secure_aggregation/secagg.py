@@ -25,11 +25,12 @@ from gia_jax.secure_aggregation.protocol import (
     Client,
     Server,
     require,
+    require_own_keys,
     to_bytes,
     words,
 )
 from gia_jax.secure_aggregation.quantization import Quantizer
-from gia_jax.secure_aggregation.wire import Bytes, Wire
+from gia_jax.secure_aggregation.wire import ByClient, Bytes, Wire
 
 
 def secagg(
@@ -107,25 +108,11 @@ class Keys(Wire):
 
 
 @dataclass(frozen=True)
-class KeyList(Wire):
-    """The `Keys` of a client's peers, and its own."""
-
-    keys: Bytes
-
-
-@dataclass(frozen=True)
 class Shares(Wire):
     """Round 1: a box for every peer, and the hash of the self-mask seed."""
 
     boxes: Bytes
     commitment: bytes
-
-
-@dataclass(frozen=True)
-class Boxes(Wire):
-    """The boxes for one client, by sender."""
-
-    boxes: Bytes
 
 
 @dataclass(frozen=True)
@@ -209,17 +196,17 @@ class SecAggClient(Client):
         del message
         channel, mask = self._mailbox.public, self._mask_key.public_key().public_bytes_raw()
         signature = b"" if self._signer is None else self._signer.sign(channel + mask)
-        self._own_keys = Keys(channel, mask, signature)
-        return self._own_keys.to_bytes()
+        self._own_keys = Keys(channel, mask, signature).to_bytes()
+        return self._own_keys
 
     def share_keys(self, message: bytes) -> bytes:
         """Round 1: the mask key and the self-mask seed, shared among the peers."""
-        keys = {client: Keys.from_bytes(data) for client, data in KeyList.from_bytes(message).keys.items()}
-        publics = [public for own in keys.values() for public in (own.channel, own.mask)]
+        received = ByClient.from_bytes(message).contents
+        keys = {client: Keys.from_bytes(data) for client, data in received.items()}
         if len(keys) < self._threshold:
             raise AggregationAborted(f"client {self._client} got {len(keys)} keys, threshold {self._threshold}")
-        if keys.get(self._client) != self._own_keys or len(set(publics)) < len(publics):
-            raise AggregationAborted(f"client {self._client} got keys that are not its own, or not distinct")
+        publics = (public for own in keys.values() for public in (own.channel, own.mask))
+        require_own_keys(self._client, self._own_keys, received, publics)
         for client, theirs in keys.items():
             if self._signer is not None:
                 self._signer.verify(client, theirs.channel + theirs.mask, theirs.signature)
@@ -234,7 +221,7 @@ class SecAggClient(Client):
 
     def mask_input(self, message: bytes) -> bytes:
         """Round 2: the vector, a mask of its own, and one for every peer: one side adds it, the other subtracts it."""
-        self._boxes = Boxes.from_bytes(message).boxes
+        self._boxes = ByClient.from_bytes(message).contents
         if not set(self._boxes) <= set(self._peers) or len(self._boxes) + 1 < self._threshold:
             raise AggregationAborted(
                 f"client {self._client} got boxes of {sorted(self._boxes)}, threshold {self._threshold}"
@@ -310,7 +297,8 @@ class SecAggServer(Server):
         self._peers = graph(self._random, sorted(answers), self._neighbours)
         self._check(set(answers), set(answers), "with keys")
         return {
-            client: KeyList({peer: answers[peer] for peer in peers}).to_bytes() for client, peers in self._peers.items()
+            client: ByClient({peer: answers[peer] for peer in peers}).to_bytes()
+            for client, peers in self._peers.items()
         }
 
     def send_boxes(self, answers: Bytes) -> Bytes:
@@ -318,9 +306,9 @@ class SecAggServer(Server):
         self._shares = {client: Shares.from_bytes(data) for client, data in answers.items()}
         self._check(set(answers), set(answers), "with shares")
 
-        def boxes_for(client: int) -> Boxes:
+        def boxes_for(client: int) -> ByClient:
             senders = [peer for peer in self._peers[client] if peer in self._shares and peer != client]
-            return Boxes({sender: self._shares[sender].boxes[client] for sender in senders})
+            return ByClient({sender: self._shares[sender].boxes[client] for sender in senders})
 
         return {client: boxes_for(client).to_bytes() for client in answers}
 

@@ -5,7 +5,6 @@ Lagrange coding of LightSecAgg (So et al., MLSys 2022, section 4).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,15 @@ from jaxtyping import UInt32
 
 from gia_jax.secure_aggregation.finite_field import lagrange, matmul
 from gia_jax.secure_aggregation.primitives import Mailbox, RandomBytes, uniform
-from gia_jax.secure_aggregation.protocol import AggregationAborted, modular_sum, require, to_bytes, words
-from gia_jax.secure_aggregation.wire import Bytes, Wire
+from gia_jax.secure_aggregation.protocol import (
+    AggregationAborted,
+    modular_sum,
+    require,
+    require_own_keys,
+    to_bytes,
+    words,
+)
+from gia_jax.secure_aggregation.wire import ByClient, Bytes
 
 
 class Sharing(NamedTuple):
@@ -78,13 +84,6 @@ def to_blocks(vector: UInt32[np.ndarray, " p"], num_secrets: int) -> UInt32[np.n
     return np.pad(vector, (0, -vector.size % num_secrets)).reshape(num_secrets, -1)
 
 
-@dataclass(frozen=True)
-class ByClient(Wire):
-    """Public keys by owner, or boxes by receiver or sender."""
-
-    contents: Bytes
-
-
 class ShareClient:
     """A client that shares one vector among all, and answers with the sum of what it holds, once.
 
@@ -110,8 +109,7 @@ class ShareClient:
     def share(self, message: bytes) -> bytes:
         """A box for every peer, with its share of the vector."""
         keys = ByClient.from_bytes(message).contents
-        if keys.get(self._client) != self._mailbox.public or len(set(keys.values())) < len(keys):
-            raise AggregationAborted(f"client {self._client} got keys that are not its own, or not distinct")
+        require_own_keys(self._client, self._mailbox.public, keys, keys.values())
         shares = self._sharing.share(self._random, to_blocks(self._secret, self._sharing.num_secrets))
         self._own_share = shares[self._client]
         boxes = {}

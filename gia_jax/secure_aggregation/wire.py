@@ -31,6 +31,13 @@ class Wire:
         return message
 
 
+@dataclasses.dataclass(frozen=True)
+class ByClient(Wire):
+    """Public keys by owner, or boxes by receiver or sender."""
+
+    contents: Bytes
+
+
 def _write(value: Any) -> bytes:
     if isinstance(value, bytes):
         return struct.pack("<I", len(value)) + value

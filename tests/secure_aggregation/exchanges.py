@@ -72,3 +72,11 @@ def drive(clients, server, dropouts=None, until=None, alter=None):
         }
         messages = {client: alter(number, SERVER, client, message) for client, message in server_round(answers).items()}
     return messages
+
+
+def runs_to(protocol, residues, dropouts, contributors):
+    """The server's view, after a run that gives the exact sum over `contributors`."""
+    view = sa.aggregate_residues(protocol, residues, dropouts=dropouts)
+    assert set(view.contributors) == set(contributors)
+    np.testing.assert_array_equal(view.total, modular(residues[sorted(contributors)], protocol.quantizer.modulus))
+    return view

@@ -16,6 +16,7 @@ from gia_jax import secure_aggregation as sa
 from gia_jax.secure_aggregation import shamir
 from gia_jax.secure_aggregation.primitives import agree, insecure_random, keystream
 from gia_jax.secure_aggregation.protocol import SERVER
+from gia_jax.secure_aggregation.wire import ByClient
 
 secagg = importlib.import_module("gia_jax.secure_aggregation.secagg")  # the functions have the same names
 N, T, P = 5, 3, 64
@@ -87,9 +88,9 @@ def test_keys_that_are_not_ones_own_or_repeated_are_refused():
         (lambda keys: {c: k for c, k in keys.items() if c > 0}, "keys that are not its own"),
     ]:
         clients, _, pending, _ = started(until=1)
-        keys = secagg.KeyList.from_bytes(pending[0]).keys
+        keys = ByClient.from_bytes(pending[0]).contents
         with pytest.raises(sa.AggregationAborted, match=message):
-            clients[0].share_keys(secagg.KeyList(change(dict(keys))).to_bytes())
+            clients[0].share_keys(ByClient(change(dict(keys))).to_bytes())
 
 
 def abort_of(alter, consistency=False, make=None, dropouts=None):
@@ -141,8 +142,8 @@ def test_a_flipped_bit_in_a_box_and_a_replayed_box_stop_the_run():
     def replayed(number, sender, receiver, payload):
         if (number, sender, receiver) != (1, SERVER, 2):
             return payload
-        boxes = dict(secagg.Boxes.from_bytes(payload).boxes)
-        return secagg.Boxes({**boxes, 0: boxes[1]}).to_bytes()
+        boxes = dict(ByClient.from_bytes(payload).contents)
+        return ByClient({**boxes, 0: boxes[1]}).to_bytes()
 
     assert "the box from client 0 to client 2 is not what was sealed" in abort_of(flipped)
     assert "the box from client 0 to client 2 is not what was sealed" in abort_of(replayed)
@@ -210,10 +211,10 @@ def test_a_key_that_the_server_swaps_needs_a_forged_signature():
     def alter(number, sender, receiver, payload):
         if (number, sender, receiver) != (0, SERVER, 0):
             return payload
-        keys = dict(secagg.KeyList.from_bytes(payload).keys)
+        keys = dict(ByClient.from_bytes(payload).contents)
         signature = secagg.Keys.from_bytes(keys[1]).signature
         keys[1] = dataclasses.replace(secagg.Keys.from_bytes(other), signature=signature).to_bytes()
-        return secagg.KeyList(keys).to_bytes()
+        return ByClient(keys).to_bytes()
 
     assert "the signature of client 1 is wrong" in abort_of(alter, consistency=True)
 
@@ -296,8 +297,8 @@ def test_uploads_are_not_uniform_without_masks():
 
 
 def without_a_pair_mask(self, message, original=secagg.SecAggClient.mask_input):
-    boxes = secagg.Boxes.from_bytes(message).boxes
-    masked = original(self, secagg.Boxes(dict(list(boxes.items())[1:])).to_bytes())
+    boxes = ByClient.from_bytes(message).contents
+    masked = original(self, ByClient(dict(list(boxes.items())[1:])).to_bytes())
     self._boxes = boxes
     return masked
 

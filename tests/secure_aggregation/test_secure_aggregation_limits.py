@@ -86,8 +86,9 @@ def test_an_imprint_separates_examples_within_the_secure_sum():
     quantiles = stats.norm(0.5, jnp.std(BATCHES.inputs.mean((2, 3, 4)))).ppf(np.arange(1, WIDTH + 1) / (WIDTH + 1))
     altered = limits.imprinted(PARAMS, ["dense0"], ["head"], jnp.asarray(quantiles, jnp.float32))
     gradients = SAME(altered, BATCHES)
-    protocol = SECAGG(bits=28)
-    found = limits.imprint_inversion(sa.aggregate(KEY, protocol, gradients).aggregate, ["dense0"])
+    # Coarse numbers are enough, because the altered layers keep the gradients of all labels large.
+    protocol = SECAGG(bits=16)
+    found = limits.imprint_inversion(sa.aggregate(KEY, protocol, gradients).aggregate, ["dense0"], tolerance=1e-3)
     truth = np.asarray(BATCHES.inputs.reshape(2 * N, 25))
     bins = np.searchsorted(quantiles, truth.mean(1))
     alone = np.array([np.sum(bins == own) == 1 and own > 0 for own in bins])

@@ -1,26 +1,19 @@
 """What every protocol promises: the exact sum, over every subset of clients it is made for, or no sum at all."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exchanges import fft, lenet_gradients, modular, parties, protocols, random_residues
+from exchanges import fft, lenet_gradients, modular, parties, protocols, random_residues, runs_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gia_jax import secure_aggregation as sa
+from gia_jax.aggregation import make_protocol
 
 KINDS = [*protocols(6)]
-
-
-def runs_to(protocol, residues, dropouts, contributors):
-    view = sa.aggregate_residues(protocol, residues, dropouts=dropouts)
-    assert set(view.contributors) == set(contributors)
-    np.testing.assert_array_equal(view.total, modular(residues[sorted(contributors)], protocol.quantizer.modulus))
-    return view
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,65 +57,6 @@ def test_protocols_agree_on_the_gradients_of_a_lenet():
         np.testing.assert_array_equal(found, sums["plain_sum"], err_msg=name)
     for leaf, exact in zip(jax.tree.leaves(views["secagg"].aggregate), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(leaf, jnp.clip(exact, -1, 1).sum(0), atol=1e-5)
-
-
-def outcomes(kind, n, dropouts):
-    """(contributors, whether there are enough answers), from the protocol's definition and no code of it."""
-    need = n // 2 + 1
-    alive = [[u for u in range(n) if dropouts.get(u, 99) > r] for r in range(5)]
-    last = {"secagg": 3, "secagg consistency": 4, "lightsecagg": 3}[kind]
-    return alive[2], len(alive[last]) >= need
-
-
-@pytest.mark.parametrize("kind", ["secagg", "lightsecagg", "secagg consistency"])
-@pytest.mark.parametrize("n", [3, 4])
-def test_every_subset_of_dropouts_in_every_round(kind, n):
-    protocol = protocols(n)[kind]
-    residues = random_residues(np.random.default_rng(n), protocol, 5)
-    num_rounds = len(parties(protocol, residues)[1].rounds)
-    for dropped in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(n + 1)):
-        for number in range(num_rounds):
-            check_outcome(protocol, kind, residues, dict.fromkeys(dropped, number))
-
-
-@pytest.mark.parametrize("kind", ["secagg", "lightsecagg"])
-@pytest.mark.parametrize("n", [5, 6])
-def test_every_subset_of_dropouts_around_the_upload(kind, n):
-    protocol = protocols(n)[kind]
-    residues = random_residues(np.random.default_rng(n), protocol, 3)
-    for dropped in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(n)):
-        # Some before the upload, some after it.
-        check_outcome(protocol, kind, residues, {client: 2 + client % 2 for client in dropped})
-
-
-def check_outcome(protocol, kind, residues, dropouts):
-    contributors, enough = outcomes(kind, len(residues), dropouts)
-    if enough:
-        runs_to(protocol, residues, dropouts, contributors)
-        return
-    with pytest.raises(sa.AggregationAborted, match=r"only \d clients answered .*, threshold \d") as caught:
-        sa.aggregate_residues(protocol, residues, dropouts=dropouts)
-    assert caught.value.view.total is None
-    assert caught.value.view.aggregate is None
-    assert_no_sum_in(caught.value.view.transcript, residues, protocol.quantizer.modulus)
-
-
-def assert_no_sum_in(transcript, residues, modulus):
-    """Neither a client's vector nor a sum over any of them travelled, nor is one the modular sum of what travelled."""
-    travelled = b"".join(message.payload for message in transcript)
-    for size in range(1, len(residues) + 1):
-        for chosen in itertools.combinations(range(len(residues)), size):
-            assert modular(residues[list(chosen)], modulus).astype("<u4").tobytes() not in travelled
-
-
-def test_at_the_threshold_it_works_and_one_below_it_stops():
-    protocol = sa.secagg(12, threshold=7, clip=1.0)
-    residues = random_residues(np.random.default_rng(0), protocol, 50)
-    dropouts = {0: 2, 1: 2, 2: 3, 3: 3, 4: 3}
-    runs_to(protocol, residues, dropouts, range(2, 12))
-    with pytest.raises(sa.AggregationAborted, match="only 6 clients answered unmasking, threshold 7") as caught:
-        sa.aggregate_residues(protocol, residues, dropouts=dropouts | {5: 3})
-    assert caught.value.view.total is None
 
 
 def test_the_transform_sums_over_all_that_shared_and_names_unlucky_patterns():
@@ -182,6 +116,22 @@ def reachable(party):
         left += value if isinstance(value, list | tuple | set) else []
         left += list(vars(value).values()) if hasattr(value, "__dict__") else []
     return found
+
+
+@pytest.mark.parametrize("name", ["plain", "secagg", "lightsecagg", "fastsecagg"])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_protocols_by_name_bear_the_dropouts_they_promise(name, n):
+    protocol = make_protocol(name, n, clip=1.0)
+    residues = random_residues(np.random.default_rng(n), protocol, 4)
+    runs_to(protocol, residues, {}, range(n))
+    # In the round of the upload.
+    number = {"plain": 0, "fastsecagg": 1}.get(name, 2)
+    runs_to(protocol, residues, dict.fromkeys(range(n // 4), number), range(n // 4, n))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"name must be one of plain, secagg, .* got 'sum'"):
+        make_protocol("sum", 3, clip=1.0)
 
 
 def test_bytes_are_those_of_the_formula():

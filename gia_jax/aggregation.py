@@ -1,0 +1,64 @@
+"""Aggregation protocols by the names of the command line; they are listed without the extras that they need."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from gia_jax.secure_aggregation import AggregationProtocol
+
+
+class Named(NamedTuple):
+    """What the command line says of a protocol, and how it is made, with room for a third of the clients to drop out.
+
+    Attributes:
+        summary: One line.
+        make: From the package `secure_aggregation`, the number of clients, and the quantizer's options.
+    """
+
+    summary: str
+    make: Callable[..., Any]
+
+
+AGGREGATIONS = {
+    "plain": Named("every update in the clear: the control", lambda sa, n, **options: sa.plain_sum(n, **options)),
+    "secagg": Named(
+        "pairwise masks that cancel, Bonawitz et al. 2017",
+        lambda sa, n, **options: sa.secagg(n, threshold=2 * n // 3 + 1, **options),
+    ),
+    "lightsecagg": Named(
+        "Lagrange-coded masks, So et al. 2022",
+        lambda sa, n, **options: sa.lightsecagg(n, privacy=n // 4, survivors=n // 2 + 1, **options),
+    ),
+    "fastsecagg": Named(
+        "multi-secret sharing by FFT, Kadhe et al. 2020",
+        lambda sa, n, **options: sa.fastsecagg(
+            sa.fft_sharing((1, n), zeros=(0, n // 4), secrets=(1, max(n // 4, 1))), **options
+        ),
+    ),
+    "bfv": Named("homomorphic encryption, exact", lambda sa, n, **options: sa.homomorphic(n, "bfv", **options)),
+    "ckks": Named("homomorphic encryption, approximate", lambda sa, n, **options: sa.homomorphic(n, "ckks", **options)),
+}
+
+
+def make_protocol(name: str, num_clients: int, *, clip: float, bits: int = 22) -> "AggregationProtocol":
+    """A protocol by its name.
+
+    Args:
+        name: A key of `AGGREGATIONS`.
+        num_clients: N >= 1. SecAgg needs answers of more than two thirds of them, LightSecAgg of more than half, where
+            up to a quarter may collude; FastSecAgg bears that a quarter drops out and nearly half collude.
+        clip: Largest magnitude of an entry.
+        bits: Bits an entry.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: An unknown name, and what its protocol raises.
+        ImportError: Without the extra `secure`; BFV or CKKS without the extra `he`.
+    """
+    if name not in AGGREGATIONS:
+        raise ValueError(f"name must be one of {', '.join(AGGREGATIONS)}, got {name!r}")
+    from gia_jax import secure_aggregation
+
+    return AGGREGATIONS[name].make(secure_aggregation, num_clients, clip=clip, bits=bits)

@@ -1,0 +1,84 @@
+"""Means weighted by the clients' numbers of records, with the numbers inside the sum.
+
+McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017, for the mean;
+Bonawitz et al., CCS 2017, for its way through the sum: each client puts in its weight beside its update times the
+weight, so that the server learns the mean and the total, not who holds how many.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from gia_jax.base import Updates
+from gia_jax.secure_aggregation.protocol import AggregationProtocol, ServerView, aggregate_residues, decode, quantized
+
+
+class WeightedMean(NamedTuple):
+    """What the server learns.
+
+    Attributes:
+        mean: The contributors' updates, weighted; a tree like one of them. For gradients of the mean loss, weighted by
+            numbers of examples, it is the gradient of the union of their batches.
+        total: The sum of the contributors' weights.
+        view: Of the run. Its vectors begin with the weight.
+    """
+
+    mean: Updates
+    total: int
+    view: ServerView
+
+
+def weighted_mean(
+    key: PRNGKeyArray,
+    protocol: AggregationProtocol,
+    updates: Updates,
+    weights: Sequence[int],
+    *,
+    max_weight: int,
+    dropouts: Mapping[int, int] | None = None,
+    insecure_seed: int | None = None,
+) -> WeightedMean:
+    """Runs a protocol on weights and weighted updates: a client of weight w counts as w clients with its update.
+
+    An entry of the mean is off by less than one step, 1 / `protocol.quantizer.scale`, from that of the clipped updates.
+    The total tells the server the size of the joint batch, all that `limits.joint_labels` needs.
+
+    Args:
+        key: As for `aggregate`.
+        protocol: One that gives the server the sum, with `bits` small enough for num_clients times `max_weight`.
+        updates: As for `aggregate`; clipped and rounded before they are weighted.
+        weights: Of every client, each known to that client alone.
+        max_weight: The largest weight that a client may have; public.
+        dropouts: As for `aggregate`.
+        insecure_seed: As for `aggregate`.
+
+    Returns:
+        The mean, the total and the view.
+
+    Raises:
+        ValueError: Weights that are not one integer from 1 to `max_weight` for each client; a sum that could wrap
+            around; a protocol whose server does not learn it; and as `aggregate`.
+        AggregationAborted: Too few clients answered.
+    """
+    count = protocol.quantizer.num_clients
+    if len(weights) != count:
+        raise ValueError(f"weights must be {count}, one for each client, got {len(weights)}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= max_weight:
+            raise ValueError(f"weights must be integers from 1 to max_weight={max_weight}, got {weight!r}")
+    # The bound on the sum, of as many clients as the weights stand for.
+    dataclasses.replace(protocol.quantizer, num_clients=count * max_weight)
+    residues, like = quantized(key, protocol, updates)
+    own = np.asarray(weights, np.uint64)[:, None]
+    weighted = np.concatenate([own, own * residues % protocol.quantizer.modulus], axis=1).astype(np.uint32)
+    pair = (jax.ShapeDtypeStruct((), np.float32), like)
+    view = aggregate_residues(protocol, weighted, like=pair, dropouts=dropouts, insecure_seed=insecure_seed)
+    if view.total is None:
+        raise ValueError(f"protocol must give the server the sum, got {view.protocol} without")
+    total = int(view.total[0])
+    mean = jax.tree.map(lambda leaf: leaf / total, decode(protocol.quantizer, view.total[1:], like))
+    return WeightedMean(mean, total, view)
