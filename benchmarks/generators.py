@@ -1,14 +1,17 @@
 """The small generators of benchmarks/gias.py: decoders of variational autoencoders, trained on demand.
 
-    python benchmarks/generators.py [--images N] [--steps N] [--width N] [--latents N] [--data NAME ...]
+    python benchmarks/generators.py [--images N] [--generator-steps N] [--width N] [--latents N] [--data NAME ...]
+        [--save FOLDER]
 
 Needs the extra `data`, and MNIST and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). It trains on the first images of the
 training set by id and reports how well the decoder's best images fit test images: nobody's victim is seen in training.
+`python -m gia_jax attack --attack gias --generator FILE` attacks with one that was saved.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,12 +30,13 @@ BATCH = 64
 
 
 class Generator(NamedTuple):
-    """A generator of inputs in the space of a model, and its parameters before and after training."""
+    """A generator of inputs in the space of a model, its weights before and after training, and the trained module."""
 
     generator_fn: GeneratorFn
     latent_shape: tuple[int]
     untrained: Params
     params: Params
+    decoder: models.Decoder
 
 
 def train_generator(
@@ -60,12 +64,12 @@ def train_generator(
     carry = (params, optimizer.init(params))
     for key in jax.random.split(jax.random.key(seed), steps):
         carry = step(carry, key)
-    trained = nnx.to_pure_dict(carry[0])["decoder"]
+    decoder = nnx.merge(graph, carry[0], rest).decoder
 
     def generator_fn(params: Params, z: jax.Array) -> jax.Array:
         return images.normalize(decode(params, z))
 
-    return Generator(generator_fn, (latents,), untrained, trained)
+    return Generator(generator_fn, (latents,), untrained, models.functional(decoder)[1], decoder)
 
 
 def best_fit(generator: Generator, params: Params, images: data.ImageData) -> float:
@@ -96,7 +100,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments(parser)
+    parser.add_argument("--save", type=Path, help="folder for the decoders, such as mnist_0_to_4.npz")
     args = parser.parse_args()
+    if args.save is not None:
+        args.save.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.data:
         train, test = data.load(name, split="train", limit=args.images), data.load(name, limit=1_000)
@@ -106,6 +113,8 @@ def main() -> None:
                 train, classes=classes, steps=args.generator_steps, width=args.width, latents=args.latents
             )
             spent = time.process_time() - began
+            if args.save is not None:
+                models.save_decoder(args.save / f"{name}_{half.replace(' ', '_')}.npz", generator.decoder)
             fits = {
                 f"dB, classes {label}": f"{best_fit(generator, generator.params, _some(test, group)):.1f}"
                 for label, group in (("0 to 4", range(5)), ("5 to 9", range(5, 10)))

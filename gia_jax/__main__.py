@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import Observation, ThreatModel, data, labels, models, report, vertical
+from gia_jax import Observation, ThreatModel, console, data, labels, models, report, vertical
 from gia_jax.aggregation import AGGREGATIONS, make_protocol
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
+from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
-from gia_jax.cases import PRIOR_ONLY, Case, Outcome, attack, load_case, see
-from gia_jax.plots import picture_grid
+from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
 from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Protected, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
@@ -92,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         help="of batch normalisation, that grad_inversion matches: the model's running ones, which say nothing of data "
         "before training, or the client's own, granted",
     )
+    single.add_argument(
+        "--generator",
+        metavar="FILE",
+        help="of gias, trained (models.save_decoder, benchmarks/generators.py); default: one that is untrained",
+    )
+    single.add_argument(
+        "--latent-steps",
+        type=int,
+        help=f"of gias, before --steps; default: {NUM_LATENT_STEPS}, or 0 where the generator is untrained",
+    )
     single.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
     single.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
     single.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
@@ -149,6 +158,13 @@ def _attack(args: argparse.Namespace) -> None:
         raise ValueError(f"--attack {args.attack} needs one of the models {fits}, got {args.model!r}")
     if args.attack != "grad_inversion":
         args.statistics = "none"
+    if args.attack == "gias" and args.solver != "paper":
+        raise ValueError(f"--attack gias needs --solver paper, got {args.solver!r}")
+    for name in ("generator", "latent_steps"):
+        if args.attack != "gias" and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --attack gias, got --attack {args.attack}")
+    if args.latent_steps is not None and args.latent_steps < 0:
+        raise ValueError(f"--latent-steps must be at least 0, got {args.latent_steps}")
     clients = 1 if args.aggregation is None else args.clients
     size = args.batch_size * clients
     if args.attack == "r_gap" and size > 1:
@@ -158,7 +174,7 @@ def _attack(args: argparse.Namespace) -> None:
     parts = tuple(part for text in args.defense for part in parse(text))
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
-    out = _folder(Path(args.out))
+    out = console.folder(Path(args.out))
     jax.config.update("jax_enable_x64", exact or ATTACKS[args.attack].x64)
     case = load_case(
         args.model,
@@ -170,8 +186,13 @@ def _attack(args: argparse.Namespace) -> None:
         learning_rate=args.local_learning_rate,
     )
     key_clients, key_attack = jax.random.split(jax.random.key(args.seed))
+    generator = None
+    if args.attack == "gias":
+        file = None if args.generator is None else Path(args.generator)
+        generator = case.generator(file, jax.random.fold_in(key_attack, 1), num_latent_steps=args.latent_steps)
+        args.generator, args.latent_steps = args.generator or "untrained", generator.num_latent_steps
     protected = case.protect(parts)
-    _banner(case, args.model, protected, clients)
+    console.banner(case, args.model, protected, clients)
     if case.statistics_fn is None:
         args.statistics = "none"
     exact_statistics = args.statistics == "exact"
@@ -182,6 +203,10 @@ def _attack(args: argparse.Namespace) -> None:
     threat = _threat(known, defense, args.adaptive, exact_statistics)
     if args.statistics == "running":
         threat += "; matches running statistics"
+    if args.attack == "gias":
+        threat += "; has a generator, " + (
+            "untrained" if args.generator == "untrained" else f"trained: {args.generator}"
+        )
     if args.aggregation is None:
         seen = see(case, {defense: protected}, key_clients, known=[known], statistics=exact_statistics)
         targets: dict[str, Any] = {"": (case, seen[known][defense])}
@@ -190,6 +215,7 @@ def _attack(args: argparse.Namespace) -> None:
         threat += f"; {args.aggregation} of {clients} clients"
     print(f"threat model: {threat}\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
+    unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
     guesses = report.baselines(case.pixels, case.gallery)
     rows, found, content = [], {}, {}
@@ -209,16 +235,17 @@ def _attack(args: argparse.Namespace) -> None:
             known_labels=known,
             adaptive=args.adaptive,
             statistics=args.statistics,
+            generator=generator,
             solver=args.solver,
             num_steps=args.steps,
             num_restarts=args.restarts,
             lanes=args.lanes,
             prior_only=None if args.no_prior_only else defense,
-            progress_fn=_progress(title),
+            progress_fn=console.progress(title),
             checkpoint=out / "checkpoint.npz",
         )
         outcome, prior = outcomes[defense], outcomes.get(PRIOR_ONLY)
-        rows.append(_row(title, known, outcome, prior))
+        rows.append(console.row(title, known, outcome, prior))
         found[target] = seen_case, outcome
         extra = {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
         if prior is not None:
@@ -226,24 +253,24 @@ def _attack(args: argparse.Namespace) -> None:
         content[target] = report.results(
             outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra
         )
-    print(_table(rows, guesses))
-    _write(out, content.get("", content))
+    print(console.table(rows, guesses))
+    console.write(out, content.get("", content))
     for target, (seen_case, outcome) in found.items():
         title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "") + (f", {target}" if target else "")
         name = f"reconstructions_{target.replace(':', '_')}.png" if target else "reconstructions.png"
-        _picture(out / name, seen_case.pixels, {args.attack: outcome}, title)
+        console.picture(out / name, seen_case.pixels, {args.attack: outcome}, title)
 
 
 def _cafe(args: argparse.Namespace) -> None:
     args.data, args.batch_size = args.data or "mnist", BATCH_SIZE if args.batch_size is None else args.batch_size
-    for name in ("model", "labels", "steps", "defense", "adaptive", "aggregation"):
+    for name in ("model", "labels", "steps", "defense", "adaptive", "aggregation", "generator", "latent_steps"):
         if getattr(args, name):
-            raise ValueError(f"--attack cafe takes no --{name}, got {getattr(args, name)}")
+            raise ValueError(f"--attack cafe takes no --{name.replace('_', '-')}, got {getattr(args, name)}")
     options = ("data", "records", "rounds", "batch_size", "seed")
     for name in options[1:4]:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    out = _folder(Path(args.out))
+    out = console.folder(Path(args.out))
     images = data.load(args.data, limit=args.records)
     if len(images.labels) < args.records:
         raise ValueError(f"--records must be at most {len(images.labels)} for {args.data}, got {args.records}")
@@ -257,11 +284,11 @@ def _cafe(args: argparse.Namespace) -> None:
     outcome, pixels = vertical.cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
     gallery = data.load(args.data, split="train", limit=2_000).images if args.data not in ("photos", "digits") else None
     guesses = report.baselines(pixels, np.full_like(pixels[0], 0.5) if gallery is None else gallery)
-    print(_table([_row("cafe", False, outcome, None)], guesses))
+    print(console.table([console.row("cafe", False, outcome, None)], guesses))
     settings = {"attack": "cafe"} | {name: getattr(args, name) for name in options}
-    _write(out, report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat))
+    console.write(out, report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat))
     first = outcome._replace(scores=report.Scores(*(field[:8] for field in outcome.scores)))
-    _picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}")
+    console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}")
 
 
 def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key: Any) -> dict[str, Any]:
@@ -279,10 +306,10 @@ def _threat(known: bool, defense: str, adaptive: bool, statistics: bool = False)
 
 
 def _demonstration(out: Path, seed: int) -> None:
-    out = _folder(out)
+    out = console.folder(out)
     case = load_case("lenet", "photos", victims=3, seed=seed)
     protected = {name: case.protect(() if name == "none" else parse(name)) for name in SHOWN}
-    _banner(case, "lenet", protected["none"])
+    console.banner(case, "lenet", protected["none"])
     print("The client sends the gradient of one photograph. What can the server see?\n")
     # name: steps, restarts
     plan = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
@@ -302,14 +329,14 @@ def _demonstration(out: Path, seed: int) -> None:
             num_steps=steps,
             num_restarts=restarts,
             prior_only="none",
-            progress_fn=_progress(name),
+            progress_fn=console.progress(name),
         )
     guesses = report.baselines(case.pixels, case.gallery)
     rows = [
-        _row(name, ATTACKS[name].labels == "known", outcomes["none"], outcomes[PRIOR_ONLY])
+        console.row(name, ATTACKS[name].labels == "known", outcomes["none"], outcomes[PRIOR_ONLY])
         for name, outcomes in found.items()
     ]
-    print(_table(rows, guesses))
+    print(console.table(rows, guesses))
     print(
         "\nPSNR in dB after clipping to [0, 1]: above 20 a photograph is recognisable, above 40 it is a copy.\n"
         "Restarts are chosen by the attacker's own loss. 'prior only' is the same attack on a random update.\n"
@@ -335,92 +362,12 @@ def _demonstration(out: Path, seed: int) -> None:
                 extra={"prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist()},
             )
     content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
-    _write(out, content)
+    console.write(out, content)
     undefended = {name: outcomes["none"] for name, outcomes in found.items()}
-    _picture(out / "reconstructions.png", case.pixels, undefended, "What the server sees of three photographs")
+    console.picture(out / "reconstructions.png", case.pixels, undefended, "What the server sees of three photographs")
     for name in ("idlg", "inverting_gradients"):
         defended = {shown.replace(":", "\n"): found[name][shown] for shown in SHOWN}
-        _picture(out / f"defenses_{name}.png", case.pixels, defended, f"{name}, when the client defends itself")
-
-
-def _row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
-    scores, timing = outcome.scores, outcome.study.timing
-    return [
-        name,
-        "known" if known else "inferred",
-        _list_of(scores.psnr),
-        f"{np.median(scores.psnr):.1f}",
-        f"{np.median(scores.ssim):.2f}",
-        f"{np.mean(scores.label_correct):.0%}",
-        "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}",
-        f"{timing.compile_seconds:.0f}",
-        f"{timing.run_seconds:.0f}",
-    ]
-
-
-def _table(rows: list[list[str]], guesses: dict[str, np.ndarray]) -> str:
-    rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", "", "", "", "", ""] for name, psnr in guesses.items()]
-    header = ["attack or guess", "labels", "PSNR", "median", "SSIM", "labels right", "prior only", "compile s", "run s"]
-    return report.table(header, rows)
-
-
-def _list_of(psnr: np.ndarray) -> str:
-    values = psnr.reshape(-1)
-    return " ".join(f"{value:.1f}" for value in values[:4]) + (" ..." if len(values) > 4 else "")
-
-
-def _write(out: Path, content: Any) -> None:
-    (out / "results.json").write_text(report.to_json(content))
-    print(f"\nwrote {out / 'results.json'}")
-
-
-def _picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str) -> None:
-    flat = pixels.reshape(-1, *pixels.shape[2:])
-    columns, captions = {"original": flat}, {}
-    for name, outcome in outcomes.items():
-        columns[name] = outcome.scores.images.reshape(flat.shape)
-        captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.scores.psnr.reshape(-1)]
-    picture_grid(columns, path, captions=captions, title=title)
-    print(f"wrote {path}")
-
-
-def _folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from None
-    return out
-
-
-def _banner(case: Case, model: str, protected: Protected, clients: int = 1) -> None:
-    victims, batch_size = case.truth.labels.shape
-    groups = f"{victims} clients" if clients == 1 else f"{victims} groups of {clients} clients"
-    shape = "x".join(str(n) for n in case.pixels.shape[2:])
-    size = sum(leaf.size for leaf in jax.tree.leaves(protected.params))
-    print(
-        f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "
-        f"{groups} with {batch_size // clients} of {case.images.name} ({shape}) each; {report.hardware()}"
-    )
-
-
-def _progress(name: str):
-    shown = {"percent": -1, "began": time.perf_counter()}
-
-    def progress_fn(done: int, total: int, seconds: float) -> None:
-        percent = 100 * done // total
-        if percent == shown["percent"] or (not sys.stderr.isatty() and percent // 25 == shown["percent"] // 25):
-            return
-        shown["percent"] = percent
-        line = f"{name}: {percent:3d} % of the steps, {seconds:.0f} s"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    return progress_fn
+        console.picture(out / f"defenses_{name}.png", case.pixels, defended, f"{name}, when the client defends itself")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax import clients, data, labels, models, report
-from gia_jax.attacks.named import INVERTIBLE, Target, make_analytic, make_attack
-from gia_jax.base import Batch, LossFn, Observation, Statistics
+from gia_jax.attacks.gias import NUM_LATENT_STEPS
+from gia_jax.attacks.named import INVERTIBLE, Generator, Target, make_analytic, make_attack
+from gia_jax.base import Batch, LossFn, Observation, Params, Statistics
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.protection import Part, Protected, encoded, protect
 from gia_jax.study import ProgressFn, Study, study, study_analytic
@@ -60,6 +61,35 @@ class Case(NamedTuple):
         """Those that the model keeps; of an untrained one they say nothing about any data."""
         like = jnp.zeros((1, *self.truth.inputs.shape[2:]), self.truth.inputs.dtype)
         return models.running_statistics(self.module, observation.params, like)
+
+    def generator(self, path: Path | None, key: PRNGKeyArray, *, num_latent_steps: int | None = None) -> Generator:
+        """Of such images: trained, from a file of `models.save_decoder`, or untrained, which is the deep image prior.
+
+        Args:
+            path: Of the file; None for an untrained decoder.
+            key: Of the untrained weights.
+            num_latent_steps: Of GIAS; None for the paper's, or for none where the generator is untrained.
+
+        Returns:
+            The generator, in the model's space.
+
+        Raises:
+            ValueError: A file that is none of a decoder, or one of other shapes of images.
+        """
+        shape = self.pixels.shape[2:]
+        decoder = models.Decoder(shape, rngs=nnx.Rngs(key)) if path is None else models.load_decoder(path)
+        if decoder.input_shape != shape:
+            made, wanted = ("x".join(map(str, s)) for s in (decoder.input_shape, shape))
+            raise ValueError(f"generator must make images of {wanted} for {self.images.name}, got {path}, of {made}")
+        if num_latent_steps is None:
+            num_latent_steps = 0 if path is None else NUM_LATENT_STEPS
+        decode, weights = models.functional(decoder)
+        mean, std = (jnp.asarray(value, jnp.float32) for value in (self.images.mean, self.images.std))
+
+        def generator_fn(params: Params, z: Array) -> Array:
+            return (decode(params, z) - mean) / std
+
+        return Generator(generator_fn, weights, (decoder.latent_size,), num_latent_steps)
 
     def protect(self, parts: Sequence[Part]) -> Protected:
         """The client with these defenses."""
@@ -205,6 +235,7 @@ def attack(
     known_labels: bool,
     adaptive: bool = False,
     statistics: str = "none",
+    generator: Generator | None = None,
     solver: str = "paper",
     num_steps: int,
     num_restarts: int = 1,
@@ -226,6 +257,7 @@ def attack(
         adaptive: Whether the attacker knows the defenses of `assumed`, or takes the client for one without any.
         statistics: Of the features, that GradInversion matches: "none", the model's "running" ones, or the "exact"
             ones that were granted.
+        generator: Of GIAS, from `Case.generator`.
         solver: As for `make_attack`.
         num_steps: As for `study`.
         num_restarts: As for `study`.
@@ -257,6 +289,7 @@ def attack(
         apply_fn=plain.apply_fn,
         statistics_fn=None if statistics == "none" else case.statistics_fn,
         known_statistics_fn=case.running_statistics if statistics == "running" else None,
+        generator=generator,
     )
     target = target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
     rule = "known" if known_labels else "inferred"

@@ -24,7 +24,7 @@ from gia_jax import (
     models,
     observe,
 )
-from gia_jax.attacks.named import ATTACKS, INVERTIBLE, SOLVERS, Target, make_attack
+from gia_jax.attacks.named import ATTACKS, INVERTIBLE, SOLVERS, Generator, Target, make_attack
 from gia_jax.labels import Dense
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
@@ -425,6 +425,12 @@ def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(na
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in INVERTIBLE])
 def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> None:
     target = _target(Case(dlg), lambda params, batch: params)
+    if name == "gias":
+        target = target._replace(generator=Generator(**generator(), num_latent_steps=0))
+        if solver != "paper":
+            with pytest.raises(ValueError, match=f"solver of the attack gias must be paper, got '{solver}'"):
+                make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
+            return
     if (name, solver) == ("grad_inversion", "levenberg_marquardt"):
         with pytest.raises(ValueError, match="solver levenberg_marquardt is for one seed, got the attack grad_inv"):
             make_attack(name, target, labels="inferred", solver=solver, num_steps=10)

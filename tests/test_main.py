@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from gia_jax import ThreatModel, data, models
 from gia_jax.__main__ import main
@@ -96,6 +97,32 @@ def test_statistics_of_the_client_are_named_where_they_are_granted() -> None:
     features = jax.lax.conv_general_dilated(inputs, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(mean[0], features.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(variance[0], features.var((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_gias_uses_the_generator_that_it_names(tmp_path: Path) -> None:
+    """A trained one that makes white images only: three steps of its weights leave them white."""
+    quick = [*QUICK, "--attack", "gias", "--steps", "3", "--out", str(tmp_path)]
+    assert main(quick) == 0
+    untrained = _read(tmp_path)
+    assert untrained["threat_model"] == f"{ThreatModel(labels=True).describe()}; has a generator, untrained"
+    assert untrained["settings"]["generator"] == "untrained"
+    assert untrained["settings"]["latent_steps"] == 0
+
+    decoder, file = models.Decoder((8, 8, 1), 2, width=2, rngs=nnx.Rngs(0)), tmp_path / "white.npz"
+    decoder.up2.bias[...] = decoder.up2.bias[...] + 20
+    models.save_decoder(file, decoder)
+    assert main([*quick, "--generator", str(file), "--latent-steps", "2"]) == 0
+    read = _read(tmp_path)
+    assert read["threat_model"].endswith(f"; has a generator, trained: {file}")
+    assert read["settings"]["generator"] == str(file)
+    assert read["settings"]["latent_steps"] == 2
+    white = -10 * np.log10(np.mean((1 - data.load("digits").images[:2]) ** 2, (1, 2, 3)))
+    np.testing.assert_allclose([victim["psnr"] for victim in read["victims"]], white, atol=1e-3)
+    assert abs(untrained["victims"][0]["psnr"] - white[0]) > 1
+
+    models.save_decoder(file, models.Decoder((12, 8, 1), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"generator must make images of 8x8x1 for digits, got .*, of 12x8x1"):
+        load_case("linear", "digits", victims=1).generator(file, jax.random.key(0))
 
 
 def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +234,14 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             "--attack r_gap needs a batch of one image, got 2",
         ),
         (["--attack", "cafe"], "--attack cafe takes no --model, got linear"),
+        (
+            ["--attack", "gias", "--generator", "nowhere.npz"],
+            "save_decoder wrote, got 'nowhere.npz': [Errno 2] No such",
+        ),
+        (["--attack", "gias", "--generator", __file__], f"save_decoder wrote, got {__file__!r}: "),
+        (["--attack", "gias", "--solver", "adam"], "--attack gias needs --solver paper, got 'adam'"),
+        (["--attack", "gias", "--latent-steps", "-1"], "--latent-steps must be at least 0, got -1"),
+        (["--attack", "idlg", "--generator", "x.npz"], "--generator is for --attack gias, got --attack idlg"),
         (["--solver", "magic"], f"--solver must be one of {', '.join(SOLVERS)}, got 'magic'"),
         (["--victims", "0"], "--victims must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),

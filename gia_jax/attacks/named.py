@@ -7,6 +7,8 @@ import optax
 
 from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
 from gia_jax.attacks.dlg import dlg
+from gia_jax.attacks.gias import NUM_STEPS as GIAS_STEPS
+from gia_jax.attacks.gias import GeneratorFn, gias
 from gia_jax.attacks.grad_inversion import NUM_STEPS as GRAD_INVERSION_STEPS
 from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
@@ -15,9 +17,10 @@ from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
 from gia_jax.attacks.r_gap import r_gap
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, ReconstructFn, Statistics
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params, ReconstructFn, Statistics
 from gia_jax.labels import ClassifierFn, bias_counts, dense
 from gia_jax.labels import idlg as idlg_labels
+from gia_jax.matching.adaptive import supported
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.objectives import cosine, euclidean, layerwise_euclidean
@@ -26,6 +29,15 @@ from gia_jax.matching.run import continued, keep_best
 from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6
 from gia_jax.threat import granted_labels
+
+
+class Generator(NamedTuple):
+    """A generator and how long its latents are searched: arguments of `gias`, of these names."""
+
+    generator_fn: GeneratorFn
+    generator_params: Params
+    latent_shape: tuple[int, ...]
+    num_latent_steps: int
 
 
 class Target(NamedTuple):
@@ -41,6 +53,7 @@ class Target(NamedTuple):
         adapt_fn: From the attack's own objective, the one to use: an attacker's that knows the defense.
         statistics_fn: `(params, inputs) -> ` statistics of the features; None leaves them out of the attack.
         known_statistics_fn: From the observation, the client's; None for those the threat model grants.
+        generator: Of such images, for GIAS.
     """
 
     client_fn: ClientFn
@@ -52,6 +65,7 @@ class Target(NamedTuple):
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn] = lambda objective_fn: objective_fn
     statistics_fn: Callable[..., Statistics] | None = None
     known_statistics_fn: Callable[[Observation], Statistics] | None = None
+    generator: Generator | None = None
 
 
 class Named(NamedTuple):
@@ -85,6 +99,9 @@ ATTACKS = {
         GRAD_INVERSION_STEPS,
         "inferred",
         "resnet20_4",
+    ),
+    "gias": Named(
+        "GIAS, Jeon et al. 2021: latents of a generator, then its weights for each image", GIAS_STEPS, "known"
     ),
     "linear": Named("analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred", "mlp"),
     "r_gap": Named("R-GAP, Zhu and Blaschko 2021: closed form, layer by layer", 0, "inferred", "cnn6", x64=True),
@@ -167,6 +184,20 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
         # With its labels given, DLG is iDLG.
         return idlg(target.client_fn, target.classifier_fn, label_fn=label_fn, **options)
 
+    if name == "gias":
+        if solver != "paper":
+            raise ValueError(f"solver of the attack gias must be paper, got {solver!r}")
+        if target.generator is None:
+            raise ValueError("target must have a generator for the attack gias, got None")
+        return keep_best(
+            gias(
+                target.client_fn,
+                **target.generator._asdict(),
+                num_steps=num_steps,
+                label_fn=label_rule(labels, target),
+                objective_fn=target.adapt_fn(supported()),
+            )
+        )
     if name == "grad_inversion" and solver == "levenberg_marquardt":
         raise ValueError("solver levenberg_marquardt is for one seed, got the attack grad_inversion")
     if solver == "levenberg_marquardt":

@@ -13,7 +13,7 @@ from gia_jax.models.functional import (
     inferred_statistics,
     running_statistics,
 )
-from gia_jax.models.generator import Decoder, VariationalAutoencoder
+from gia_jax.models.generator import Decoder, VariationalAutoencoder, load_decoder, save_decoder
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
@@ -53,6 +53,8 @@ __all__ = [
     "headless",
     "inferred_statistics",
     "leaky_relu",
+    "load_decoder",
     "running_statistics",
+    "save_decoder",
     "sigmoid",
 ]

@@ -1,8 +1,12 @@
 """Small generators of images: a decoder in the manner of DCGAN, and the variational autoencoder that trains it."""
 
+import zipfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax.models.layers import flatten
@@ -28,6 +32,7 @@ class Decoder(nnx.Module):
         height, wide, channels = input_shape
         if height % 4 or wide % 4:
             raise ValueError(f"input_shape must have height and width that are multiples of 4, got {input_shape}")
+        self.input_shape, self.latent_size = tuple(input_shape), latent_size
         self.shape = (height // 4, wide // 4, 2 * width)
         self.dense = nnx.Linear(latent_size, height * wide * width // 8, rngs=rngs)
         self.up1 = nnx.ConvTranspose(2 * width, width, (4, 4), (2, 2), rngs=rngs)
@@ -67,3 +72,38 @@ class VariationalAutoencoder(nnx.Module):
         z = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         divergence = jnp.sum(jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1, 1) / 2
         return self.decoder(z), divergence
+
+
+def save_decoder(path: Path, decoder: Decoder) -> None:
+    """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz."""
+    weights = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), sep="/")
+    np.savez(path, input_shape=np.asarray(decoder.input_shape), **jax.tree.map(np.asarray, weights))
+
+
+def load_decoder(path: Path) -> Decoder:
+    """The decoder that `save_decoder` wrote.
+
+    Args:
+        path: Of the .npz; nothing in it is executed.
+
+    Returns:
+        The decoder, of the size that its weights have.
+
+    Raises:
+        ValueError: A file that is not there, or is none of a decoder.
+    """
+    try:
+        with np.load(path) as file:
+            weights = {name: jnp.asarray(file[name]) for name in file.files}
+        input_shape = tuple(weights.pop("input_shape").tolist())
+        (latent_size, _), width = weights["dense/kernel"].shape, weights["up1/kernel"].shape[-1]
+        decoder = Decoder(input_shape, latent_size, width=width, rngs=nnx.Rngs(0))
+        state = nnx.state(decoder, nnx.Param)
+        expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep="/")
+        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, expected):
+            raise ValueError("its arrays do not fit together")
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"path must be of a generator that save_decoder wrote, got {str(path)!r}: {error}") from None
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights, sep="/"))
+    nnx.update(decoder, state)
+    return decoder

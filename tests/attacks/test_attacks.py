@@ -23,7 +23,16 @@ from gia_jax import (
 )
 from gia_jax import labels as label_rules
 from gia_jax.attacks import named
-from gia_jax.attacks.named import ATTACKS, INVERTIBLE, SOLVERS, Target, label_rule, make_analytic, make_attack
+from gia_jax.attacks.named import (
+    ATTACKS,
+    INVERTIBLE,
+    SOLVERS,
+    Generator,
+    Target,
+    label_rule,
+    make_analytic,
+    make_attack,
+)
 from gia_jax.matching.initializations import near_grey
 
 NUM_CLASSES = 10
@@ -285,7 +294,13 @@ def test_unknown_solvers_and_labels_list_the_known_ones() -> None:
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in INVERTIBLE])
 @pytest.mark.parametrize("labels", ["known", "inferred"])
 def test_named_attacks_find_known_and_inferred_labels(name: str, labels: str) -> None:
-    attack = make_attack(name, TARGET, labels=labels, solver="paper", num_steps=1)
+    target = TARGET
+    if name == "gias":
+        with pytest.raises(ValueError, match="target must have a generator for the attack gias, got None"):
+            make_attack(name, target, labels=labels, solver="paper", num_steps=1)
+        like = jnp.zeros((8, 8, 1))
+        target = target._replace(generator=Generator(lambda params, z: z + params, like, like.shape, 0))
+    attack = make_attack(name, target, labels=labels, solver="paper", num_steps=1)
     observation = _observe(1, ThreatModel(labels=labels == "known"), _params(64, 24, 10))
     assert observation.params["dense1"]["bias"].shape == (10,)
     found = attack.init(jax.random.key(0), observation).candidate.best.labels

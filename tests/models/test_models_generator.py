@@ -1,5 +1,7 @@
 """Generators: shapes, ranges, and images that do not depend on each other."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +38,33 @@ def test_the_divergence_of_an_encoder_is_that_of_two_gaussians() -> None:
     assert decoded.shape == images.shape
     expected = 0.5 * np.sum(mean**2 + variance - 1 - np.log(variance))
     np.testing.assert_allclose(divergence, np.full(3, expected), rtol=1e-5)
+
+
+def test_a_saved_decoder_comes_back(tmp_path: Path) -> None:
+    decoder, file = models.Decoder((8, 12, 3), 5, width=2, rngs=nnx.Rngs(3)), tmp_path / "decoder.npz"
+    models.save_decoder(file, decoder)
+    loaded = models.load_decoder(file)
+    assert (loaded.input_shape, loaded.latent_size) == ((8, 12, 3), 5)
+    z = jax.random.normal(jax.random.key(0), (2, 5))
+    np.testing.assert_array_equal(loaded(z), decoder(z))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "decoder.npz"
+    models.save_decoder(file, models.Decoder((8, 8, 1), 5, width=2, rngs=nnx.Rngs(0)))
+    weights = dict(np.load(file))
+    wrong = {
+        "not there": None,
+        "a pickle": {"input_shape": np.asarray([{}])},
+        "other arrays": {"x": np.zeros(3)},
+        "arrays that do not fit": weights | {"input_shape": np.asarray((12, 8, 1))},
+        "an array too many": weights | {"up3/kernel": np.zeros(3)},
+    }
+    for what, arrays in wrong.items():
+        path = tmp_path / f"{what}.npz"
+        if arrays is not None:
+            np.savez(path, **arrays)
+        with pytest.raises(
+            ValueError, match=f"path must be of a generator that save_decoder wrote, got '.*{what}.npz': "
+        ):
+            models.load_decoder(path)
