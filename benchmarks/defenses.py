@@ -38,7 +38,7 @@ from gia_jax import (
 )
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import NUM_OTHERS
+from gia_jax.cases import NUM_OTHERS, joined
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
@@ -209,12 +209,6 @@ def parts_of(result: Result, times: int) -> list[Result]:
     """The results of each repetition of the list of victims."""
     split = [np.split(field, times) for field in result]
     return [Result(*fields) for fields in zip(*split)]
-
-
-def joined(observations: Sequence[Observation]) -> Observation:
-    params = observations[0].params
-    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[o._replace(params=()) for o in observations])
-    return together._replace(params=params)
 
 
 def blind(

@@ -37,6 +37,7 @@ from gia_jax import (
 )
 from gia_jax.attacks import gias, giml, inverting_gradients
 from gia_jax.base import ClientFn, Params
+from gia_jax.cases import joined
 from gia_jax.defenses import prune
 from gia_jax.matching.adaptive import supported
 from gia_jax.study import SHARED_PARAMS
@@ -157,13 +158,6 @@ def attackers(
     return without, with_generator
 
 
-def together(observations: Sequence[Observation]) -> Observation:
-    update, extra = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves), *[(seen.update, seen.extra) for seen in observations]
-    )
-    return Observation(observations[0].params, update, extra)
-
-
 def table(args: argparse.Namespace) -> None:
     """GIAS with three generators against no generator, at equal gradients and at equal time."""
     gradients = args.starts * args.latent_steps + args.steps
@@ -176,7 +170,7 @@ def table(args: argparse.Namespace) -> None:
             return train_generator(train, classes=classes, steps=steps, width=args.width, latents=args.latents)
 
         every, shifted = made(range(10)), made(OTHER_CLASSES)
-        seen = together([setting.see(ratio, setting.truth) for ratio in args.ratios])
+        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
         without, with_generator = attackers(setting, every, args)
 
         equal_gradients = attack(without(gradients), (), setting, seen, gradients, args.lanes)
@@ -233,7 +227,7 @@ def meta(args: argparse.Namespace) -> None:
         generator = train_generator(train, steps=0, width=args.width, latents=args.latents)
         without, with_generator = attackers(setting, generator, args)
         learned = learn(setting, generator, with_generator, train, args)
-        seen = together([setting.see(ratio, setting.truth) for ratio in args.ratios])
+        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
         none = attack(without(gradients), (), setting, seen, gradients, args.lanes)
         found = {
             which: attack(with_generator, params, setting, seen, args.steps, args.lanes)

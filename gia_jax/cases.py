@@ -270,16 +270,14 @@ def attack(
         Outcomes by the names of the observations, and of the random updates by "prior only".
     """
     key_attack, key_random = jax.random.split(key)
-    groups = {group: (observation.update, observation.extra) for group, observation in observations.items()}
-    params = next(iter(observations.values())).params
+    groups = dict(observations)
     if prior_only is not None:
-        noise = jax.jit(report.random_updates)(key_random, observations[prior_only])
-        groups[PRIOR_ONLY] = (noise.update, noise.extra)
-    together = Observation(params, *_joined(list(groups.values())))
+        groups[PRIOR_ONLY] = jax.jit(report.random_updates)(key_random, observations[prior_only])
+    together = joined(list(groups.values()))
     low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
     plain = assumed if adaptive else case.protect(())
     # The parameters the server sent tell it the model, with or without a bottleneck.
-    plain = plain if jax.tree.structure(plain.params) == jax.tree.structure(params) else assumed
+    plain = plain if jax.tree.structure(plain.params) == jax.tree.structure(together.params) else assumed
     target = Target(
         plain.assumed_fn,
         labels.dense("head"),
@@ -306,7 +304,7 @@ def attack(
             progress_fn=progress_fn,
             checkpoint=checkpoint,
         )
-    truth = _joined([case.truth] * len(groups))
+    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(groups)), case.truth)
     scores = report.score(found.reconstruction.batch, truth, case.images)
     victims, outcomes = len(case.truth.labels), {}
     for i, group in enumerate(groups):
@@ -317,5 +315,9 @@ def attack(
     return outcomes
 
 
-def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+def joined(observations: Sequence[Observation]) -> Observation:
+    """The victims of several observations of the same parameters, as one observation."""
+    updates_and_extras = [(observation.update, observation.extra) for observation in observations]
+    return Observation(
+        observations[0].params, *jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *updates_and_extras)
+    )
