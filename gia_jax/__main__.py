@@ -16,7 +16,7 @@ from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Protected, parse
+from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
@@ -133,10 +133,8 @@ def _settings(named: Named) -> str:
     return "".join(f"{key}={value:g} " for key, value in named.settings.items())
 
 
-def _attack(args: argparse.Namespace) -> None:
-    if args.attack == "cafe":
-        _cafe(args)
-        return
+def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
+    """Fills in defaults, refuses what does not go together, and reads the defenses."""
     args.data, args.batch_size = args.data or "photos", 1 if args.batch_size is None else args.batch_size
     args.model = args.model or (ATTACKS[args.attack].model if args.attack in ATTACKS else "lenet")
     for name, known in (("attack", [*ATTACKS, "cafe"]), ("model", models.MODELS), ("solver", SOLVERS)):
@@ -148,9 +146,10 @@ def _attack(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    exact = args.solver == "levenberg_marquardt"
     args.labels = args.labels or ATTACKS[args.attack].labels
-    args.steps = args.steps or (LEVENBERG_MARQUARDT_STEPS if exact else ATTACKS[args.attack].num_steps)
+    args.steps = args.steps or (
+        LEVENBERG_MARQUARDT_STEPS if args.solver == "levenberg_marquardt" else ATTACKS[args.attack].num_steps
+    )
     if args.attack in INVERTIBLE and args.adaptive:
         raise ValueError(f"--attack {args.attack} has no objective to adapt, got --adaptive")
     if args.model not in INVERTIBLE.get(args.attack, models.MODELS):
@@ -165,8 +164,7 @@ def _attack(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for --attack gias, got --attack {args.attack}")
     if args.latent_steps is not None and args.latent_steps < 0:
         raise ValueError(f"--latent-steps must be at least 0, got {args.latent_steps}")
-    clients = 1 if args.aggregation is None else args.clients
-    size = args.batch_size * clients
+    size = args.batch_size * _num_clients(args)
     if args.attack == "r_gap" and size > 1:
         raise ValueError(f"--attack r_gap needs a batch of one image, got {size}")
     if args.attack == "idlg" and args.labels == "inferred" and size > 1:
@@ -174,13 +172,25 @@ def _attack(args: argparse.Namespace) -> None:
     parts = tuple(part for text in args.defense for part in parse(text))
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
+    return parts
+
+
+def _num_clients(args: argparse.Namespace) -> int:
+    return 1 if args.aggregation is None else args.clients
+
+
+def _attack(args: argparse.Namespace) -> None:
+    if args.attack == "cafe":
+        _cafe(args)
+        return
+    parts, clients = _checked(args), _num_clients(args)
     out = console.folder(Path(args.out))
-    jax.config.update("jax_enable_x64", exact or ATTACKS[args.attack].x64)
+    jax.config.update("jax_enable_x64", args.solver == "levenberg_marquardt" or ATTACKS[args.attack].x64)
     case = load_case(
         args.model,
         args.data,
         victims=args.victims,
-        batch_size=size,
+        batch_size=args.batch_size * clients,
         seed=args.seed,
         local_steps=args.local_steps,
         learning_rate=args.local_learning_rate,
