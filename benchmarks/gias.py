@@ -153,6 +153,7 @@ def attackers(
             latent_learning_rate=args.latent_rate,
             learning_rate=args.rate,
             total_variation_weight=args.weight,
+            latent_weight=args.latent_weight,
         )
 
     return without, with_generator
@@ -209,7 +210,8 @@ def table(args: argparse.Namespace) -> None:
             f"generator and attack seed 0. Generators: decoders of {args.latents} latents and width {args.width}, "
             f"trained {args.generator_steps} steps on those of the first {args.images} training images that are of all "
             "classes or of classes 0 to 4 (the shifted case), or not at all (a deep image prior with a latent search). "
-            f"GIAS: latent searches {args.starts}, of {args.latent_steps} steps at {args.latent_rate:g}, then "
+            f"GIAS: latent searches {args.starts}, of {args.latent_steps} steps at {args.latent_rate:g} with weight "
+            f"{args.latent_weight:g} on the latents' norm, then "
             f"{args.steps} steps of parameters at {args.rate:g}, {gradients} gradients in all. None: Inverting "
             "Gradients of as many gradients, or of as many as take the same processor time (the last column, from the "
             "mean over the generators). All compare the observed entries alone, weigh total variation "
@@ -297,6 +299,7 @@ def main() -> None:
     parser.add_argument("--latent-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=600, help="of the parameter search")
     parser.add_argument("--latent-rate", type=float, default=0.1)
+    parser.add_argument("--latent-weight", type=float, default=1e-4)
     parser.add_argument("--rate", type=float, default=3e-3, help="of the generator's parameters")
     parser.add_argument("--weight", type=float, default=1e-2, help="of total variation")
     parser.add_argument("--lanes", type=int, default=16)
