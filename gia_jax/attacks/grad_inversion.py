@@ -78,9 +78,10 @@ def grad_inversion(
     Labels are read by `column_minimum`, which is right for distinct labels only. The order of the labels is what makes
     the images of two seeds comparable, so labels that are known must be distinct as well.
 
-    Departures: the norm is the mean of x^2 / 2; registration is a circular shift (see `registered_mean`) and starts at
-    once, every step. The weights are the authors', for ResNet-50 and images of 224 pixels; for other models and sizes
-    choose them on images of one's own.
+    Departures: the total variation is the mean over pixels and the norm the mean of x^2 / 2, so that they do not grow
+    with the images; registration is a circular shift (see `registered_mean`) and starts at once, every step. The
+    weights are the authors', for ResNet-50 and images of 224 pixels; for other models and sizes choose them on images
+    of one's own.
 
     Args:
         client_fn: The client the attacker assumes.
