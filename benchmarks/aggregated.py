@@ -12,8 +12,6 @@ import argparse
 import collections
 import functools
 import tempfile
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,22 +82,9 @@ def aggregated(case: Case, clients: int, name: str, bits: int, target: str) -> O
     return found
 
 
-def interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any], form: str) -> str:
-    """A statistic of values of victims, their leading axis, with a bootstrap interval of 95 % over the victims."""
-    rng = np.random.default_rng(0)
-    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(2_000)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return f"{statistic(values):{form}} [{low:{form}}, {high:{form}}]"
-
-
-def difference(values: np.ndarray) -> str:
-    """Mean of differences paired by victim."""
-    return interval(values, np.mean, "+.3f")
-
-
 def figures(psnr: np.ndarray) -> dict[str, str]:
-    share = interval(psnr >= SUCCESS, np.mean, ".0%")
-    return {"median dB": interval(psnr, np.median, ".2f"), f">= {SUCCESS:g} dB": share}
+    share = record.interval(psnr >= SUCCESS, np.mean, ".0%")
+    return {"median dB": record.interval(psnr, np.median, ".2f"), f">= {SUCCESS:g} dB": share}
 
 
 def described(args: argparse.Namespace) -> str:
@@ -123,7 +108,7 @@ def sums(args: argparse.Namespace) -> None:
                 "clients": clients,
                 **figures(psnr["aggregate"]),
                 **{f"unprotected, {name}": text for name, text in figures(psnr["unprotected"]).items()},
-                "difference, mean dB": difference(np.mean(psnr["aggregate"] - psnr["unprotected"], 1)),
+                "difference, mean dB": record.gain(np.mean(psnr["aggregate"] - psnr["unprotected"], 1)),
                 "prior only, median dB": f"{np.median(psnr[PRIOR_ONLY]):.2f}",
                 "grey, median dB": f"{np.median(10 * np.log10(1 / np.mean((case.pixels - 0.5) ** 2, (2, 3, 4)))):.2f}",
             }
@@ -144,7 +129,7 @@ def bits(args: argparse.Namespace) -> None:
         {
             "bits": name,
             **figures(found),
-            "difference, mean dB": "-" if name == "unprotected" else difference((found - psnr["unprotected"])[:, 0]),
+            "difference, mean dB": "-" if name == "unprotected" else record.gain((found - psnr["unprotected"])[:, 0]),
         }
         for name, found in psnr.items()
     ]
@@ -181,7 +166,7 @@ def views(args: argparse.Namespace) -> None:
                 "protocol": name,
                 "upload, mean dB": f"{psnr['upload'].mean():.2f}",
                 "noise, mean dB": f"{psnr['noise'].mean():.2f}",
-                "difference, mean dB": difference(gap),
+                "difference, mean dB": record.gain(gap),
                 f"p of a difference of {MARGIN:g} dB or more": f"{max(tests):.1e}",
             }
         )

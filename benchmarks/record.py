@@ -5,12 +5,11 @@ import datetime
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from gia_jax import report
 
@@ -67,14 +66,30 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
     print(text, flush=True)
 
 
+def interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any], form: str) -> str:
+    """A statistic with its bootstrap interval of 95 %.
+
+    Args:
+        values: With a leading axis of victims, which are drawn anew.
+        statistic: From values to a number.
+        form: Of the three numbers, such as ".2f".
+    """
+    low, high = _bounds(values, statistic)
+    return f"{statistic(values):{form}} [{low:{form}}, {high:{form}}]"
+
+
 def gain(differences: np.ndarray) -> str:
     """The mean of paired differences with its bootstrap interval of 95 %, named "none" where that covers 0.
 
     Args:
         differences: One for each victim, shape (v,), of the unit of the column.
     """
-    if len(differences) < 2 or np.ptp(differences) == 0:
-        return f"{differences.mean():+.2f}"
-    found = stats.bootstrap((differences,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0))
-    low, high = found.confidence_interval
-    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]" + (", none" if low <= 0 <= high else "")
+    low, high = _bounds(differences, np.mean)
+    return interval(differences, np.mean, "+.2f") + (", none" if low <= 0 <= high else "")
+
+
+def _bounds(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(2_000)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
