@@ -91,9 +91,9 @@ def best_fit(generator: Generator, params: Params, images: data.ImageData) -> fl
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of training."""
     parser.add_argument("--images", type=int, default=20_000, help="of the training set")
-    parser.add_argument("--generator-steps", type=int, default=3_000)
+    parser.add_argument("--generator-steps", type=int, default=2_000)
     parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--latents", type=int, default=32, help="entries of a latent")
+    parser.add_argument("--latents", type=int, default=10, help="entries of a latent")
     parser.add_argument("--data", nargs="+", default=["mnist", "cifar10"])
 
 
