@@ -92,7 +92,7 @@ def described(args: argparse.Namespace) -> str:
         f"Inverting Gradients, {args.steps} steps, 1 start, labels known, untrained LeNet, model and attack seed 0; "
         f"CIFAR-10, the first test images by id, one for each client. SecAgg of {BITS} bits and clip {CLIP:g} unless "
         f"said. PSNR after the best assignment within a victim; intervals of 95 %, bootstrap over victims, differences "
-        f"paired. Threat model: {THREAT}."
+        f"paired, none where theirs covers 0. Threat model: {THREAT}."
     )
 
 

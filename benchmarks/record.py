@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from gia_jax import report
 
@@ -67,10 +68,10 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
 
 
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any], form: str) -> str:
-    """A statistic with its bootstrap interval of 95 %.
+    """A statistic with its percentile bootstrap interval of 95 %.
 
     Args:
-        values: With a leading axis of victims, which are drawn anew.
+        values: With a leading axis of victims, two or more, which are drawn anew.
         statistic: From values to a number.
         form: Of the three numbers, such as ".2f".
     """
@@ -79,17 +80,24 @@ def interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any], form: s
 
 
 def gain(differences: np.ndarray) -> str:
-    """The mean of paired differences with its bootstrap interval of 95 %, named "none" where that covers 0.
+    """The mean of paired differences with its percentile bootstrap interval of 95 %, called none where that covers 0.
 
     Args:
-        differences: One for each victim, shape (v,), of the unit of the column.
+        differences: One for each victim, shape (v,), of the unit of the column; of one victim there is no interval.
     """
+    if len(differences) < 2:
+        return f"{differences.mean():+.2f}"
     low, high = _bounds(differences, np.mean)
-    return interval(differences, np.mean, "+.2f") + (", none" if low <= 0 <= high else "")
+    return interval(differences, np.mean, "+.2f") + (": none" if low <= 0 <= high else "")
 
 
 def _bounds(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(2_000)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
+    found = stats.bootstrap(
+        (np.arange(len(values)),),
+        lambda chosen: statistic(values[chosen]),
+        vectorized=False,
+        n_resamples=2_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -274,7 +274,7 @@ def _attack(args: argparse.Namespace) -> None:
 def _cafe(args: argparse.Namespace) -> None:
     args.data, args.batch_size = args.data or "mnist", BATCH_SIZE if args.batch_size is None else args.batch_size
     for name in ("model", "labels", "steps", "defense", "adaptive", "aggregation", "generator", "latent_steps"):
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False, []):
             raise ValueError(f"--attack cafe takes no --{name.replace('_', '-')}, got {getattr(args, name)}")
     options = ("data", "records", "rounds", "batch_size", "seed")
     for name in options[1:4]:

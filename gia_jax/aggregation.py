@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Named(NamedTuple):
-    """What the command line says of a protocol, and how it is made, with room for a third of the clients to drop out.
+    """What the command line says of a protocol, and how it is made, with room for a quarter of the clients to drop out.
 
     Attributes:
         summary: One line.

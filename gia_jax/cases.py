@@ -74,7 +74,8 @@ class Case(NamedTuple):
             The generator, in the model's space.
 
         Raises:
-            ValueError: A file that is none of a decoder, or one of other shapes of images.
+            ValueError: A file that is none of a decoder, or one of other shapes of images; without a file, images whose
+                height or width is no multiple of 4.
         """
         shape = self.pixels.shape[2:]
         decoder = models.Decoder(shape, rngs=nnx.Rngs(key)) if path is None else models.load_decoder(path)

@@ -8,10 +8,12 @@ from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
-from gia_jax.attacks.r_gap import r_gap, r_gap_twins
-from gia_jax.attacks.rank_analysis import rank_analysis
+from gia_jax.attacks.r_gap import Twins, r_gap, r_gap_twins
+from gia_jax.attacks.rank_analysis import LayerRank, rank_analysis
 
 __all__ = [
+    "LayerRank",
+    "Twins",
     "cafe",
     "cafe_descent",
     "dlg",

@@ -23,7 +23,10 @@ def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[
         lowering: "matmul", "native", which leaves `fn` as it is, or "auto": the first on CPU, the second elsewhere.
 
     Returns:
-        The function.
+        The function. When called it raises ValueError for an output that is not floating point.
+
+    Raises:
+        ValueError: An unknown `lowering`.
     """
     if not lowers_to_matmul(lowering):
         return fn
@@ -34,6 +37,10 @@ def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[
             *leaves
         )
 
+        for path, output in jax.tree.leaves_with_path(shape):
+            if not jnp.issubdtype(output.dtype, jnp.inexact):
+                where = jax.tree_util.keystr(path)
+                raise ValueError(f"fn must return floating-point arrays, got {output.dtype} at output{where}")
         operands = [*leaves, *map(jnp.asarray, traced.consts)]
 
         # What the function closes over, traced or not, becomes an operand like any other.

@@ -77,7 +77,8 @@ class VariationalAutoencoder(nnx.Module):
 def save_decoder(path: Path, decoder: Decoder) -> None:
     """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz."""
     weights = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), sep="/")
-    np.savez(path, input_shape=np.asarray(decoder.input_shape), **jax.tree.map(np.asarray, weights))
+    with path.open("wb") as file:  # an open file keeps its name, whatever its suffix
+        np.savez(file, input_shape=np.asarray(decoder.input_shape), **jax.tree.map(np.asarray, weights))
 
 
 def load_decoder(path: Path) -> Decoder:
@@ -100,10 +101,14 @@ def load_decoder(path: Path) -> Decoder:
         decoder = Decoder(input_shape, latent_size, width=width, rngs=nnx.Rngs(0))
         state = nnx.state(decoder, nnx.Param)
         expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep="/")
-        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, expected):
+        if jax.tree.map(_kind, weights) != jax.tree.map(_kind, expected):
             raise ValueError("its arrays do not fit together")
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, IndexError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"path must be of a generator that save_decoder wrote, got {str(path)!r}: {error}") from None
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights, sep="/"))
     nnx.update(decoder, state)
     return decoder
+
+
+def _kind(leaf: Array) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, jnp.result_type(leaf).kind

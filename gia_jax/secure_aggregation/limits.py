@@ -142,7 +142,9 @@ def imprint_inversion(update: Updates, layer: Path, *, tolerance: float = 1e-4) 
     Args:
         update: The gradient, as observed.
         layer: As for `imprinted`.
-        tolerance: Differences of bias gradients below this fraction of the largest are taken to be rounding.
+        tolerance: Differences of bias gradients below this fraction of the largest are taken to be rounding. Behind a
+            quantizer, one step of it times the root of the number of clients, in that unit, is not enough: take
+            several.
     """
     gradient = _layer(update, layer)
     kernel = jnp.diff(gradient["kernel"].T, axis=0, append=0)
@@ -208,7 +210,7 @@ def joint_labels(
 
     Clients weight their gradient by the number of their examples, and send the number beside it, as federated averaging
     does: the total makes the sum a mean, from whose last bias `bias_counts` reads the labels. `weighted_mean` hides who
-    has how many, but its total is enough for the same reading.
+    has how many, but `bias_counts` reads the same from its mean and its total.
 
     Args:
         view: After a run whose updates were gradients times counts.

@@ -24,7 +24,8 @@ class WeightedMean(NamedTuple):
         mean: The contributors' updates, weighted; a tree like one of them. For gradients of the mean loss, weighted by
             numbers of examples, it is the gradient of the union of their batches.
         total: The sum of the contributors' weights.
-        view: Of the run. Its vectors begin with the weight.
+        view: Of the run, whose vectors begin with the weight: what an attack observes of the sum is `mean`, not
+            `observe(view, "aggregate", ...)`.
     """
 
     mean: Updates
@@ -45,7 +46,7 @@ def weighted_mean(
     """Runs a protocol on weights and weighted updates: a client of weight w counts as w clients with its update.
 
     An entry of the mean is off by less than one step, 1 / `protocol.quantizer.scale`, from that of the clipped updates.
-    The total tells the server the size of the joint batch, all that `limits.joint_labels` needs.
+    The total tells the server the size of the joint batch, all that `labels.bias_counts` needs beside the mean.
 
     Args:
         key: As for `aggregate`.
@@ -60,13 +61,16 @@ def weighted_mean(
         The mean, the total and the view.
 
     Raises:
-        ValueError: Weights that are not one integer from 1 to `max_weight` for each client; a sum that could wrap
-            around; a protocol whose server does not learn it; and as `aggregate`.
+        ValueError: A `max_weight` that is no integer of at least 1; weights that are not one integer from 1 to
+            `max_weight` for each client; a sum that could wrap around; a protocol whose server does not learn it; and
+            as `aggregate`.
         AggregationAborted: Too few clients answered.
     """
     count = protocol.quantizer.num_clients
     if len(weights) != count:
         raise ValueError(f"weights must be {count}, one for each client, got {len(weights)}")
+    if not isinstance(max_weight, int | np.integer) or max_weight < 1:
+        raise ValueError(f"max_weight must be an integer of at least 1, got {max_weight!r}")
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= max_weight:
             raise ValueError(f"weights must be integers from 1 to max_weight={max_weight}, got {weight!r}")
