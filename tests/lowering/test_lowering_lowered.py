@@ -102,3 +102,8 @@ def test_trees_and_integers_pass_through() -> None:
         return made, jax.jit(jax.grad(lambda t: fn(t, 1)["made"].sum()))(tree)
 
     close(everything(lowered(fn, lowering="matmul")), everything(fn))
+
+
+def test_an_output_without_a_derivative_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fn must return floating-point arrays, got int\d+ at output\['n'\]"):
+        lowered(lambda z: {"n": jnp.argmax(z)}, lowering="matmul")(Z)

@@ -41,7 +41,7 @@ def test_the_divergence_of_an_encoder_is_that_of_two_gaussians() -> None:
 
 
 def test_a_saved_decoder_comes_back(tmp_path: Path) -> None:
-    decoder, file = models.Decoder((8, 12, 3), 5, width=2, rngs=nnx.Rngs(3)), tmp_path / "decoder.npz"
+    decoder, file = models.Decoder((8, 12, 3), 5, width=2, rngs=nnx.Rngs(3)), tmp_path / "decoder"
     models.save_decoder(file, decoder)
     loaded = models.load_decoder(file)
     assert (loaded.input_shape, loaded.latent_size) == ((8, 12, 3), 5)
@@ -59,6 +59,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         "other arrays": {"x": np.zeros(3)},
         "arrays that do not fit": weights | {"input_shape": np.asarray((12, 8, 1))},
         "an array too many": weights | {"up3/kernel": np.zeros(3)},
+        "a number for a kernel": weights | {"up1/kernel": np.float32(1)},
+        "integers": {name: leaf.astype(np.int32) for name, leaf in weights.items()},
     }
     for what, arrays in wrong.items():
         path = tmp_path / f"{what}.npz"
