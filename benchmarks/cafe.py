@@ -30,32 +30,19 @@ from gia_jax.attacks.cafe import (
 )
 from gia_jax.base import Params
 from gia_jax.data import ImageData
-from gia_jax.labels import Dense, dense
+from gia_jax.labels import dense
 from gia_jax.metrics import image_scores, label_overlap
 from gia_jax.metrics.images import as_pixels
 from gia_jax.models.layers import max_pool
+from gia_jax.vertical import NUM_WORKERS, OUTPUTS, THREAT, WIDTH, apply, first_layers, fully_connected, worker
 
-THREAT = ThreatModel(batch_indices=True)
-WIDTH = 32  # outputs of a worker's first layer
 FAKE_SCALE = 1e-2
 ROUNDS, BATCHES, RATES = (0.25, 0.5, 0.9, 1.0, 1.5), (8, 40, 200, NUM_RECORDS), (0.0, 1e-6, 1e-4, 1e-2)
-
-
-def fully_connected(layer: Params, inputs: Array) -> Array:
-    return inputs @ layer["kernel"] + layer["bias"]
-
-
-def worker(params: Params, part: Array) -> Array:
-    """Two layers: the slice of an image to ten numbers for the server."""
-    hidden = jax.nn.relu(fully_connected(params["first"], part.reshape(len(part), -1)))
-    return fully_connected(params["last"], hidden)
-
-
-LOSS = clients.cross_entropy(clients.vertical_model(clients.quadrants, worker, fully_connected))
+LOSS = clients.cross_entropy(apply)
 
 
 def parameters(features: int) -> Params:
-    """Weights U(-1, 1) / sqrt(inputs of the layer), from seed 0."""
+    """Weights U(-1, 1) / sqrt(inputs of the layer), from seed 0: the draws that the committed figures have."""
     rng = np.random.default_rng(0)
 
     def layer(d: int, r: int) -> Params:
@@ -65,12 +52,8 @@ def parameters(features: int) -> Params:
             "bias": jnp.asarray(rng.uniform(-limit, limit, r), jnp.float32),
         }
 
-    workers = [{"first": layer(features, WIDTH), "last": layer(WIDTH, 10)} for _ in range(4)]
-    return {"workers": workers, "server": layer(40, 10)}
-
-
-def first_layers(tree: Params) -> list[Dense]:
-    return [Dense(part["first"]["kernel"], part["first"]["bias"]) for part in tree["workers"]]
+    workers = [{"first": layer(features, WIDTH), "last": layer(WIDTH, OUTPUTS)} for _ in range(NUM_WORKERS)]
+    return {"workers": workers, "server": layer(NUM_WORKERS * OUTPUTS, 10)}
 
 
 CAFE = attacks.cafe(first_layers, dense("server"), split_fn=clients.quadrants)

@@ -37,19 +37,23 @@ def parameters(key: PRNGKeyArray, slice_size: int, num_classes: int) -> Params:
     return {"workers": [worker(own) for own in workers], "server": layer(server, NUM_WORKERS * OUTPUTS, num_classes)}
 
 
-def _dense(layer: Params, inputs: Float[Array, "b d"]) -> Float[Array, "b f"]:
+def fully_connected(layer: Params, inputs: Float[Array, "b d"]) -> Float[Array, "b f"]:
+    """A layer of `parameters`; the server's is one."""
     return inputs @ layer["kernel"] + layer["bias"]
 
 
-def _worker(params: Params, part: Array) -> Float[Array, "b f"]:
-    return _dense(params["last"], jax.nn.relu(_dense(params["first"], part.reshape(len(part), -1))))
+def worker(params: Params, part: Array) -> Float[Array, "b f"]:
+    """Two layers: the slice of an image to the numbers that the server gets."""
+    hidden = jax.nn.relu(fully_connected(params["first"], part.reshape(len(part), -1)))
+    return fully_connected(params["last"], hidden)
 
 
-def _first_layers(tree: Params) -> list[Dense]:
+def first_layers(tree: Params) -> list[Dense]:
+    """Of every worker, in the parameters or an update."""
     return [Dense(own["first"]["kernel"], own["first"]["bias"]) for own in tree["workers"]]
 
 
-apply = clients.vertical_model(clients.quadrants, _worker, _dense)
+apply = clients.vertical_model(clients.quadrants, worker, fully_connected)
 
 
 def cafe_on_federation(
@@ -80,7 +84,7 @@ def cafe_on_federation(
     params = parameters(key_params, records.inputs[0].size // NUM_WORKERS, len(images.class_names))
     client_fn = jax.jit(clients.vertical_sgd(clients.cross_entropy(apply), indices))
     seen = observe(key_threat, THREAT, client_fn, params, records, batch_indices=indices)
-    attack = attacks.cafe(_first_layers, dense("server"), split_fn=clients.quadrants)
+    attack = attacks.cafe(first_layers, dense("server"), split_fn=clients.quadrants)
     one = Observation(params, *jax.tree.map(lambda leaf: leaf[None], (seen.update, seen.extra)))
     found = study_analytic(attack, key_attack, one)
     batch = Batch(*(jnp.asarray(leaf)[0][:, None] for leaf in found.reconstruction.batch))

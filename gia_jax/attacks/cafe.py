@@ -348,8 +348,4 @@ def _unexplained(
         layer.kernel - jnp.einsum("tn,nd,nr->tdr", selection, h, v, precision="highest")
         for layer, h, v in zip(layers, features, gradients, strict=True)
     ]
-    return _norm(missed) / _norm([layer.kernel for layer in layers])
-
-
-def _norm(arrays: Sequence[Array]) -> Float[Array, ""]:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in arrays))
+    return optax.tree.norm(missed) / optax.tree.norm([layer.kernel for layer in layers])

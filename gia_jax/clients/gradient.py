@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from gia_jax.lowering import Lowering, lower, lowers_to_matmul
-from gia_jax.lowering.linear import call, linear_p, moving, opened, transpose
+from gia_jax.lowering.linear import call, captured, linear, moving, opened, transpose
 
 # Cheaper to do again than to keep: a reversed kernel kept for the second derivative is a copy of the weights.
 RECOMPUTED = {"rev", "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "pad", "slice"}
@@ -53,15 +53,8 @@ def parameter_gradient(loss_fn: Callable[..., jax.Array], *, lowering: Lowering 
                 raise ValueError(f"loss_fn must return a scalar, got shape {jnp.shape(loss)}")
             return loss
 
-        # What the loss closes over, traced or not, becomes an operand like any other.
-        traced = jax.make_jaxpr(flat_loss)(*arguments)
-        operands = [*arguments, *traced.consts]
-
-        def loss(*values: jax.Array) -> jax.Array:
-            closed = jex_core.ClosedJaxpr(traced.jaxpr, list(values[len(arguments) :]))
-            return jex_core.jaxpr_as_fun(closed)(*values[: len(arguments)])[0]
-
-        return jax.tree.unflatten(tree, _gradient(loss, operands, count, prepare))
+        losses, operands, _ = captured(flat_loss, *arguments)
+        return jax.tree.unflatten(tree, _gradient(lambda *values: losses(*values)[0], operands, count, prepare))
 
     return gradient_fn
 
@@ -77,7 +70,7 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         moved = moving(primals, tangents)
         wanted = (*wrt, *(i for i in moved if i >= count))
-        linear: dict[str, jex_core.Jaxpr] = {}
+        pushed: dict[str, jex_core.Jaxpr] = {}
 
         def value_and_residuals(*values: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
             def gradients(params: list[jax.Array]) -> tuple[jax.Array, ...]:
@@ -87,22 +80,16 @@ def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: in
             out, push = jax.linearize(kept, list(values[:count]))
             picked = [wanted.index(i) for i in moved]
             traced = jax.make_jaxpr(lambda v: [push(v)[i] for i in picked])(list(values[:count]))
-            linear["jaxpr"] = traced.jaxpr
+            pushed["jaxpr"] = traced.jaxpr
             return list(out[:count]), list(traced.consts)
 
         both = prepare(jax.make_jaxpr(value_and_residuals)(*primals))
         outputs = call(both, *primals)
         value, residuals = outputs[:count], outputs[count:]
-        back = opened(linear["jaxpr"])
+        back = opened(pushed["jaxpr"])
         forward = transpose(back, residuals, primals[:count], [primals[i] for i in moved])
-        tangent = linear_p.bind(
-            *residuals,
-            *(tangents[i] for i in moved),
-            forward=prepare(forward),
-            backward=prepare(back),
-            num_residuals=len(residuals),
-        )
-        return value, list(tangent)
+        moves = [tangents[i] for i in moved]
+        return value, linear(residuals, moves, forward=forward, backward=back, prepare=prepare)
 
     gradient.defjvp(rule, symbolic_zeros=True)
     return gradient(*operands)

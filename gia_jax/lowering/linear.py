@@ -1,7 +1,7 @@
 """Linear maps that carry their transpose, for derivative rules that choose how both are computed."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,21 @@ def moving(primals: Sequence[Any], tangents: Sequence[Any]) -> list[int]:
 def call(closed: jex_core.ClosedJaxpr, *values: Any) -> list[Any]:
     """Runs it."""
     return jex_core.jaxpr_as_fun(closed)(*values)
+
+
+def captured(fn: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., list[jax.Array]], list[jax.Array], Any]:
+    """A function of everything it reads: what it closes over, traced or not, becomes an operand like any other.
+
+    Returns:
+        The function, from its operands to its flat outputs; the operands, `arguments` first; the outputs' shapes.
+    """
+    traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
+
+    def of_operands(*values: jax.Array) -> list[jax.Array]:
+        consts, own = list(values[len(arguments) :]), values[: len(arguments)]
+        return call(jex_core.ClosedJaxpr(traced.jaxpr, consts), *own)
+
+    return of_operands, [*arguments, *map(jnp.asarray, traced.consts)], shapes
 
 
 def opened(jaxpr: jex_core.Jaxpr) -> jex_core.ClosedJaxpr:
@@ -52,6 +67,19 @@ def transpose(
 # without a batching rule.
 linear_p = jex_core.Primitive("gia_jax_linear")
 linear_p.multiple_results = True
+
+
+def linear(
+    residuals: Sequence[Any],
+    inputs: Sequence[Any],
+    *,
+    forward: jex_core.ClosedJaxpr,
+    backward: jex_core.ClosedJaxpr,
+    prepare: Callable[[jex_core.ClosedJaxpr], jex_core.ClosedJaxpr],
+) -> list[Any]:
+    """The map and its transpose, both `(residuals, values) -> values`, computed as `prepare` makes them."""
+    programs = {"forward": prepare(forward), "backward": prepare(backward)}
+    return list(linear_p.bind(*residuals, *inputs, **programs, num_residuals=len(residuals)))
 
 
 def _linear(*values: Any, forward: jex_core.ClosedJaxpr, backward: jex_core.ClosedJaxpr, num_residuals: int) -> list:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from gia_jax.lowering.linear import call, linear_p, moving, opened, transpose
+from gia_jax.lowering.linear import call, captured, linear, moving, opened, transpose
 from gia_jax.lowering.rewrite import Lowering, lower, lowers_to_matmul
 
 
@@ -33,21 +33,13 @@ def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[
 
     def fast_fn(*arguments: Any) -> Any:
         leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arguments))
-        traced, shape = jax.make_jaxpr(lambda *values: fn(*jax.tree.unflatten(tree, values)), return_shape=True)(
-            *leaves
-        )
-
+        flat_fn, operands, shape = captured(lambda *values: fn(*jax.tree.unflatten(tree, values)), *leaves)
         for path, output in jax.tree.leaves_with_path(shape):
             if not jnp.issubdtype(output.dtype, jnp.inexact):
                 where = jax.tree_util.keystr(path)
                 raise ValueError(f"fn must return floating-point arrays, got {output.dtype} at output{where}")
-        operands = [*leaves, *map(jnp.asarray, traced.consts)]
-
-        # What the function closes over, traced or not, becomes an operand like any other.
-        def flat(*values: jax.Array) -> list[jax.Array]:
-            return call(jex_core.ClosedJaxpr(traced.jaxpr, list(values[len(leaves) :])), *values[: len(leaves)])
-
-        return jax.tree.unflatten(jax.tree.structure(shape), _lowered(flat, operands, len(traced.out_avals)))
+        outputs, structure = jax.tree.flatten(shape)
+        return jax.tree.unflatten(structure, _lowered(flat_fn, operands, len(outputs)))
 
     return fast_fn
 
@@ -61,7 +53,7 @@ def _lowered(fn: Callable[..., list[jax.Array]], operands: Sequence[Any], count:
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         moved = moving(primals, tangents)
-        linear: dict[str, jex_core.Jaxpr] = {}
+        pushed: dict[str, jex_core.Jaxpr] = {}
 
         def value_and_residuals(*values: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
             def along(*inputs: jax.Array) -> list[jax.Array]:
@@ -71,21 +63,15 @@ def _lowered(fn: Callable[..., list[jax.Array]], operands: Sequence[Any], count:
             inputs = [values[i] for i in moved]
             out, push = jax.linearize(along, *inputs)
             traced = jax.make_jaxpr(push)(*inputs)
-            linear["jaxpr"] = traced.jaxpr
+            pushed["jaxpr"] = traced.jaxpr
             return out, list(traced.consts)
 
         found = call(lower(jax.make_jaxpr(value_and_residuals)(*primals)), *primals)
         outputs, residuals = found[:count], found[count:]
-        forward = opened(linear["jaxpr"])
+        forward = opened(pushed["jaxpr"])
         backward = transpose(forward, residuals, [primals[i] for i in moved], outputs)
-        tangent = linear_p.bind(
-            *residuals,
-            *(tangents[i] for i in moved),
-            forward=lower(forward),
-            backward=lower(backward),
-            num_residuals=len(residuals),
-        )
-        return outputs, list(tangent)
+        moves = [tangents[i] for i in moved]
+        return outputs, linear(residuals, moves, forward=forward, backward=backward, prepare=lower)
 
     value.defjvp(rule, symbolic_zeros=True)
     return value(*operands)
