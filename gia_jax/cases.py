@@ -21,6 +21,7 @@ from gia_jax.threat import ThreatModel, observe
 
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
 PRIOR_ONLY = "prior only"
+RUN_ONCE = {"xla_backend_optimization_level": 0}  # of a program that runs once: compiling it is all that it costs
 
 
 class Case(NamedTuple):
@@ -218,10 +219,7 @@ def see(
         return seen
 
     victims = len(case.truth.labels)
-    # It runs once: compiling it is all that it costs.
-    seen = jax.jit(jax.vmap(of_one), compiler_options={"xla_backend_optimization_level": 0})(
-        jax.random.split(key, victims), case.truth
-    )
+    seen = jax.jit(jax.vmap(of_one), compiler_options=RUN_ONCE)(jax.random.split(key, victims), case.truth)
     return {granted: {name: o._replace(params=params) for name, o in group.items()} for granted, group in seen.items()}
 
 
@@ -273,7 +271,9 @@ def attack(
     key_attack, key_random = jax.random.split(key)
     groups = dict(observations)
     if prior_only is not None:
-        groups[PRIOR_ONLY] = jax.jit(report.random_updates)(key_random, observations[prior_only])
+        groups[PRIOR_ONLY] = jax.jit(report.random_updates, compiler_options=RUN_ONCE)(
+            key_random, observations[prior_only]
+        )
     together = joined(list(groups.values()))
     low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
     plain = assumed if adaptive else case.protect(())

@@ -76,6 +76,13 @@ class _Geometry(NamedTuple):
         return [(self.window[d] - 1 - j if self.flipped[d] else j) * self.window_dilation[d] for j in stored]
 
 
+# Traced once for every geometry: networks repeat theirs.
+@functools.partial(
+    jax.jit,
+    static_argnames="window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count "
+    "batch_group_count precision preferred_element_type out_sharding flipped".split(),
+    inline=True,
+)
 def convolution(
     lhs: jax.Array,
     rhs: jax.Array,
