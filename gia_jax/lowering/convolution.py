@@ -79,8 +79,10 @@ class _Geometry(NamedTuple):
 # Traced once for every geometry: networks repeat theirs.
 @functools.partial(
     jax.jit,
-    static_argnames="window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count "
-    "batch_group_count precision preferred_element_type out_sharding flipped".split(),
+    static_argnames=(
+        *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count"),
+        *("batch_group_count", "precision", "preferred_element_type", "out_sharding", "flipped"),
+    ),
     inline=True,
 )
 def convolution(
