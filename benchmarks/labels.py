@@ -20,6 +20,7 @@ from gia_jax.metrics import label_overlap
 from gia_jax.models.functional import ApplyFn
 
 THREAT = ThreatModel()
+NUM_PUBLIC = 1_000
 SETTINGS = ((1, True), (8, True), (8, False), (32, False), (100, False))  # batch size, distinct labels
 
 
@@ -31,7 +32,9 @@ def draw(rng: np.random.Generator, classes: np.ndarray, size: int, distinct: boo
     return np.asarray([rng.choice(np.flatnonzero(classes == c)) for c in chosen])
 
 
-def rules_for(client_fn: ClientFn, apply_fn: ApplyFn, size: int, classes: int) -> dict[str, LabelFn | None]:
+def rules_for(
+    client_fn: ClientFn, apply_fn: ApplyFn, size: int, classes: int, public: np.ndarray
+) -> dict[str, LabelFn | None]:
     """Every rule; None where it refuses such a batch."""
     head = labels.dense("head")
     return {
@@ -39,6 +42,9 @@ def rules_for(client_fn: ClientFn, apply_fn: ApplyFn, size: int, classes: int) -
         "column_minimum": labels.column_minimum(head) if size <= classes else None,
         "bias_counts": labels.bias_counts(head),
         "bias_counts, p measured": labels.bias_counts(head, apply_fn=apply_fn),
+        "bias_counts, p of public images": labels.bias_counts(
+            head, apply_fn=apply_fn, public_inputs=jnp.asarray(public)
+        ),
         "greedy_bias": labels.greedy_bias(head),
         "llg": labels.llg(head),
         "llg_plus": labels.llg_plus(client_fn, head),
@@ -72,6 +78,12 @@ def main() -> None:
             )
             for model in ("lenet", "groupnorm_net")
         }
+        # The control for the column minimum: predictions near 1 / C, by a last layer of a tenth of its weights.
+        apply_fn, params = networks["lenet, untrained"]
+        smaller = jax.tree.map(lambda leaf: leaf / 10, params["head"])
+        networks["lenet, untrained, head / 10"] = apply_fn, params | {"head": smaller}
+        public = data.load(name, split="train", limit=NUM_PUBLIC)
+        public_inputs = public.normalize(public.images)
         *networks["lenet, trained"], _, accuracy = train_network(models.LeNet, name, 0, args.epochs)
         accuracies.append(f"{name} {accuracy:.1%}")
         for network, (apply_fn, params) in networks.items():
@@ -80,7 +92,8 @@ def main() -> None:
                 rng = np.random.default_rng(size)
                 chosen = np.stack([draw(rng, classes, size, distinct) for _ in range(args.draws)])
                 batches = Batch(jnp.asarray(inputs[chosen]), jnp.asarray(classes[chosen]))
-                found = overlaps(client_fn, params, batches, rules_for(client_fn, apply_fn, size, count))
+                rules = rules_for(client_fn, apply_fn, size, count, public_inputs)
+                found = overlaps(client_fn, params, batches, rules)
                 setting = {"data": name, "network": network, "batch": str(size)}
                 rows.append({**setting, "labels": "distinct" if distinct else "random", **found})
                 print(rows[-1], flush=True)
@@ -92,7 +105,9 @@ def main() -> None:
         "`groupnorm_net` has ReLU and weights of the usual scale. Model seed 0; trained for "
         f"{args.epochs} epochs by Adam (test accuracy {', '.join(accuracies)}). Ten classes: batches of 32 and 100 "
         "have no distinct labels; one label is always distinct. `bias_counts` takes the mean prediction for 1 / C, "
-        "'p measured' for what the network says of 128 random inputs. '-': the rule refuses such a batch. "
+        "'p measured' for what the network says of 128 random inputs, 'p of public images' of the first "
+        f"{NUM_PUBLIC} training images, which are more than the threat model grants. 'head / 10' has a last layer of a "
+        "tenth of its weights, so that it predicts near 1 / C. '-': the rule refuses such a batch. "
         f"Threat model: {THREAT.describe()}.",
     )
 

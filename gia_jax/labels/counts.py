@@ -5,30 +5,50 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gia_jax import _check
-from gia_jax.base import LabelFn, Observation, Params
+from gia_jax.base import LabelFn, Observation
 from gia_jax.labels.classifier import ClassifierFn, batch_size, bias_gradient, greedy_labels, labels_from_counts
+from gia_jax.threat import granted
 
 
-def bias_counts(classifier_fn: ClassifierFn, *, apply_fn=None, num_dummies: int = 128) -> LabelFn:
+def bias_counts(
+    classifier_fn: ClassifierFn,
+    *,
+    apply_fn=None,
+    num_dummies: int = 128,
+    public_inputs: Float[Array, "n *d"] | None = None,
+) -> LabelFn:
     """Class counts in closed form, n_c = B (p_c - grad b_c), rounded to integers that sum to B.
 
     The mean prediction p is the only unknown. It is 1 / C in a network that has learned nothing, or what the network
-    predicts for random inputs. Exact where the guess of p is off by less than 1 / (2 B); an error of p_c in a
-    trained network counts B times. Works for any batch size and for duplicates.
+    predicts for random inputs, or for public ones of the client's kind. Exact where the guess of p is off by less than
+    1 / (2 B); an error of p_c in a trained network counts B times. Works for any batch size and for duplicates.
 
     Args:
         classifier_fn: Picks the last layer; it must have a bias.
         apply_fn: `(params, inputs) -> logits`, to estimate p on standard normal inputs; None takes p = 1 / C.
         num_dummies: Random inputs for that estimate, >= 1.
+        public_inputs: Inputs for that estimate in place of random ones, for an attacker that has some of the client's
+            kind: auxiliary data, to be named with the threat model.
 
     Returns:
         The rule; it raises ValueError where there is no bias.
+
+    Raises:
+        ValueError: `public_inputs` without `apply_fn`, or none of them.
     """
     _check.positive(num_dummies=num_dummies)
+    if public_inputs is not None:
+        if apply_fn is None:
+            raise ValueError("apply_fn must be given with public_inputs, got None")
+        _check.positive(num_public_inputs=len(public_inputs))
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
         gradient, size = bias_gradient("bias_counts", classifier_fn, observation), batch_size(observation)
-        mean = 1 / gradient.shape[0] if apply_fn is None else _mean_prediction(apply_fn, observation, num_dummies)
+        if apply_fn is None:
+            mean = 1 / gradient.shape[0]
+        else:
+            inputs = _dummies(observation, num_dummies) if public_inputs is None else public_inputs
+            mean = jnp.mean(jax.nn.softmax(apply_fn(observation.params, inputs)), 0)
         return labels_from_counts(size * (mean - gradient), size)
 
     return label_fn
@@ -56,8 +76,6 @@ def greedy_bias(classifier_fn: ClassifierFn) -> LabelFn:
     return label_fn
 
 
-def _mean_prediction(apply_fn, observation: Observation, num_dummies: int) -> Float[Array, " c"]:
-    like = observation.extra["inputs_like"]
-    dummies = jax.random.normal(jax.random.key(0), (num_dummies, *like.shape[1:]), like.dtype)
-    params: Params = observation.params
-    return jnp.mean(jax.nn.softmax(apply_fn(params, dummies)), 0)
+def _dummies(observation: Observation, count: int) -> Float[Array, "n *d"]:
+    like = granted(observation, "inputs_like")
+    return jax.random.normal(jax.random.key(0), (count, *like.shape[1:]), like.dtype)

@@ -55,6 +55,23 @@ def test_bias_counts_need_the_mean_prediction_of_a_trained_network():
     assert overlap(informed, truth) == 1
 
 
+def test_public_inputs_give_the_mean_prediction_where_random_ones_do_not():
+    # The network's prediction depends on its input: random ones say nothing of the client's, which are all near 3.
+    def apply_fn(params, x):
+        return 4 * jnp.stack([x[:, 0], x[:, 1], -x[:, 0], -x[:, 1]], 1) / 3
+
+    client = 3 + 0.1 * np.random.default_rng(0).normal(size=(40, 2))
+    public = 3 + 0.1 * np.random.default_rng(1).normal(size=(200, 2))
+    logits = np.asarray(apply_fn({}, jnp.asarray(client)))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truth = np.arange(40) % 4
+    observation = from_probabilities(probabilities, truth)
+    random = labels.bias_counts(HEAD, apply_fn=apply_fn)(observation)
+    informed = labels.bias_counts(HEAD, apply_fn=apply_fn, public_inputs=jnp.asarray(public))(observation)
+    assert overlap(random, truth) < 0.8
+    assert overlap(informed, truth) > 0.97
+
+
 @pytest.fixture(scope="module")
 def draws():
     return draws_of(
@@ -82,6 +99,10 @@ def test_more_images_than_classes(draws):
 def test_refusals_by_name():
     with pytest.raises(ValueError, match="num_dummies must be positive, got 0"):
         labels.bias_counts(HEAD, num_dummies=0)
+    with pytest.raises(ValueError, match="apply_fn must be given with public_inputs, got None"):
+        labels.bias_counts(HEAD, public_inputs=jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="num_public_inputs must be positive, got 0"):
+        labels.bias_counts(HEAD, apply_fn=APPLY, public_inputs=jnp.zeros((0, 2)))
     no_bias = Observation({}, {"head": {"kernel": jnp.zeros((2, 3))}}, {"inputs_like": jnp.zeros((1, 2))})
     for name in ("bias_counts", "greedy_bias"):
         with pytest.raises(ValueError, match=f"{name} needs a bias in the last layer, got none"):
