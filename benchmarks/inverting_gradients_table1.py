@@ -378,10 +378,9 @@ def levenberg_marquardt_limits(args: argparse.Namespace) -> None:
             solver: dict[str, Any] = {"linear_solver": "cg", "cg_steps": 1_000} if size > 2 else {}
             name += ", conjugate gradients" if solver else ""
             rows.append(newton(*client, victims_of(max(1, 2 // size), batch_size=size), name, **solver))
-            for noise in (0.1, 0.01):
-                near = f"{name}, from the truth with {-20 * np.log10(noise):.0f} dB of noise"
-                rows.append(newton(*client, victims_of(1, batch_size=size), near, noise, **solver))
-            print(rows[-3:], flush=True)
+            near = f"{name}, from the truth with noise at 20 dB"
+            rows.append(newton(*client, victims_of(1, batch_size=size), near, 0.1, **solver))
+            print(rows[-2:], flush=True)
         _write_newton("levenberg_marquardt_limits", "Levenberg-Marquardt: other activations and batches", rows)
 
 
