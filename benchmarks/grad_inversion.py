@@ -40,6 +40,7 @@ from gia_jax import (
 from gia_jax.attacks import grad_inversion
 from gia_jax.base import Params, Statistics
 from gia_jax.matching import group
+from gia_jax.models.layers import batch_norm
 
 PROXY_IMAGES = 256  # of the training set, the attacker's own
 WEIGHTS = {"match_weight": 1e-3, "total_variation_weight": 1e-4, "norm_weight": 1e-6, "statistics_weight": 0.1}
@@ -73,9 +74,21 @@ STATISTICS = {
 }
 
 
+class BatchNormNet(models.GroupNormNet):
+    """Its four convolutions with batch normalisation, where every image has few features and many gradients."""
+
+    def __init__(self, *, width: int, rngs: nnx.Rngs) -> None:
+        super().__init__(width=width, rngs=rngs)
+        for i, features in enumerate((width, width, 2 * width, 2 * width)):
+            setattr(self, f"norm{i}", batch_norm(features, rngs=rngs))
+
+
 def network(args: argparse.Namespace) -> nnx.Module:
-    """A residual network of one block a stage with batch normalisation, trained."""
-    module = models.ResNet(blocks=(1, 1, 1), width=args.width, rngs=nnx.Rngs(0))
+    """A network with batch normalisation, trained."""
+    if args.network == "resnet":
+        module: nnx.Module = models.ResNet(blocks=(1, 1, 1), width=args.width, rngs=nnx.Rngs(0))
+    else:
+        module = BatchNormNet(width=args.width, rngs=nnx.Rngs(0))
     state = nnx.state(module)
     leaves, structure = jax.tree.flatten(nnx.to_pure_dict(state))
     if args.weights and args.weights.exists():
@@ -279,6 +292,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="seeds that run together")
     parser.add_argument("--steps", type=int, default=2_000, help="of each attack")
     parser.add_argument("--batch-size", type=int, default=4, help="images of a client, of different classes")
+    parser.add_argument("--network", choices=["convnet", "resnet"], default="convnet")
     parser.add_argument("--width", type=int, default=16, help="of the network")
     parser.add_argument("--epochs", type=int, default=3, help="of its training")
     parser.add_argument("--training-images", type=int, default=10_000)
