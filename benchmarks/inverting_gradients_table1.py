@@ -386,6 +386,21 @@ def levenberg_marquardt_limits(args: argparse.Namespace) -> None:
             _write_newton("levenberg_marquardt_limits", "Levenberg-Marquardt: other activations and batches", rows)
 
 
+def levenberg_marquardt_scales(args: argparse.Namespace) -> None:
+    """The control for other activations: the same networks with smaller first weights, so that nothing saturates."""
+    rows = []
+    with jax.enable_x64(True):
+        for activation in (jax.nn.tanh, jax.nn.gelu):
+            for scale in (0.5, 0.2):
+                client_fn, params = lenet_client(0, activation=activation)
+                params = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params)
+                rows.append(newton(client_fn, params, victims_of(1), f"{activation.__name__} LeNet, weights x {scale}"))
+                print(rows[-1], flush=True)
+                _write_newton(
+                    "levenberg_marquardt_scales", "Levenberg-Marquardt: other activations by their weights' size", rows
+                )
+
+
 def _write_newton(name: str, title: str, rows: list[dict[str, str]]) -> None:
     record.write(
         name,
@@ -546,7 +561,18 @@ def main() -> None:
     parser.add_argument("--deep-weight", type=float, default=1e-2, help="of total variation on the deeper nets")
     run_parts(
         parser,
-        *(sweep, cosine, lbfgs, levenberg_marquardt, levenberg_marquardt_limits, trained, deep, fedavg, analytic),
+        *(
+            sweep,
+            cosine,
+            lbfgs,
+            levenberg_marquardt,
+            levenberg_marquardt_limits,
+            levenberg_marquardt_scales,
+            trained,
+            deep,
+            fedavg,
+            analytic,
+        ),
     )
 
 
