@@ -16,12 +16,11 @@ from gia_jax.attacks.named import INVERTIBLE, Generator, Target, make_analytic, 
 from gia_jax.base import Batch, LossFn, Observation, Params, Statistics
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.protection import Part, Protected, encoded, protect
-from gia_jax.study import ProgressFn, Study, study, study_analytic
+from gia_jax.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
 from gia_jax.threat import ThreatModel, observe
 
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
 PRIOR_ONLY = "prior only"
-RUN_ONCE = {"xla_backend_optimization_level": 0}  # of a program that runs once: compiling it is all that it costs
 
 
 class Case(NamedTuple):
@@ -271,9 +270,7 @@ def attack(
     key_attack, key_random = jax.random.split(key)
     groups = dict(observations)
     if prior_only is not None:
-        groups[PRIOR_ONLY] = jax.jit(report.random_updates, compiler_options=RUN_ONCE)(
-            key_random, observations[prior_only]
-        )
+        groups[PRIOR_ONLY] = jax.jit(report.random_updates)(key_random, observations[prior_only])
     together = joined(list(groups.values()))
     low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
     plain = assumed if adaptive else case.protect(())

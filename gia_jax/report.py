@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
 from gia_jax.base import Batch, Observation
@@ -82,10 +83,10 @@ def random_updates(key: PRNGKeyArray, observations: Observation) -> Observation:
     """
 
     def one(key: PRNGKeyArray, update: Any) -> Any:
-        leaves, tree = jax.tree.flatten(update)
-        noise = [jax.random.normal(k, u.shape, u.dtype) for k, u in zip(jax.random.split(key, len(leaves)), leaves)]
-        scaled = [n * jnp.linalg.norm(u) / jnp.linalg.norm(n) for n, u in zip(noise, leaves, strict=True)]
-        return jax.tree.unflatten(tree, scaled)
+        # One draw for all leaves: the random bits of each would be a program of their own.
+        flat, unravel = ravel_pytree(update)
+        noise = unravel(jax.random.normal(key, flat.shape, flat.dtype))
+        return jax.tree.map(lambda n, u: n * jnp.linalg.norm(u) / jnp.linalg.norm(n), noise, update)
 
     victims = jax.tree.leaves(observations.update)[0].shape[0]
     return observations._replace(update=jax.vmap(one)(jax.random.split(key, victims), observations.update))
