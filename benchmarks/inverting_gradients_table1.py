@@ -370,20 +370,21 @@ def levenberg_marquardt_limits(args: argparse.Namespace) -> None:
     with jax.enable_x64(True):
         # The Jacobian of four images makes 4 TFLOP of normal equations in every step.
         gradients: dict[str, Any] = {"linear_solver": "cg", "cg_steps": 1_000}
-        cases = [
-            ("tanh LeNet, batch 1", lenet_client(0, activation=jax.nn.tanh), 1, {}),
-            ("GELU LeNet, batch 1", lenet_client(0, activation=jax.nn.gelu), 1, {}),
-            ("sigmoid LeNet, batch 4, conjugate gradients", lenet_client(0), 4, gradients),
-            ("sigmoid LeNet, batch 2", lenet_client(0), 2, {}),
-            ("ReLU LeNet, batch 1", lenet_client(0, activation=jax.nn.relu), 1, {}),
-        ]
-        for name, client, size, solver in cases:
+        cases = {
+            "tanh": ("tanh LeNet, batch 1", lenet_client(0, activation=jax.nn.tanh), 1, {}),
+            "gelu": ("GELU LeNet, batch 1", lenet_client(0, activation=jax.nn.gelu), 1, {}),
+            "batch_4": ("sigmoid LeNet, batch 4, conjugate gradients", lenet_client(0), 4, gradients),
+            "batch_2": ("sigmoid LeNet, batch 2", lenet_client(0), 2, {}),
+            "relu": ("ReLU LeNet, batch 1", lenet_client(0, activation=jax.nn.relu), 1, {}),
+        }
+        for name, client, size, solver in (cases[case] for case in args.cases):
             victims = victims_of(1, batch_size=size)
             rows.append(newton(*client, victims, name, **solver))
             # The control: from the truth with noise on its pixels, which no attacker has.
             rows.append(newton(*client, victims, f"{name}, from the truth with noise at 20 dB", 0.1, **solver))
             print(rows[-2:], flush=True)
-            _write_newton("levenberg_marquardt_limits", "Levenberg-Marquardt: other activations and batches", rows)
+            file = "levenberg_marquardt_limits_" + "_".join(args.cases)
+            _write_newton(file, "Levenberg-Marquardt: other activations and batches", rows)
 
 
 def levenberg_marquardt_scales(args: argparse.Namespace) -> None:
@@ -555,6 +556,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--victims", type=int, default=100, help="images of the part `cosine`")
     parser.add_argument("--newton-victims", type=int, default=16, help="images of the part `levenberg_marquardt`")
+    cases = ["tanh", "gelu", "batch_4", "batch_2", "relu"]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, help="of `levenberg_marquardt_limits`")
     parser.add_argument("--seeds", type=int, default=3, help="model seeds of the part `cosine`")
     parser.add_argument("--steps", type=int, default=4_800, help="of signed Adam on LeNet")
     parser.add_argument("--deep-steps", type=int, default=1_000, help="of signed Adam on the deeper nets")
