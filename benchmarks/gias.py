@@ -1,6 +1,6 @@
 """What a generator is worth to an attacker: GIAS and GIML against Inverting Gradients, which has none.
 
-    python benchmarks/gias.py [table | meta ...] [--data NAME ...] [--victims N] [--batch-size N] [--steps N] ...
+    python benchmarks/gias.py [tune | table | meta ...] [--data NAME ...] [--victims N] [--batch-size N] [--steps N] ...
 
 Needs the extra `data`, and MNIST and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). All attackers know that the update
 was pruned, and have the same weight of total variation: of 1e-2, 1e-3 and 1e-4 the best without a generator, on 16
@@ -75,18 +75,18 @@ class Setting(NamedTuple):
         return see(keys, batches)._replace(params=self.params)
 
 
-def setting_of(name: str, args: argparse.Namespace) -> Setting:
-    """The first test images, by id, of the second half of the classes."""
-    images = data.load(name, limit=4 * args.victims * args.batch_size)
+def setting_of(name: str, args: argparse.Namespace, *, split: str = "test", first: int = 0) -> Setting:
+    """The first test images, by id, of the second half of the classes; or others."""
+    images = data.load(name, split=split, limit=first + 4 * args.victims * args.batch_size)
     module = models.LeNet(images.images.shape[1:], len(images.class_names), rngs=nnx.Rngs(0))
     apply_fn, params = models.functional(module)
-    truth = batches_of(images, VICTIM_CLASSES, args.victims, args.batch_size)
+    truth = batches_of(images, VICTIM_CLASSES, args.victims, args.batch_size, first=first)
     return Setting(images, clients.federated_sgd(clients.cross_entropy(apply_fn)), params, truth)
 
 
-def batches_of(images: data.ImageData, classes: Sequence[int], number: int, size: int) -> Batch:
-    """The first images of some classes in batches."""
-    chosen = np.flatnonzero(np.isin(images.labels, classes))[: number * size]
+def batches_of(images: data.ImageData, classes: Sequence[int], number: int, size: int, *, first: int = 0) -> Batch:
+    """The images of some classes, from `first` on, in batches."""
+    chosen = first + np.flatnonzero(np.isin(images.labels[first:], classes))[: number * size]
     if len(chosen) < number * size:
         raise ValueError(f"{images.name} must have {number * size} images of {list(classes)}, got {len(chosen)}")
     inputs = images.normalize(images.images[chosen])
@@ -165,6 +165,25 @@ def attackers(
     return without, with_generator
 
 
+def tune(args: argparse.Namespace) -> None:
+    """Weights of total variation with and without a generator, and its rates, on training images behind its own."""
+    gradients = args.starts * args.latent_steps + args.steps
+    for name in args.data:
+        setting = setting_of(name, args, split="train", first=args.images)
+        train = data.load(name, split="train", limit=args.images)
+        generator = train_generator(train, steps=args.generator_steps, width=args.width, latents=args.latents)
+        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
+        for weight, rate in ((1e-2, None), (1e-3, None), (1e-4, None), (1e-2, 1e-2), (1e-3, 1e-2), (1e-3, 1e-3)):
+            changed = argparse.Namespace(**vars(args) | {"weight": weight, "rate": rate})
+            without, with_generator = attackers(setting, generator, changed)
+            if rate is None:
+                outcome = attack(without(gradients), (), setting, seen, gradients, args.lanes)
+            else:
+                outcome = attack(with_generator, generator.params, setting, seen, args.steps, args.lanes)
+            psnr = outcome.psnr.reshape(len(args.ratios), -1).mean(1)
+            print(f"{name}, weight {weight:g}, rate {rate}:", dict(zip(args.ratios, psnr.round(2))), flush=True)
+
+
 def table(args: argparse.Namespace) -> None:
     """GIAS with three generators against no generator, at equal gradients and at equal time."""
     gradients = args.starts * args.latent_steps + args.steps
@@ -205,6 +224,8 @@ def table(args: argparse.Namespace) -> None:
                         "gain, dB, equal gradients": record.gain(outcome.psnr[own] - equal_gradients.psnr[own]),
                         "gain, dB, equal time": record.gain(outcome.psnr[own] - equal_time.psnr[own]),
                         "gradients, equal time": longer,
+                        "ms a gradient, GIAS": f"{1e3 * outcome.seconds / gradients:.1f}",
+                        "ms a gradient, none": f"{1e3 * equal_gradients.seconds / gradients:.1f}",
                     }
                 )
                 print(rows[-1], flush=True)
@@ -220,7 +241,8 @@ def table(args: argparse.Namespace) -> None:
             f"{args.latent_weight:g} on the latents' norm, then "
             f"{args.steps} steps of parameters at {args.rate:g}, {gradients} gradients in all. None: Inverting "
             "Gradients of as many gradients, or of as many as take the same processor time (the last column, from the "
-            "mean over the generators). All compare the observed entries alone, weigh total variation "
+            "mean over the generators). Milliseconds are the processor's, of one victim of "
+            f"{args.lanes} under one vmap. All compare the observed entries alone, weigh total variation "
             f"{args.weight:g}, and have no setting chosen on the victims. Differences of victims' mean PSNR with a "
             f"paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN}"
             f"\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
@@ -313,7 +335,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--tasks", type=int, default=200, help="clients that GIML learns from")
     parser.add_argument("--meta-rate", type=float, default=1e-2)
-    run_parts(parser, table, meta)
+    run_parts(parser, tune, table, meta)
 
 
 if __name__ == "__main__":
