@@ -173,8 +173,8 @@ def convolutional_parameters(count: int) -> Params:
     return {**params, "workers": workers}
 
 
-def convolutional(records: int, steps: int) -> dict[str, str]:
-    """Step III by descent, from features behind convolutions and maxima, which are not closed in form."""
+def convolutional(records: int, steps: int, *, gradients: bool) -> dict[str, str]:
+    """Step III by descent, from features behind convolutions and maxima, with or without the records' gradients."""
 
     def features_fn(params: Params, inputs: Array) -> list[Array]:
         parts = zip(params["workers"], clients.quadrants(inputs), strict=True)
@@ -193,7 +193,13 @@ def convolutional(records: int, steps: int) -> dict[str, str]:
     indices = batches(records * 3 // 2, BATCH_SIZE, records)
     client_fn = jax.jit(clients.vertical_sgd(loss_fn, indices))
     observation = observe(jax.random.key(0), THREAT, client_fn, who.params, who.records, batch_indices=indices)
-    invert_fn = feature_matching(features_fn, bounds=images.bounds(), num_steps=steps, total_variation_weight=1e-4)
+    invert_fn = feature_matching(
+        features_fn,
+        bounds=images.bounds(),
+        client_fn=clients.per_example(loss_fn) if gradients else None,
+        num_steps=steps,
+        total_variation_weight=1e-4,
+    )
     attack = attacks.cafe(first_layers, dense("server"), split_fn=clients.quadrants, invert_fn=invert_fn)
     found = jax.jit(attack)(jax.random.key(0), observation)
     return scores(who, found.batch.inputs, found.batch.labels)
@@ -236,17 +242,22 @@ def beside(args: argparse.Namespace) -> None:
         f"DLG, one round, {args.dlg_steps} steps": (BATCH_SIZE, lambda: dlg(who, BATCH_SIZE, args.dlg_steps)),
         "DLG, one round of one image": (1, lambda: dlg(who, 1, args.dlg_steps)),
         "CAFE, exact steps, against fake gradients": (NUM_RECORDS, against_fake_gradients),
-        f"CAFE, exact steps, step III of {args.inversion_steps} steps behind convolutions": (
-            args.records,
-            lambda: convolutional(args.records, args.inversion_steps),
-        ),
     }
+    for gradients in (False, True):
+        matched = "features and gradients" if gradients else "features alone"
+        cases[f"CAFE, exact steps, step III of {args.inversion_steps} steps behind convolutions, {matched}"] = (
+            args.records,
+            functools.partial(convolutional, args.records, args.inversion_steps, gradients=gradients),
+        )
+    grey = who.images.normalize(np.full_like(who.images.images, 0.5))
+    cases["a grey image and the first label"] = NUM_RECORDS, lambda: scores(who, grey, np.zeros(NUM_RECORDS))
+    cases = {name: case for name, case in cases.items() if args.cases in name}
     rows = []
     for name, (count, solve) in cases.items():
         rows.append({"attack": name, "images": count, **solve()})
         print(rows[-1], flush=True)
     record.write(
-        "cafe_beside",
+        "cafe_beside" + ("_" + args.cases.replace(" ", "_") if args.cases else ""),
         f"CAFE beside others: MNIST, batches of {BATCH_SIZE}, rounds 1.5 times the records, frozen model",
         rows,
         f"Data and model as in cafe_exact. DLG sees the first round alone, and its images are assigned. Fake: "
@@ -265,7 +276,8 @@ def main() -> None:
     command = commands.add_parser("beside")
     command.add_argument("--steps", type=int, default=NUM_STEPS, help="of the paper's descent")
     command.add_argument("--dlg-steps", type=int, default=300, help="of DLG")
-    command.add_argument("--inversion-steps", type=int, default=400, help="of step III")
+    command.add_argument("--inversion-steps", type=int, default=1_000, help="of step III")
+    command.add_argument("--cases", default="", help="only those whose name has this in it, to a file of its own")
     command.add_argument("--records", type=int, default=80, help="of the federation with convolutions")
     command.set_defaults(run=beside)
     args = parser.parse_args()

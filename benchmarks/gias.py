@@ -3,9 +3,8 @@
     python benchmarks/gias.py [tune | table | meta ...] [--data NAME ...] [--victims N] [--batch-size N] [--steps N] ...
 
 Needs the extra `data`, and MNIST and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). All attackers know that the update
-was pruned, and have the same weight of total variation: of 1e-2, 1e-3 and 1e-4 the best without a generator, on 16
-batches of MNIST's training images that the generator had not seen. On those GIAS had its latents, steps and rates
-chosen, from seven settings.
+was pruned, and have the same weight of total variation. The defaults are MNIST's settings; CIFAR-10's are
+`--latents 64 --width 16 --rate 1e-3 --weight 1e-2`.
 """
 
 import argparse
@@ -45,9 +44,15 @@ from gia_jax.matching.adaptive import supported
 from gia_jax.study import SHARED_PARAMS
 
 THREAT = ThreatModel(labels=True)
-CHOSEN = (
-    "Settings chosen on 16 batches of MNIST's training images that the generator had not seen: the weight of total "
-    "variation for the attack without a generator, among three, and those of GIAS among seven."
+UNSEEN = "Settings were chosen on training images that the generator had not seen: the weight of total variation "
+CHOSEN = {
+    "mnist": UNSEEN + "as the best of three without a generator, latents, steps and rates of GIAS among seven.",
+    "cifar10": UNSEEN + "as the best of four without a generator, the rate of GIAS as the better of two (`tune`).",
+}
+# By `tune`: weights of total variation without a generator, and with one at rates of its parameters.
+TRIED = (
+    *((weight, None) for weight in (1e-1, 1e-2, 1e-3, 1e-4)),
+    *((weight, rate) for weight in (1e-1, 1e-2, 1e-3) for rate in (1e-2, 1e-3)),
 )
 VICTIM_CLASSES, OTHER_CLASSES = range(5, 10), range(5)
 
@@ -173,7 +178,7 @@ def tune(args: argparse.Namespace) -> None:
         train = data.load(name, split="train", limit=args.images)
         generator = train_generator(train, steps=args.generator_steps, width=args.width, latents=args.latents)
         seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
-        for weight, rate in ((1e-2, None), (1e-3, None), (1e-4, None), (1e-2, 1e-2), (1e-3, 1e-2), (1e-3, 1e-3)):
+        for weight, rate in TRIED:
             changed = argparse.Namespace(**vars(args) | {"weight": weight, "rate": rate})
             without, with_generator = attackers(setting, generator, changed)
             if rate is None:
@@ -234,17 +239,17 @@ def table(args: argparse.Namespace) -> None:
             f"GIAS against the same attack without a generator: {name}, untrained LeNet",
             rows,
             f"{args.victims} victims of {args.batch_size} images each, the first test images of classes 5 to 9; model, "
-            f"generator and attack seed 0. Generators: decoders of {args.latents} latents and width {args.width}, "
-            f"trained {args.generator_steps} steps on those of the first {args.images} training images that are of all "
-            "classes or of classes 0 to 4 (the shifted case), or not at all (a deep image prior with a latent search). "
+            f"generator and attack seed 0. Generators, where they have a row: decoders of {args.latents} latents and "
+            f"width {args.width}, trained {args.generator_steps} steps on those of the first {args.images} "
+            "training images that are of all classes or of classes 0 to 4 (the shifted case), or not at all (a deep image prior with a latent search). "
             f"GIAS: latent searches {args.starts}, of {args.latent_steps} steps at {args.latent_rate:g} with weight "
             f"{args.latent_weight:g} on the latents' norm, then "
             f"{args.steps} steps of parameters at {args.rate:g}, {gradients} gradients in all. None: Inverting "
-            "Gradients of as many gradients, or of as many as take the same processor time (the last column, from the "
-            "mean over the generators). Milliseconds are the processor's, of one victim of "
+            "Gradients of as many gradients, or of as many as take the same processor time (column 'gradients, equal "
+            "time', from the mean over the generators). Milliseconds are the processor's, of one victim of "
             f"{args.lanes} under one vmap. All compare the observed entries alone, weigh total variation "
             f"{args.weight:g}, and have no setting chosen on the victims. Differences of victims' mean PSNR with a "
-            f"paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN}"
+            f"paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
             f"\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 
@@ -286,7 +291,7 @@ def meta(args: argparse.Namespace) -> None:
             f"The untrained generator of `gias_{name}` learned from {args.tasks} clients of {args.batch_size} training "
             f"images of all classes by Adam at {args.meta_rate:g}; their updates were not pruned. Then "
             f"{args.victims} victims as there, {gradients} gradients for every attacker. Differences of victims' mean "
-            f"PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN}"
+            f"PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
             f"\n\nThreat model: {THREAT.describe()}; and that the update "
             "was pruned.",
         )

@@ -135,6 +135,9 @@ def _settings(named: Named) -> str:
 
 def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     """Fills in defaults, refuses what does not go together, and reads the defenses."""
+    for name, default in (("records", NUM_RECORDS), ("rounds", NUM_ROUNDS)):
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} is for --attack cafe, got --attack {args.attack}")
     args.data, args.batch_size = args.data or "photos", 1 if args.batch_size is None else args.batch_size
     args.model = args.model or (ATTACKS[args.attack].model if args.attack in ATTACKS else "lenet")
     for name, known in (("attack", [*ATTACKS, "cafe"]), ("model", models.MODELS), ("solver", SOLVERS)):
@@ -271,11 +274,17 @@ def _attack(args: argparse.Namespace) -> None:
         console.picture(out / name, seen_case.pixels, {args.attack: outcome}, title)
 
 
+def _refuse_others(args: argparse.Namespace, taken: set[str]) -> None:
+    """Raises ValueError for an option of a single attack that has no meaning for this one."""
+    defaults = vars(_parser().parse_args(["attack"]))
+    for name, value in vars(args).items():
+        if name not in taken | {"attack", "command", "out", "seed"} and value != defaults[name]:
+            raise ValueError(f"--attack {args.attack} takes no --{name.replace('_', '-')}, got {value}")
+
+
 def _cafe(args: argparse.Namespace) -> None:
+    _refuse_others(args, {"data", "records", "rounds", "batch_size"})
     args.data, args.batch_size = args.data or "mnist", BATCH_SIZE if args.batch_size is None else args.batch_size
-    for name in ("model", "labels", "steps", "defense", "adaptive", "aggregation", "generator", "latent_steps"):
-        if getattr(args, name) not in (None, False, []):
-            raise ValueError(f"--attack cafe takes no --{name.replace('_', '-')}, got {getattr(args, name)}")
     options = ("data", "records", "rounds", "batch_size", "seed")
     for name in options[1:4]:
         if getattr(args, name) < 1:
@@ -291,7 +300,10 @@ def _cafe(args: argparse.Namespace) -> None:
     threat = vertical.THREAT.describe()
     print(f"threat model: {threat}\n")
     key = jax.random.key(args.seed)
-    outcome, pixels = vertical.cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
+    outcome, pixels, condition = vertical.cafe_on_federation(
+        images, key, batch_size=args.batch_size, rounds=args.rounds
+    )
+    print(f"the batches identify every record: rank {args.records}, condition number {condition:.0f}\n")
     gallery = data.load(args.data, split="train", limit=2_000).images if args.data not in ("photos", "digits") else None
     guesses = report.baselines(pixels, np.full_like(pixels[0], 0.5) if gallery is None else gallery)
     print(console.table([console.row("cafe", False, outcome, None)], guesses))

@@ -23,7 +23,7 @@ class ThreatModel:
         label_order: Whether known labels come in the batch's own order. Local steps on minibatches leak through it
             which example was used when; one gradient of the whole batch does not depend on it.
         statistics: Whether the batch-normalisation statistics of the client's forward pass are known
-            (observation.extra["statistics"]).
+            (observation.extra["statistics"]); True, or their kind where there are several, such as "inferred".
         batch_indices: Whether it is known which records each of several rounds used
             (observation.extra["batch_indices"]).
     """
@@ -32,7 +32,7 @@ class ThreatModel:
     batch_size: bool = True
     labels: bool = False
     label_order: bool = False
-    statistics: bool = False
+    statistics: bool | str = False
     batch_indices: bool = False
 
     def __post_init__(self) -> None:
@@ -44,7 +44,8 @@ class ThreatModel:
         known = ["parameters", "update"]
         known += ["batch size"] if self.batch_size else []
         known += [f"labels ({'in order' if self.label_order else 'unordered'})"] if self.labels else []
-        known += ["batch statistics"] if self.statistics else []
+        kind = f"{self.statistics} " if isinstance(self.statistics, str) else ""
+        known += [f"{kind}batch statistics"] if self.statistics else []
         known += ["batch indices"] if self.batch_indices else []
         return f"{self.name}; knows {', '.join(known)}"
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import attacks, clients, data, report
-from gia_jax.attacks.cafe import check_identifiable
+from gia_jax.attacks.cafe import check_identifiable, selection_matrix
 from gia_jax.base import Batch, Observation, Params, Reconstruction
 from gia_jax.cases import Outcome
 from gia_jax.labels import Dense, dense
@@ -58,7 +58,7 @@ apply = clients.vertical_model(clients.quadrants, worker, fully_connected)
 
 def cafe_on_federation(
     images: data.ImageData, key: PRNGKeyArray, *, batch_size: int, rounds: int
-) -> tuple[Outcome, np.ndarray]:
+) -> tuple[Outcome, np.ndarray, float]:
     """CAFE by exact steps on one federation that holds all the images, a quarter of each at every worker.
 
     Args:
@@ -68,7 +68,8 @@ def cafe_on_federation(
         rounds: Of a model that stays as it is.
 
     Returns:
-        The outcome with every record as a victim, at its own place, and the images, shape (n, 1, h, w, c).
+        The outcome with every record as a victim, at its own place, the images, shape (n, 1, h, w, c), and the
+        condition number of the selection matrix, by which rounding errors of the updates may grow.
 
     Raises:
         ValueError: Batches larger than the data, images that have no quarters, or batches that cannot identify them.
@@ -94,4 +95,4 @@ def cafe_on_federation(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
     outcome = Outcome(found._replace(reconstruction=each), report.score(batch, truth, images))
-    return outcome, images.images[:, None]
+    return outcome, images.images[:, None], float(np.linalg.cond(np.asarray(selection_matrix(indices, count))))

@@ -136,7 +136,11 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "reconstructions.png").exists()
     size[3] = "20"  # fewer rounds than records
     assert main(["attack", "--attack", "cafe", "--data", "digits", "--out", str(tmp_path), *size]) == 2
-    assert "batch_indices cannot identify the records" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "the batches identify every record: rank 24, condition number" in output.out
+    assert "batch_indices cannot identify the records" in output.err
+    assert main(["attack", "--attack", "cafe", "--restarts", "3", "--out", str(tmp_path)]) == 2
+    assert "--attack cafe takes no --restarts, got 3" in capsys.readouterr().err
 
 
 def test_the_module_runs() -> None:
@@ -234,6 +238,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             "--attack r_gap needs a batch of one image, got 2",
         ),
         (["--attack", "cafe"], "--attack cafe takes no --model, got linear"),
+        (["--attack", "dlg", "--rounds", "5"], "--rounds is for --attack cafe, got --attack dlg"),
         (
             ["--attack", "gias", "--generator", "nowhere.npz"],
             "save_decoder wrote, got 'nowhere.npz': [Errno 2] No such",

@@ -100,6 +100,7 @@ def test_description_names_every_grant():
     assert ThreatModel(batch_size=False).describe() == "honest-but-curious server; knows parameters, update"
     everything = ThreatModel(name="eavesdropper", labels=True, statistics=True).describe()
     assert everything == ("eavesdropper; knows parameters, update, batch size, labels (unordered), batch statistics")
+    assert ThreatModel(statistics="inferred").describe().endswith("batch size, inferred batch statistics")
     assert "labels (in order)" in ThreatModel(labels=True, label_order=True).describe()
 
 

@@ -7,8 +7,9 @@ v_i = d loss / d u_i:
     grad b = sum over i of v_i        (step I recovers V)
     grad W = sum over i of h_i^T v_i  (step II recovers H, with V known)
 
-and step III searches the data whose features are H. The records of every batch are known: the servers of vertical
-federated learning align them. Without that, or without enough different batches, sums cannot be told apart.
+and step III searches the data whose features are H, and whose gradients are the records' own. The records of every
+batch are known: the servers of vertical federated learning align them. Without that, or without enough different
+batches, sums cannot be told apart.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class LayerRounds(NamedTuple):
 
 LayersFn = Callable[[Updates], Sequence[Dense]]
 FeaturesFn = Callable[[Params, Array], Sequence[Array]]
-InvertFn = Callable[[PRNGKeyArray, Params, Sequence[Array], Batch], Array]
+InvertFn = Callable[[PRNGKeyArray, Params, Sequence[Array], Batch, Updates], Array]
 
 
 def cafe(
@@ -75,21 +76,23 @@ def cafe(
     Threat model: an honest-but-curious server that knows the parameters, each round's update and the records that it
     used (`ThreatModel(batch_indices=True)`), and the shape of the records; the labels are recovered.
 
-    Departures: the paper finds V and H by stochastic gradient descent (`cafe_descent`). Step III has no term for the
-    gradients, which say no more about the data than H does. The model is taken as frozen, as the paper's nearly is
-    (Adam, learning rate 1e-6): where it moves, Z mixes the gradients of different rounds, and the loss shows it.
+    Departures: the paper finds V and H by stochastic gradient descent (`cafe_descent`). Its step III matches the
+    gradients of rounds; here those of single records are known, Z, and each is matched by its own. The model is taken
+    as frozen, as the paper's nearly is (Adam, learning rate 1e-6): where it moves, Z mixes the gradients of different
+    rounds, and the loss shows it.
 
     Args:
         layers_fn: From the update, the first fully connected layer of every worker, with biases.
         classifier_fn: From the update, the last layer, whose outputs are the logits of a softmax.
         split_fn: From inputs (b, *d) to the workers' slices, such as `clients.quadrants`.
-        invert_fn: Step III, `(key, params, H of every worker, batch of zeros with the labels found) -> inputs`,
-            such as `feature_matching(...)`. None where the first layer of a worker is the fully connected one: H is the
-            slice itself.
+        invert_fn: Step III, `(key, params, H of every worker, batch of zeros with the labels found, the gradient of
+            every record alone with a leading axis of records) -> inputs`, such as `feature_matching(...)`. None where
+            the first layer of a worker is the fully connected one: H is the slice itself.
 
     Returns:
         `(key, observation) -> reconstruction`, the inputs (N, *d) in the records' own order. Its loss is the share of
-        the workers' gradients, in L2 norm, that V and H do not explain. It raises ValueError for updates of another
+        the workers' gradients, in L2 norm, that V and H do not explain. A record whose v_i is zero at a worker has no
+        h_i there: it is left at 0. It raises ValueError for updates of another
         shape, a missing bias, indices out of range, and batches that cannot identify the records; inside a trace,
         where the indices are unknown, the latter make `is_finite` False.
     """
@@ -106,7 +109,11 @@ def cafe(
         if invert_fn is None:
             inputs = joined(features, split_fn, like)
         else:
-            inputs = invert_fn(key, observation.params, features, Batch(like, labels))
+            size = indices.shape[1]  # a round shares the mean of its records' gradients
+            alone = jax.tree.map(
+                lambda leaf: size * jnp.einsum("nt,t...->n...", inverse, leaf, precision="highest"), observation.update
+            )
+            inputs = invert_fn(key, observation.params, features, Batch(like, labels), alone)
         loss = _unexplained(selection, layers, features, gradients)
         finite = (rank == len(like)) & jnp.isfinite(loss) & jnp.all(jnp.isfinite(inputs))
         return Reconstruction(Batch(inputs, labels), loss, finite)
@@ -118,41 +125,74 @@ def feature_matching(
     features_fn: FeaturesFn,
     *,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]],
+    client_fn: ClientFn | None = None,
     total_variation_weight: float = 0.0,
     num_steps: int = 2_000,
     optimizer: optax.GradientTransformation | None = None,
 ) -> InvertFn:
-    """Step III where features are known exactly: the inputs in the pixel box whose features they are, by descent.
+    """Step III where features and gradients of every record are known exactly: the inputs in the pixel box that have
+    them, by descent on the sum over records, workers and tensors of the squared distances relative to what is known.
 
     Args:
         features_fn: `(params, inputs) -> ` the input of every worker's first fully connected layer, (n, d) each.
         bounds: Darkest and brightest value of a pixel in the model's space, numbers or one a channel.
+        client_fn: `(params, records) -> ` the gradient of every record alone, such as `clients.per_example(loss_fn)`.
+            None leaves gradients out: they say more than H does where layers with weights come before it, such as
+            convolutions.
         total_variation_weight: beta >= 0.
         num_steps: Steps, >= 1.
         optimizer: Default: Adam, from 0.1 down to 0 along a cosine.
 
     Returns:
         The `invert_fn` of `cafe`; it keeps the best step.
+
+    Raises:
+        ValueError: A negative weight, no steps, or bounds in the wrong order.
     """
     _check.not_negative(total_variation_weight=total_variation_weight)
     _check.positive(num_steps=num_steps)
     project_fn = box(*bounds)
 
-    def invert_fn(key: PRNGKeyArray, params: Params, features: Sequence[Array], records: Batch) -> Array:
-        # What is matched are features in place of an update, and no parameter is read but through `features_fn`.
+    def invert_fn(
+        key: PRNGKeyArray, params: Params, features: Sequence[Array], records: Batch, gradients: Updates
+    ) -> Array:
+        def known(inputs: Array) -> Any:
+            batch = Batch(inputs, records.labels)
+            return tuple(features_fn(params, inputs)), () if client_fn is None else client_fn(params, batch)
+
+        # What is matched stands in place of an update, and no parameter is read but in `known`.
+        wanted = tuple(features), () if client_fn is None else gradients
         attack = gradient_matching(
-            lambda _, batch: tuple(features_fn(params, batch.inputs)),
+            lambda _, batch: known(batch.inputs),
             init_fn=near_grey(),
+            objective_fn=recordwise,
             prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
             label_fn=granted_labels,
             project_fn=project_fn,
             optimizer=optax.adam(optax.cosine_decay_schedule(0.1, num_steps)) if optimizer is None else optimizer,
         )
         extra = {"inputs_like": records.inputs, "labels": records.labels}
-        observation = Observation(tuple(features), tuple(features), extra)
+        observation = Observation(wanted, wanted, extra)
         return run(keep_best(attack), key, observation, num_steps=num_steps)[0].batch.inputs
 
     return invert_fn
+
+
+def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+    """The sum over leaves and records of |s - o|^2 / |o|^2; a record whose o is zero does not count in that leaf.
+
+    Args:
+        simulated: Leaves of shape (n, ...).
+        observed: The same of what is known.
+    """
+
+    def of_leaf(s: Array, o: Array) -> Float[Array, ""]:
+        axes = tuple(range(1, o.ndim))
+        length = jnp.sum(jnp.square(o), axes)
+        missed = jnp.sum(jnp.square(s - o), axes)
+        return jnp.sum(jnp.where(length > 0, missed / jnp.where(length > 0, length, 1), 0))
+
+    return optax.tree.sum(jax.tree.map(of_leaf, simulated, observed))
 
 
 class Guess(NamedTuple):
@@ -190,6 +230,9 @@ def cafe_descent(
 
     Returns:
         The attack. Its reconstruction has probabilities for labels and the loss of `cafe`.
+
+    Raises:
+        ValueError: Fewer than two classes, or a rate that is not positive.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
@@ -279,6 +322,9 @@ def batch_rank(batch_indices: Array | np.ndarray, num_records: int) -> int:
     It takes T = N rounds at least; independent random batches reach it there, badly conditioned, and do well with
     1.5 N. Batches of shuffled epochs need E >= (N - 1) / (N / B - 1) epochs, since each epoch sums to the same row. A
     fixed partition has rank N / B, and the batch of all records rank 1, whatever T.
+
+    Raises:
+        ValueError: Indices that are no matrix of integers, or out of range.
     """
     check_batch_indices(batch_indices, num_records)
     selection = np.zeros((len(batch_indices), num_records))
@@ -323,9 +369,15 @@ def record_features(
 ) -> tuple[Float[Array, "n d"], Float[Array, "n r"]]:
     """Steps I and II for one worker: H, and V, from the gradients (t, d, r) and (t, r) of its layer."""
     gradients = jnp.matmul(inverse, layer.bias, precision="highest")
-    products = jnp.einsum("nt,tdr->ndr", inverse, layer.kernel, precision="highest")
-    features = jnp.einsum("ndr,nr->nd", products, gradients, precision="highest")
-    return features / jnp.sum(jnp.square(gradients), 1, keepdims=True), gradients
+    lengths = jnp.sum(jnp.square(gradients), 1)
+
+    def of_one(record: tuple[Array, Array, Array]) -> Float[Array, " d"]:
+        weights, gradient, length = record
+        product = jnp.tensordot(weights, layer.kernel, 1, precision="highest")
+        return jnp.where(length > 0, product @ gradient / jnp.where(length > 0, length, 1), 0)
+
+    # Some records after the others: the products of all are as large as the gradients of n rounds.
+    return jax.lax.map(of_one, (inverse, gradients, lengths), batch_size=64), gradients
 
 
 def joined(features: Sequence[Float[Array, "n d"]], split_fn: SplitFn, like: Float[Array, "n *d"]) -> Array:

@@ -52,7 +52,7 @@ def latent_search(
         z* = argmin over z of  D(client(params, G(z)), update) + alpha TV(G(z)) + beta/2 |z|^2,
 
     by Adam, ten times slower after 3/8, 5/8 and 7/8 of the steps. D is the cosine on the entries that are not zero in
-    the observation, as the paper compares compressed updates; on a full update it is the cosine.
+    the observation, as the paper compares compressed updates; on an update without zeros it is the cosine.
 
     Threat model: that of Inverting Gradients, and a generator of such images, trained on data of the attacker's own.
 

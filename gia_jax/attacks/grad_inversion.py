@@ -69,9 +69,10 @@ def grad_inversion(
     Threat model: an honest-but-curious server that knows the parameters, the update and the size of the batch, and
     feature statistics of one of these kinds, which are threat models of their own; say which beside every number:
 
-    * exact: of the client's own batch, granted in the observation (`ThreatModel(statistics=True)`);
-    * inferred: the same, computed by `gia_jax.models.inferred_statistics` from the running statistics before and after
-      a client's one step, for a server that is sent both; granted in the same way;
+    * exact: of the client's own batch, granted in the observation (`ThreatModel(statistics="exact")`);
+    * inferred: computed by `gia_jax.models.inferred_statistics` from the running statistics before and after a client's
+      one step in training mode, for a server that is sent both (`ThreatModel(statistics="inferred")`): they are to be
+      matched by `batch_norm_inputs(module, batch_norm="training")`;
     * running: those of the model, which `known_statistics_fn` reads by `gia_jax.models.running_statistics`;
     * proxy: of images of the attacker's own, for which `known_statistics_fn` calls `statistics_fn`.
 
@@ -79,7 +80,8 @@ def grad_inversion(
     the images of two seeds comparable, so labels that are known must be distinct as well.
 
     Departures: the total variation is the mean over pixels and the norm the mean of x^2 / 2, so that they do not grow
-    with the images; registration is a circular shift (see `registered_mean`) and starts at once, every step. The
+    with the images; the statistics of the first layer weigh ten times (as in the authors' DeepInversion), which the
+    paper does not say; registration is a circular shift (see `registered_mean`) and starts at once, every step. The
     weights are the authors', for ResNet-50 and images of 224 pixels; for other models and sizes choose them on images
     of one's own.
 

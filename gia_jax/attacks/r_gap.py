@@ -4,13 +4,14 @@ Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021. Where 
 
 * Twins. Without biases, x and s x have the same gradient, s = (1 + e^mu2) / (1 + e^mu1) for the two roots mu of the
   loss inversion. No residual tells them apart, only the range of pixels does. Both are returned.
+* Three outputs or more have no twins, unless all wrong logits are equal: their softmax fixes the scale.
 * Rank. It is computed, not counted: `rank_analysis`.
 * Residual blocks take two stages: what the first convolution tells is known once the second one's input is.
 * The label is not assumed: a wrong one contradicts the gradient.
 * Convolutions are solved by normal equations with iterative refinement, in float64; the stacked matrix is not formed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +29,9 @@ from gia_jax.attacks.constraints import (
     solve,
     through_activation,
 )
-from gia_jax.attacks.rank_analysis import check_network, check_parameters, counted_ranks
+from gia_jax.attacks.rank_analysis import LayerRank, check_network, check_parameters, counted_ranks
 from gia_jax.base import Batch, Observation, Params, ReconstructFn, Reconstruction, Updates
+from gia_jax.matching.solver import box
 from gia_jax.models.network import (
     Convolution,
     FullyConnected,
@@ -71,7 +73,13 @@ class Twins(NamedTuple):
 TwinsFn = Callable[[Observation], Twins]
 
 
-def r_gap(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolerance: float = 1e-3) -> ReconstructFn:
+def r_gap(
+    network: Network,
+    *,
+    bounds: tuple[ArrayLike, ArrayLike],
+    tolerance: float = 1e-3,
+    ranks: Sequence[LayerRank] | None = None,
+) -> ReconstructFn:
     """The attack: of the two twins, the one that the box of pixel values allows.
 
     Threat model: an honest-but-curious server that knows the parameters, the update, the shape of an example and the
@@ -82,23 +90,28 @@ def r_gap(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolerance: f
             otherwise no biases, a homogeneous activation, and a hidden layer.
         bounds: Lowest and highest pixel values in the model's space, scalars or of shape (c,).
         tolerance: By how much a pixel may leave the box, relative to its width, >= 0.
+        ranks: From `rank_analysis`, the ranks of the layers' constraints. Default: their number, `counted_ranks`, an
+            upper bound that takes no time.
 
     Returns:
         `(key, observation) -> reconstruction`; the key is not used. Its loss is the largest relative residual of a
-        layer's constraints. It raises ValueError for a batch of more than one example, without float64, for a network
-        of another kind, and for a layer, by its name, whose constraints are fewer than its unknowns. Constraints enough
-        in number may still depend on each other: ask `rank_analysis`.
+        layer's constraints. It raises ValueError for a batch of more than one example, without float64, for parameters
+        of another network, and for a layer, by its name, whose rank is below the number of its unknowns.
+
+    Raises:
+        ValueError: A network whose head leaves its input open, a negative tolerance, or bounds in the wrong order.
     """
     twins_fn = r_gap_twins(network, bounds=bounds, tolerance=tolerance)
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
         del key
         like = granted(observation, "inputs_like")
-        for name, unknowns, rank in counted_ranks(network, like.shape[1:]):
+        for name, unknowns, rank in counted_ranks(network, like.shape[1:]) if ranks is None else ranks:
             if rank < unknowns:
+                most, least = ("at most ", "at least ") if ranks is None else ("", "")
                 raise ValueError(
-                    f"layer {name!r} cannot be inverted: {unknowns} unknowns, at most {rank} independent constraints, "
-                    f"{unknowns - rank} are missing"
+                    f"layer {name!r} cannot be inverted: {unknowns} unknowns, {most}{rank} independent constraints, "
+                    f"{least}{unknowns - rank} are missing"
                 )
         twins = twins_fn(observation)
         inputs = twins.inputs[twins.chosen][None].astype(like.dtype)
@@ -117,9 +130,13 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
         tolerance: As for `r_gap`.
 
     Returns:
-        `observation -> twins`. It raises ValueError as `r_gap` does, but for the number of constraints.
+        `observation -> twins`. It raises ValueError as `r_gap` does, but for ranks.
+
+    Raises:
+        ValueError: As `r_gap`.
     """
     _check.not_negative(tolerance=tolerance)
+    project_fn = box(*bounds)
     check_network(network)
 
     def twins_fn(observation: Observation) -> Twins:
@@ -146,8 +163,8 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
         head = jax.tree.map(lambda *leaves: jnp.stack(leaves)[jnp.argmin(misfits)], *heads)
         x, residual = walk(head, backwards)
         inputs = jnp.stack([x, head.scale * x]).reshape(2, *like.shape[1:])
-        low, high = (jnp.asarray(bound, x.dtype) for bound in bounds)
-        excess = jnp.max((jnp.maximum(low - inputs, inputs - high) / (high - low)).reshape(2, -1), 1)
+        width = jnp.asarray(bounds[1], x.dtype) - jnp.asarray(bounds[0], x.dtype)
+        excess = jnp.max((jnp.abs(inputs - project_fn(inputs)) / width).reshape(2, -1), 1)
         fits = excess <= tolerance
         chosen = jnp.where(fits[1], 1, jnp.where(fits[0], 0, jnp.argmin(excess)))
         return Twins(inputs, head.label, head.margins, fits, chosen, jnp.all(fits) & (head.scale > 1), residual)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from gia_jax import _check
 from gia_jax.base import LabelFn, Observation
 from gia_jax.labels.classifier import ClassifierFn, batch_size
 
@@ -34,13 +35,15 @@ def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
     (Yin et al., GradInversion, CVPR 2021, equation 6).
 
     Right where all labels are distinct, features are >= 0 and each label has a feature of its own; never gives a label
-    twice.
+    twice. With features >= 0 only a class of the batch has a negative entry: fewer of them than examples prove that
+    labels repeat, or that predictions are too far from 1 / C for this rule.
 
     Args:
         classifier_fn: Picks the last layer.
 
     Returns:
-        The rule; it raises ValueError for more examples than classes.
+        The rule; it raises ValueError for more examples than classes, and outside a trace for fewer classes with a
+        negative entry than examples.
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
@@ -48,6 +51,12 @@ def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
         if size > kernel.shape[1]:
             classes = kernel.shape[1]
             raise ValueError(f"column_minimum gives distinct labels: a batch of {size} is more than {classes} classes")
-        return jax.lax.top_k(-jnp.min(kernel, 0), size)[1]
+        least = jnp.min(kernel, 0)
+        if _check.is_concrete(least) and (negative := int(jnp.sum(least < 0))) < size:
+            raise ValueError(
+                f"column_minimum gives distinct labels: a batch of {size} has {negative} classes with a negative entry "
+                "in the gradient, so labels repeat or are not to be read by this rule; use bias_counts"
+            )
+        return jax.lax.top_k(-least, size)[1]
 
     return label_fn

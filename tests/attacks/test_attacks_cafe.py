@@ -114,7 +114,7 @@ def test_the_third_step_inverts_known_features_inside_the_box():
 
     def inverted(bound):
         invert_fn = feature_matching(worker_features, bounds=(-bound, bound), num_steps=600)
-        return invert_fn(jax.random.key(0), params, features, like)
+        return invert_fn(jax.random.key(0), params, features, like, ())
 
     np.testing.assert_allclose(inverted(4.0), truth.inputs, atol=5e-3)
     assert np.abs(inverted(0.5)).max() == 0.5
@@ -129,6 +129,49 @@ def test_the_third_step_completes_the_attack():
         invert_fn=feature_matching(slices, bounds=(-5.0, 5.0), num_steps=400),
     )
     assert error(attack(jax.random.key(0), observed(random_batches(18)))) < 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradients_of_layers_before_the_dense_one_tell_what_its_input_does_not():
+    rng = np.random.default_rng(3)
+
+    def narrow(params, part):
+        return jnp.tanh(part.reshape(len(part), -1) @ params["map"])
+
+    def features_fn(params, inputs):
+        return [narrow(own, part) for own, part in zip(params["workers"], clients.quadrants(inputs), strict=True)]
+
+    def own_worker(params, part):
+        return fully_connected(params["last"], jax.nn.tanh(fully_connected(params["first"], narrow(params, part))))
+
+    loss_fn = clients.cross_entropy(clients.vertical_model(clients.quadrants, own_worker, fully_connected))
+    params, truth, indices = parameters(), records(), random_batches(18)
+    for own in params["workers"]:  # three numbers of six
+        own["map"] = jnp.asarray(rng.normal(size=(6, 3)) / 3)
+        own["first"]["kernel"] = own["first"]["kernel"][:3]
+    client_fn = jax.jit(clients.vertical_sgd(loss_fn, indices))
+    observation = observe(jax.random.key(0), THREAT, client_fn, params, truth, batch_indices=indices)
+
+    def found(**options):
+        invert_fn = feature_matching(features_fn, bounds=(-5.0, 5.0), num_steps=600, **options)
+        attack = attacks.cafe(first_layers, dense("server"), split_fn=clients.quadrants, invert_fn=invert_fn)
+        return jax.jit(attack)(jax.random.key(0), observation)
+
+    assert error(found()) > 0.3
+    assert error(found(client_fn=clients.per_example(loss_fn))) < 1e-2
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_record_without_a_gradient_at_a_worker_spoils_no_other():
+    params = parameters()
+    params["server"]["kernel"] = params["server"]["kernel"].at[:3].set(0)  # the first worker gets no gradient
+    indices = random_batches(18)
+    client_fn = jax.jit(clients.vertical_sgd(LOSS, indices))
+    observation = observe(jax.random.key(0), THREAT, client_fn, params, records(), batch_indices=indices)
+    found, truth = CAFE(jax.random.key(0), observation), records().inputs
+    np.testing.assert_array_equal(found.batch.inputs[:, :2, :3], 0)
+    np.testing.assert_allclose(found.batch.inputs[:, 2:], truth[:, 2:], atol=1e-9)
+    assert found.is_finite
 
 
 def test_the_descent_of_the_paper_approaches_what_the_exact_steps_find():

@@ -142,6 +142,21 @@ def test_ranks_name_the_bottleneck_and_the_attack_fails_there(name: str) -> None
         r_gap(NETWORKS[name], bounds=BOX)(jax.random.key(0), _observe(name))
 
 
+def test_constraints_enough_in_number_that_depend_on_each_other_are_refused_by_their_rank() -> None:
+    layers = (Convolution("conv0", 6, 4, 2, 2), Convolution("conv1", 4, 3, 2, 1), Convolution("conv2", 16, 3, 1, 1))
+    network, shape = Network(layers, FullyConnected("head", 1)), (8, 8, 3)
+    params = jax.jit(lambda key: network.init(key, shape))(jax.random.key(0))
+    ranks = rank_analysis(network, params, shape, key=jax.random.key(7))
+    counted = {name: rank for name, _, rank in counted_ranks(network, shape)}
+    short = [layer for layer in ranks if layer.rank < layer.unknowns]
+    assert [counted[layer.name] for layer in short] == [layer.unknowns for layer in short] != []
+    observation = Observation(params, params, {"inputs_like": jnp.zeros((1, *shape))})
+    name, unknowns, rank = short[0]
+    message = f"layer '{name}' cannot be inverted: {unknowns} unknowns, {rank} independent .*, {unknowns - rank} are"
+    with pytest.raises(ValueError, match=message):
+        r_gap(network, bounds=BOX, ranks=ranks)(jax.random.key(0), observation)
+
+
 @pytest.mark.parametrize("name", ["biases, sigmoid", "identity block", "projection block, biases"])
 def test_ranks_are_full_where_the_attack_is_exact(name: str) -> None:
     ranks = rank_analysis(NETWORKS[name], _params(name), SHAPE, key=jax.random.key(7))

@@ -79,7 +79,10 @@ def test_column_minimum_finds_all_labels_where_each_has_a_feature_of_its_own():
 
 
 def test_column_minimum_must_fail_on_duplicates():
-    found = labels.column_minimum(HEAD)(network("mlp")(jax.random.key(0), jnp.array([3, 3, 3, 8]), 4))
+    rule, observation = labels.column_minimum(HEAD), network("mlp")(jax.random.key(0), jnp.array([3, 3, 3, 8]), 4)
+    with pytest.raises(ValueError, match="a batch of 4 has 2 classes with a negative entry"):
+        rule(observation)
+    found = jax.jit(rule)(observation)
     assert len(set(found.tolist())) == 4  # it never gives a label twice: two of these are not there
     assert {3, 8} < set(found.tolist())
 
