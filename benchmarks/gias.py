@@ -245,11 +245,11 @@ def table(args: argparse.Namespace) -> None:
             f"with a latent search). GIAS: latent searches {args.starts}, of {args.latent_steps} steps at "
             f"{args.latent_rate:g} with weight {args.latent_weight:g} on the latents' norm, then {args.steps} steps of "
             f"parameters at {args.rate:g}, {gradients} gradients in all. None: Inverting Gradients of as many "
-            "gradients, or of as many as take the same processor time (column 'gradients, equal time', from the mean over the "
-            f"generators). Milliseconds are the processor's, of one victim of {args.lanes} under one vmap. All compare "
-            f"the observed entries alone, weigh total variation {args.weight:g}, and have no setting chosen on the "
-            "victims. Differences of victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it "
-            f"covers 0. {CHOSEN[name]}"
+            "gradients, or of as many as take the same processor time (column 'gradients, equal time', from the mean "
+            "over the generators). Milliseconds are the processor's, of one victim of "
+            f"{args.lanes} under one vmap. All compare the observed entries alone, weigh total variation "
+            f"{args.weight:g}, and have no setting chosen on the victims. Differences of victims' mean PSNR with a "
+            f"paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
             f"\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 

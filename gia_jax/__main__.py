@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import Observation, ThreatModel, console, data, labels, models, report, vertical
+from gia_jax import Observation, ThreatModel, console, data, labels, metrics, models, report, vertical
 from gia_jax.aggregation import AGGREGATIONS, make_protocol
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
@@ -226,7 +226,8 @@ def _attack(args: argparse.Namespace) -> None:
     else:
         targets = _aggregated(args, case, protected, key_clients)
         threat += f"; {args.aggregation} of {clients} clients"
-    print(f"threat model: {threat}\n")
+    print(f"threat model: {threat}")
+    print("\n".join(_privacy(parts)) + "\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
@@ -318,6 +319,20 @@ def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key:
 
     protocol = make_protocol(args.aggregation, args.clients, clip=args.clip)
     return see_aggregated(case, protected, protocol, key, known=args.labels == "known")
+
+
+def _privacy(parts: tuple[Part, ...]) -> list[str]:
+    """What one release of a batch of known size promises by its noise; a chain that clips before is left out."""
+    lines = []
+    for part in parts:
+        if part.name == "dpsgd":
+            try:
+                lines += metrics.privacy_lines(part.settings["noise_multiplier"], relation="replace_one")
+            except ImportError as error:
+                lines += [f"no epsilon: {error}"]
+        elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
+            lines += metrics.privacy_lines(None)
+    return lines
 
 
 def _threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) -> str:

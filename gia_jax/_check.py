@@ -66,24 +66,34 @@ def examples(inputs: Array | np.ndarray) -> None:
 
 
 def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, lengths that differ, non-finite inputs, or labels that are no classes."""
+    """Raises ValueError for an empty batch, non-finite inputs, or labels that are not those of its examples."""
     examples(inputs)
-    if jnp.ndim(labels) not in (1, 2) or labels.shape[0] != inputs.shape[0]:
-        raise ValueError(
-            f"batch.labels must have shape ({inputs.shape[0]},) or ({inputs.shape[0]}, c), got {jnp.shape(labels)}"
-        )
+    classes(labels, inputs.shape[0], num_classes)
     finite("batch.inputs", inputs)
+
+
+def classes(labels: Array, size: int, num_classes: int | None = None) -> None:
+    """Raises ValueError for labels of a batch that are neither `size` class indices nor `size` rows of probabilities.
+
+    Rows may add up to less than 1, as where public images are mixed in; to more only by the rounding of bfloat16.
+    """
+    if jnp.ndim(labels) not in (1, 2) or labels.shape[0] != size:
+        raise ValueError(f"batch.labels must have shape ({size},) or ({size}, c), got {jnp.shape(labels)}")
     if jnp.ndim(labels) == 2:
+        if not jnp.issubdtype(labels.dtype, jnp.floating):
+            raise ValueError(f"batch.labels of shape (b, c) must be probabilities, got {labels.dtype}")
         finite("batch.labels", labels)
         not_negative(**{"batch.labels": labels})
         if num_classes is not None and labels.shape[1] != num_classes:
             raise ValueError(f"batch.labels must have {num_classes} columns, got {labels.shape[1]}")
+        if is_concrete(labels) and (total := np.asarray(labels, np.float64).sum(1).max(initial=0)) > 1.02:
+            raise ValueError(f"batch.labels must add up to at most 1 in each row, got {total:.7g}")
         return
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"batch.labels of shape (b,) must be integers, got {labels.dtype}")
-    if is_concrete(labels):
-        classes = np.asarray(labels)  # NumPy also where a trace goes on around concrete labels
-        low, high = int(classes.min()), int(classes.max())
+    if is_concrete(labels) and size:
+        indices = np.asarray(labels)  # NumPy also where a trace goes on around concrete labels
+        low, high = int(indices.min()), int(indices.max())
         if low < 0 or (num_classes is not None and high >= num_classes):
             bound = "" if num_classes is None else f" and below {num_classes}"
             raise ValueError(f"batch.labels must be at least 0{bound}, got {low if low < 0 else high}")

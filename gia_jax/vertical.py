@@ -95,4 +95,8 @@ def cafe_on_federation(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
     outcome = Outcome(found._replace(reconstruction=each), report.score(batch, truth, images))
-    return outcome, images.images[:, None], float(np.linalg.cond(np.asarray(selection_matrix(indices, count))))
+    return (
+        outcome,
+        images.images[:, None],
+        float(np.linalg.cond(np.asarray(selection_matrix(jnp.asarray(indices), count)))),
+    )

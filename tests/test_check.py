@@ -72,6 +72,9 @@ def test_bounds_accept():
         (INPUTS, jnp.array([[0.5, 0.5], [jnp.nan, 1.0]]), r"batch\.labels must be finite, got nan"),
         (INPUTS, jnp.full((2, 4), 0.25), r"batch\.labels must have 5 columns, got 4"),
         (INPUTS, jnp.full((2, 5), 0.2).at[1, 1].set(-0.5), r"batch\.labels must not be negative, got -0\.5"),
+        (INPUTS, jnp.array([[0], [1]]), r"batch\.labels of shape \(b, c\) must be probabilities, got int32"),
+        (INPUTS, jnp.ones((2, 5), bool), r"batch\.labels of shape \(b, c\) must be probabilities, got bool"),
+        (INPUTS, jnp.full((2, 5), 0.2).at[1, 1].set(1.5), r"batch\.labels must add up to at most 1 .* got 2\.3"),
         (INPUTS, jnp.array([0.0, 1.0]), r"batch\.labels of shape \(b,\) must be integers, got float32"),
         (INPUTS, jnp.array([0, -1]), r"batch\.labels must be at least 0 and below 5, got -1"),
         (INPUTS, jnp.array([5, 0]), r"batch\.labels must be at least 0 and below 5, got 5"),
@@ -82,7 +85,9 @@ def test_batches_are_refused_by_name(inputs, labels, message):
         _check.batch(inputs, labels, 5)
 
 
-@pytest.mark.parametrize("labels", [jnp.array([0, 4]), jnp.full((2, 5), 0.2)])
+@pytest.mark.parametrize(
+    "labels", [jnp.array([0, 4]), jnp.full((2, 5), 0.2), jnp.full((2, 5), 0.1), jnp.full((2, 5), 0.2, jnp.bfloat16)]
+)
 def test_right_batches_pass(labels):
     _check.batch(INPUTS, labels, 5)
 
@@ -104,6 +109,8 @@ def test_traced_values_pass_and_traced_shapes_do_not():
     traced(jnp.full((2, 3), jnp.nan), jnp.array([-1, 9]), -1.0)
     with pytest.raises(ValueError, match=r"batch\.labels must have shape"):
         traced(INPUTS, jnp.array([0]), 1.0)
+    with pytest.raises(ValueError, match="must be probabilities, got int32"):
+        traced(INPUTS, jnp.zeros((2, 5), jnp.int32), 1.0)
 
 
 def test_concrete_values_within_a_trace_are_checked():

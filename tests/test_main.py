@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 from gia_jax import ThreatModel, data, models
-from gia_jax.__main__ import main
+from gia_jax.__main__ import _privacy, main
 from gia_jax.attacks.named import ATTACKS, SOLVERS
 from gia_jax.cases import load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES
+from gia_jax.protection import COMBINATIONS, DEFENSES, parse
 
 pytest.importorskip("sklearn")
 
@@ -141,6 +141,14 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "batch_indices cannot identify the records" in output.err
     assert main(["attack", "--attack", "cafe", "--restarts", "3", "--out", str(tmp_path)]) == 2
     assert "--attack cafe takes no --restarts, got 3" in capsys.readouterr().err
+
+
+def test_what_noise_promises_is_said_beside_it() -> None:
+    assert _privacy(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
+    assert _privacy((*parse("clip:norm=1"), *parse("gaussian:scale=0.1"))) == []
+    pytest.importorskip("dp_accounting")
+    (line,) = _privacy(parse("dpsgd:noise_multiplier=1,norm=1"))
+    assert line.startswith("epsilon 9.997 at delta 1e-05 (replace_one, pld")
 
 
 def test_the_module_runs() -> None:

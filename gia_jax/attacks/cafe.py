@@ -192,7 +192,7 @@ def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         missed = jnp.sum(jnp.square(s - o), axes)
         return jnp.sum(jnp.where(length > 0, missed / jnp.where(length > 0, length, 1), 0))
 
-    return optax.tree.sum(jax.tree.map(of_leaf, simulated, observed))
+    return jnp.asarray(optax.tree.sum(jax.tree.map(of_leaf, simulated, observed)))
 
 
 class Guess(NamedTuple):

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Batch
 from gia_jax.defenses.mixing import (
     InputDefenseFn,
     Mixing,
     as_probabilities,
+    check_classes,
     checked_bounds,
     draw_coefficients,
     draw_mixing,
@@ -45,11 +47,17 @@ def instahide(
         (normalised) space, where 0 is the mean pixel.
 
     Raises:
-        ValueError: If `k` is below 1, almost no coefficients lie in the bounds, or (when called) there are too few
-            images.
+        ValueError: If `num_classes` or `k` is no positive integer, not 0 <= low <= high <= 1, almost no coefficients
+            lie in the bounds, `public` holds too few images or one that is not finite, or (when called) there are too
+            few private images, public ones of another shape, or labels that are no classes.
     """
+    check_classes(num_classes)
     bounds = checked_bounds(k, low, high)
     private = k if public is None else -(-k // 2)
+    if public is not None:
+        _check.finite("public", public)
+        if len(public) < k - private:
+            raise ValueError(f"public must have at least {k - private} images, got {len(public)}")
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
         key_mixing, key_signs = jax.random.split(key)
@@ -57,6 +65,8 @@ def instahide(
         size = images.shape[0]
         if size < private:
             raise ValueError(f"k={k} needs {private} private images, got {size}")
+        if public is not None and public.shape[1:] != images.shape[1:]:
+            raise ValueError(f"public must have images of shape {images.shape[1:]}, got {public.shape[1:]}")
         if public is None:
             mixing = draw_mixing(key_mixing, size, k=k, low=bounds[0], high=bounds[1])
         else:
@@ -73,8 +83,6 @@ def _with_public(
     key: PRNGKeyArray, size: int, num_public: int, private: int, k: int, bounds: tuple[float, float]
 ) -> Mixing:
     """`private` images of the client and k - private public ones, whose indices follow the client's."""
-    if num_public < k - private:
-        raise ValueError(f"public must have at least {k - private} images, got {num_public}")
     key_coefficients, key_private, key_public = jax.random.split(key, 3)
     coefficients = draw_coefficients(key_coefficients, size, k=k, low=bounds[0], high=bounds[1])
     own = draw_sources(key_private, size, k=private)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Batch
 
 InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
@@ -31,21 +32,45 @@ class Mixing(NamedTuple):
     coefficients: Float[Array, "n k"]
 
 
-@functools.lru_cache
+def check_classes(num_classes: int) -> None:
+    """Raises ValueError for a number of classes that is no positive integer."""
+    if not _is_count(num_classes):
+        raise ValueError(f"num_classes must be a positive integer, got {num_classes}")
+
+
 def check_mixing(k: int, low: float, high: float) -> None:
-    """Raises ValueError for a number of images or for bounds that (almost) no draw of coefficients satisfies."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    drawn = np.random.default_rng(0).dirichlet(_concentration(k), 100_000)
-    if np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)) < 1e-3:
+    """Raises ValueError for a `k` or bounds that make no sense, or that (almost) no draw of coefficients satisfies."""
+    _check_settings(k, low, high)
+    if _share_within(k, low, high) < 1e-3:
         raise ValueError(f"low={low} and high={high} admit fewer than one in 1,000 draws of k={k} coefficients")
 
 
 def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
     """The bounds of `k` coefficients; of a single one, which is 1, they say nothing."""
-    bounds = (0.0, 1.0) if k == 1 else (low, high)
-    check_mixing(k, *bounds)
-    return bounds
+    _check_settings(k, low, high)
+    if k == 1:
+        return 0.0, 1.0
+    check_mixing(k, low, high)
+    return low, high
+
+
+def _check_settings(k: int, low: float, high: float) -> None:
+    if not _is_count(k):
+        raise ValueError(f"k must be a positive integer, got {k}")
+    if not 0 <= low <= 1:
+        raise ValueError(f"low must be in [0, 1], got {low}")
+    if not low <= high <= 1:
+        raise ValueError(f"high must be in [low, 1] = [{low}, 1], got {high}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and int(value) >= 1
+
+
+@functools.lru_cache
+def _share_within(k: int, low: float, high: float) -> float:
+    drawn = np.random.default_rng(0).dirichlet(_concentration(k), 100_000)
+    return float(np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)))
 
 
 def _concentration(k: int) -> np.ndarray:
@@ -66,8 +91,8 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
         The mixing.
 
     Raises:
-        ValueError: If `k` is below 1 or above `size`, or fewer than one in 1,000 draws lies in the bounds: draws are
-            repeated until all do.
+        ValueError: If `k` is no positive integer or above `size`, not 0 <= low <= high <= 1, or fewer than one in
+            1,000 draws lies in the bounds: draws are repeated until all do.
     """
     key_sources, key_coefficients = jax.random.split(key)
     coefficients = draw_coefficients(key_coefficients, size, k=k, low=low, high=high)
@@ -110,7 +135,14 @@ def mix(mixing: Mixing, images: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
 
 
 def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
-    """Class indices as rows of zeros and a one; probabilities as they are."""
+    """Class indices as rows of zeros and a one; probabilities as they are.
+
+    Raises:
+        ValueError: If `num_classes` is no positive integer, or the labels are neither indices below it nor rows of as
+            many probabilities. Of traced labels only shape and type are known.
+    """
+    check_classes(num_classes)
+    _check.classes(batch.labels, batch.inputs.shape[0], num_classes)
     if batch.labels.ndim == 2:
         return batch.labels.astype(batch.inputs.dtype)
     return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)

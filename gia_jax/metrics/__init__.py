@@ -6,6 +6,7 @@ from gia_jax.metrics.privacy import (
     epsilon,
     fisher_bound,
     fisher_information,
+    privacy_lines,
     reconstruction_robustness,
     van_trees_bound,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "image_scores",
     "label_overlap",
     "nearest",
+    "privacy_lines",
     "reconstruction_robustness",
     "retrieval_rank",
     "ssim",

@@ -17,6 +17,7 @@ from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, Params
 
 ACCOUNTANTS = ("pld", "rdp")
+RELATIONS = ("add_or_remove", "replace_one")
 
 
 def epsilon(
@@ -25,9 +26,10 @@ def epsilon(
     delta: float,
     num_rounds: int = 1,
     sampling_rate: float = 1.0,
+    relation: str = "add_or_remove",
     accountant: str = "pld",
 ) -> float:
-    """The epsilon of `num_rounds` releases, for data sets that differ in one example added or removed.
+    """The epsilon of `num_rounds` releases, for data sets that differ in one example.
 
     Args:
         noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, > 0.
@@ -35,17 +37,19 @@ def epsilon(
         num_rounds: Releases, each with noise of its own.
         sampling_rate: The chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
             sampling that the adversary does not see; a server that chose the cohort saw it.
+        relation: How the data sets differ: "add_or_remove", one has an example more, or "replace_one", an example has
+            another value, which moves the sum twice as far. The second is that of a batch whose size is known.
         accountant: "pld", privacy loss distributions (tight), or "rdp", Renyi (an upper bound).
 
     Returns:
         Epsilon, as computed by the library dp-accounting.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or "replace_one" meets "rdp" and sampling.
         ImportError: If the extra `privacy` is not installed.
 
     Formal Guarantees:
-        The releases together are (epsilon, delta)-differentially private, add/remove-one relation, if every round adds
+        The releases together are (epsilon, delta)-differentially private under `relation`, if every round adds
         N(0, (noise_multiplier * norm)^2) to a sum of gradients clipped to `norm`.
     """
     _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
@@ -53,11 +57,22 @@ def epsilon(
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
+    if relation not in RELATIONS:
+        raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {relation!r}")
+    replaces = relation == "replace_one"
+    if replaces and accountant == "rdp" and sampling_rate < 1:
+        raise ValueError(f"accountant must be 'pld' for relation 'replace_one' with sampling, got {accountant!r}")
     dp_accounting = _dp_accounting()
+    if accountant == "pld":
+        relations = dp_accounting.NeighboringRelation
+        ledger = dp_accounting.pld.PLDAccountant(relations.REPLACE_ONE if replaces else relations.ADD_OR_REMOVE_ONE)
+    else:
+        # This accountant takes any relation without sampling, and disregards it.
+        noise_multiplier = noise_multiplier / 2 if replaces else noise_multiplier
+        ledger = dp_accounting.rdp.RdpAccountant()
     release = dp_accounting.GaussianDpEvent(noise_multiplier)
     if sampling_rate < 1:
         release = dp_accounting.PoissonSampledDpEvent(sampling_rate, release)
-    ledger = dp_accounting.pld.PLDAccountant() if accountant == "pld" else dp_accounting.rdp.RdpAccountant()
     return float(ledger.compose(dp_accounting.SelfComposedDpEvent(release, num_rounds)).get_epsilon(delta))
 
 
@@ -69,8 +84,8 @@ def reconstruction_robustness(
     Hayes, Mahloujifar and Balle, Bounding Training Data Reconstruction in DP-SGD, NeurIPS 2023, theorem 2: gamma is the
     largest mu(E) of events E with nu(E) <= prior, nu the noise alone and mu the noise with the example. Without
     sampling it is Phi(Phi^-1(prior) + sqrt(num_rounds) / noise_multiplier). With sampling it is the minimum over e of
-    prior exp(e) + delta(e), by duality (Neyman-Pearson), delta the hockey-stick divergence of the composed privacy
-    loss, convolved by FFT.
+    prior exp(e) + delta(e), by duality (Neyman-Pearson), delta the hockey-stick divergence of mu from nu (not of nu
+    from mu, which may be larger), composed over the rounds by FFT.
 
     Args:
         noise_multiplier: As for `epsilon`.
@@ -79,8 +94,9 @@ def reconstruction_robustness(
         sampling_rate: As for `epsilon`.
 
     Returns:
-        Gamma in [prior, 1], never below the exact value (losses are rounded up, by 1e-4 a round at most). Two
-        candidates whose gradients are opposite and of full norm attain it; more candidates do not.
+        Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart: gamma is
+        not below the exact value; for one round and a `noise_multiplier` of 0.3 or more it was above by less than 1e-6.
+        Without sampling, two candidates whose gradients are opposite and of full norm attain it; more do not.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -94,7 +110,8 @@ def reconstruction_robustness(
     distribution = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, sampling_prob=sampling_rate
     )
-    composed = distribution.self_compose(num_rounds)
+    # The distribution takes the larger of both directions; gamma is about the removal, mu against nu, alone.
+    composed = type(distribution)(distribution._pmf_remove).self_compose(num_rounds)
 
     def least(low: float, high: float) -> tuple[float, float]:
         grid = np.linspace(low, high, 2_001)
@@ -175,6 +192,62 @@ def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "
         raise ValueError(f"covariance must have the shape {information.shape} of information, got {covariance.shape}")
     identity = jnp.eye(len(covariance), dtype=covariance.dtype)
     return jnp.trace(jnp.linalg.solve(identity + covariance @ information, covariance)) / len(covariance)
+
+
+def privacy_lines(
+    noise_multiplier: float | None,
+    *,
+    delta: float = 1e-5,
+    num_rounds: int = 1,
+    sampling_rate: float = 1.0,
+    relation: str = "add_or_remove",
+    accountant: str = "pld",
+    prior: float | None = None,
+    information: Float[Array, "d d"] | None = None,
+    covariance: Float[Array, "e e"] | None = None,
+) -> list[str]:
+    """What belongs beside every epsilon, a line each: epsilon, gamma, and the bounds on the error of a reconstruction.
+
+    Args:
+        noise_multiplier: As for `epsilon`; 0 is clipping without noise, None is noise without clipping: neither has an
+            epsilon or a gamma.
+        delta: As for `epsilon`.
+        num_rounds: As for `epsilon`.
+        sampling_rate: As for `epsilon`.
+        relation: As for `epsilon`.
+        accountant: As for `epsilon`.
+        prior: As for `reconstruction_robustness`; None leaves its line out.
+        information: As for `van_trees_bound`, of all that is released together; None leaves out both bounds.
+        covariance: As for `van_trees_bound`; None leaves out that bound.
+
+    Returns:
+        The lines. Errors are in the units of the inputs squared.
+
+    Raises:
+        ValueError: If an argument is outside its range, or there is a `covariance` without `information`.
+        ImportError: If the extra `privacy` is not installed.
+    """
+    if covariance is not None and information is None:
+        raise ValueError("information must be given with covariance, got None")
+    lines = []
+    if noise_multiplier is None:
+        lines += ["no epsilon: the sensitivity is unbounded"]
+    elif noise_multiplier == 0:
+        lines += ["no epsilon: there is no noise"]
+    else:
+        rounds = {"num_rounds": num_rounds, "sampling_rate": sampling_rate}
+        found = epsilon(noise_multiplier, delta=delta, relation=relation, accountant=accountant, **rounds)
+        releases = f"{num_rounds} release{'s' if num_rounds > 1 else ''}, sampling rate {sampling_rate:g}"
+        lines += [f"epsilon {found:.4g} at delta {delta:g} ({relation}, {accountant}; {releases})"]
+        if prior is not None:
+            gamma = reconstruction_robustness(noise_multiplier, prior=prior, **rounds)
+            lines += [f"gamma {gamma:.4g}: the largest chance of a reconstruction, {prior:g} without the release"]
+    if information is not None and covariance is not None:
+        bound, alone = van_trees_bound(information, covariance), jnp.trace(covariance) / len(covariance)
+        lines += [f"mean squared error >= {bound:.4g} (van Trees, every estimator; {alone:.4g} without the release)"]
+    if information is not None:
+        lines += [f"mean squared error >= {fisher_bound(information):.4g} (Fisher, unbiased estimators only)"]
+    return lines
 
 
 def _check_mechanism(noise_multiplier: float, num_rounds: int, sampling_rate: float) -> None:

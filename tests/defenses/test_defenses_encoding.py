@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -130,15 +131,53 @@ def test_a_client_takes_encodings(make):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"k": 0}, "k must be a positive integer, got 0"),
+        ({"k": 2.5}, r"k must be a positive integer, got 2\.5"),
+        ({"k": 2.0}, r"k must be a positive integer, got 2\.0"),
+        ({"k": 1, "low": 5, "high": -1}, r"low must be in \[0, 1\], got 5"),
+        ({"k": 1, "high": -1.0}, r"high must be in \[low, 1\] = \[0\.0, 1\], got -1\.0"),
+        ({"low": 0.3, "high": 0.2}, r"high must be in \[low, 1\] = \[0\.3, 1\], got 0\.2"),
+        ({"high": 1.5}, r"high must be in \[low, 1\] = \[0\.0, 1\], got 1\.5"),
+        ({"low": float("nan")}, r"low must be in \[0, 1\], got nan"),
         ({"k": 4, "high": 0.2}, r"low=0.0 and high=0.2 admit fewer than one in 1,000 draws of k=4"),
         ({"k": 4, "low": 0.3, "high": 0.9}, r"low=0.3 and high=0.9 admit fewer than one in 1,000 draws of k=4"),
         ({"k": 4, "high": 0.2501}, "admit fewer than one in 1,000 draws"),
     ],
 )
-def test_settings_that_nothing_satisfies_are_named(make, arguments, message):
+def test_settings_that_nothing_satisfies_are_named(make, arguments, message, monkeypatch):
+    # Without the type checker of the tests, which would see some first; k=2 to have passed before k=2.0 does not.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    make(3, k=2)
     with pytest.raises(ValueError, match=message):
         make(3, **arguments)
+
+
+@pytest.mark.parametrize("make", [mixup, instahide])
+@pytest.mark.parametrize("num_classes", [-3, 0, 2.5])
+def test_numbers_of_classes_are_named(make, num_classes, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"num_classes must be a positive integer, got {num_classes}"):
+        make(num_classes)(jax.random.key(0), BATCH)
+
+
+@pytest.mark.parametrize("make", [mixup, instahide])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (jnp.array([[3], [1], [2]]), r"batch\.labels of shape \(b, c\) must be probabilities, got int32"),
+        (jnp.array([[3.0], [1.0], [2.0]]), r"batch\.labels must have 3 columns, got 1"),
+        (jnp.full((3, 2), 0.5), r"batch\.labels must have 3 columns, got 2"),
+        (jnp.full((3, 3), 0.5), r"batch\.labels must add up to at most 1 in each row, got 1\.5"),
+        (jnp.eye(3).at[0, 0].set(-1.0), r"batch\.labels must not be negative, got -1\.0"),
+        (jnp.eye(3).at[0, 0].set(jnp.nan), r"batch\.labels must be finite, got nan"),
+        (jnp.array([0, 7, 1]), r"batch\.labels must be at least 0 and below 3, got 7"),
+        (jnp.array([0, -1, 1]), r"batch\.labels must be at least 0 and below 3, got -1"),
+        (jnp.array([0, 1]), r"batch\.labels must have shape \(3,\) or \(3, c\), got \(2,\)"),
+    ],
+)
+def test_labels_that_are_none_are_named(make, labels, message):
+    with pytest.raises(ValueError, match=message):
+        make(3, k=2)(jax.random.key(0), Batch(IMAGES[:3], labels))
 
 
 def test_too_few_images_are_named():
@@ -146,5 +185,12 @@ def test_too_few_images_are_named():
         mixup(3, k=4)(jax.random.key(0), Batch(IMAGES[:3], LABELS[:3]))
     with pytest.raises(ValueError, match="k=6 needs 3 private images, got 2"):
         instahide(3, k=6, public=IMAGES)(jax.random.key(0), Batch(IMAGES[:2], LABELS[:2]))
+
+
+def test_bad_public_images_are_named():
     with pytest.raises(ValueError, match="public must have at least 3 images, got 2"):
-        instahide(3, k=6, public=IMAGES[:2])(jax.random.key(0), BATCH)
+        instahide(3, k=6, public=IMAGES[:2])
+    with pytest.raises(ValueError, match="public must be finite, got nan"):
+        instahide(3, k=2, public=IMAGES.at[0, 0, 0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"public must have images of shape \(4, 4, 3\), got \(2, 4, 3\)"):
+        instahide(3, k=2, public=IMAGES[:, :2])(jax.random.key(0), BATCH)

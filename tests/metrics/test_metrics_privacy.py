@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from scipy import integrate, stats
 
-from gia_jax import Batch, clients, defenses, models
+from gia_jax import Batch, clients, data, defenses, models
 from gia_jax.metrics import epsilon, fisher_bound, fisher_information, reconstruction_robustness, van_trees_bound
+from gia_jax.metrics.privacy import privacy_lines
 
 
 @pytest.mark.parametrize(("accountant", "value"), [("pld", 1.828), ("rdp", 2.101)])
@@ -25,6 +26,28 @@ def test_epsilon_of_one_release_is_the_closed_form():
     assert delta == pytest.approx(1e-5, rel=1e-2)
 
 
+@pytest.mark.parametrize(("relation", "value"), [("add_or_remove", 4.377), ("replace_one", 9.997)])
+def test_epsilon_depends_on_the_relation(relation, value):
+    assert epsilon(1.0, delta=1e-5, relation=relation) == pytest.approx(value, abs=5e-4)
+
+
+def test_replacing_is_the_addition_of_twice_the_norm_for_either_accountant():
+    for accountant in ("pld", "rdp"):
+        replaced = epsilon(2.0, delta=1e-5, num_rounds=3, relation="replace_one", accountant=accountant)
+        assert replaced == pytest.approx(epsilon(1.0, delta=1e-5, num_rounds=3, accountant=accountant), rel=1e-6)
+
+
+def test_epsilon_of_replacing_a_sampled_example_is_that_of_its_densities():
+    rate, sigma = 0.1, 1.0
+    found = epsilon(sigma, delta=1e-5, sampling_rate=rate, relation="replace_one")
+    grid = np.linspace(-15, 15, 200_001)
+    one, other = (
+        rate * stats.norm.pdf(grid, at, sigma) + (1 - rate) * stats.norm.pdf(grid, 0, sigma) for at in (1, -1)
+    )
+    delta = np.trapezoid(np.maximum(one - np.exp(found) * other, 0), grid)
+    assert delta == pytest.approx(1e-5, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("rounds", "sigma", "rate", "gamma"),
     [
@@ -38,6 +61,17 @@ def test_epsilon_of_one_release_is_the_closed_form():
 def test_gamma_for_ten_candidates(rounds, sigma, rate, gamma):
     found = reconstruction_robustness(sigma, prior=0.1, num_rounds=rounds, sampling_rate=rate)
     assert found == pytest.approx(gamma, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "prior", "gamma"), [(0.5, 0.5, 0.5, 0.7386), (1.0, 0.5, 0.9, 0.9444), (1.0, 0.5, 0.5, 0.6707)]
+)
+def test_gamma_of_one_sampled_release_is_the_closed_form(sigma, rate, prior, gamma):
+    # The likelihood ratio of the mixture to the noise grows with the release: the best events are half lines.
+    exact = (1 - rate) * prior + rate * stats.norm.cdf(stats.norm.ppf(prior) + 1 / sigma)
+    assert exact == pytest.approx(gamma, abs=5e-5)
+    found = reconstruction_robustness(sigma, prior=prior, sampling_rate=rate)
+    assert exact - 1e-12 <= found <= exact + 1e-6
 
 
 @pytest.mark.parametrize("prior", [0.1, 0.5, 0.9])
@@ -68,8 +102,26 @@ def test_ten_orthogonal_gradients_attain_their_integral_and_stay_below_gamma():
     assert success < reconstruction_robustness(1.0, prior=0.1) - interval
 
 
-def test_clipped_gradients_never_exceed_gamma():
-    # Ten gradients of a linear model, clipped; the release is their clipped value with noise of multiplier 1.
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_gradients_of_a_network_never_exceed_gamma(sigma):
+    # One digit of each class; clipped to the norm of the smallest, so that all ten have the full norm.
+    digits = data.digits()
+    places = [int(np.argmax(digits.labels == label)) for label in range(10)]
+    batch = Batch(jnp.asarray(digits.normalize(digits.images[places])), jnp.asarray(digits.labels[places]))
+    apply_fn, params = models.functional(models.LeNet((8, 8, 1), 10, rngs=nnx.Rngs(0)))
+    per_example = clients.per_example(clients.cross_entropy(apply_fn))(params, batch)
+    gradients = np.concatenate([leaf.reshape(10, -1) for leaf in jax.tree.leaves(per_example)], 1, dtype=np.float64)
+    norm = np.linalg.norm(gradients, axis=1).min()
+    clip = defenses.clip(norm)
+    clipped = np.stack([clip.update(jnp.asarray(g), clip.init(jnp.asarray(g)))[0] for g in gradients]) / norm
+    np.testing.assert_allclose(np.linalg.norm(clipped, axis=1), 1, rtol=1e-5)
+    # Noise across their span says nothing: ten coordinates are enough.
+    success, interval = likelihood_ratio_success(np.linalg.qr(clipped.T)[1].T, sigma)
+    assert 0.1 + interval < success < reconstruction_robustness(sigma, prior=0.1) + interval
+
+
+def test_clipped_vectors_never_exceed_gamma():
+    # Ten random directions, clipped; the release is their clipped value with noise of multiplier 1.
     gradients = np.array(jax.random.normal(jax.random.key(0), (10, 30)))
     clip = defenses.clip(1.0)
     clipped = np.stack([clip.update(jnp.asarray(g), clip.init(jnp.asarray(g)))[0] for g in gradients])
@@ -125,6 +177,31 @@ def test_information_of_a_network_is_that_of_its_jacobian():
         np.testing.assert_allclose(fisher_information(client_fn, params, batch, 1.0), expected, rtol=1e-8)
 
 
+def test_the_lines_beside_epsilon():
+    covariance = jnp.diag(jnp.array([2.0, 0.0]))
+    lines = privacy_lines(
+        1.0, relation="replace_one", accountant="rdp", prior=0.1, information=jnp.eye(2), covariance=covariance
+    )
+    assert lines == [
+        "epsilon 10.73 at delta 1e-05 (replace_one, rdp; 1 release, sampling rate 1)",
+        "gamma 0.3891: the largest chance of a reconstruction, 0.1 without the release",
+        "mean squared error >= 0.3333 (van Trees, every estimator; 1 without the release)",
+        "mean squared error >= 1 (Fisher, unbiased estimators only)",
+    ]
+    # Only what there is: nothing is said of a prior or of an information that is not given.
+    sampled = privacy_lines(1.0, num_rounds=1000, sampling_rate=0.01, accountant="rdp")
+    assert sampled == ["epsilon 2.101 at delta 1e-05 (add_or_remove, rdp; 1000 releases, sampling rate 0.01)"]
+
+
+def test_without_clipping_or_noise_there_is_no_epsilon_and_no_gamma():
+    lines = privacy_lines(None, prior=0.1, information=jnp.eye(2))
+    assert lines == [
+        "no epsilon: the sensitivity is unbounded",
+        "mean squared error >= 1 (Fisher, unbiased estimators only)",
+    ]
+    assert privacy_lines(0.0, prior=0.1) == ["no epsilon: there is no noise"]
+
+
 GOOD = {"noise_multiplier": 1.0, "delta": 1e-5, "num_rounds": 1, "sampling_rate": 1.0, "accountant": "pld"}
 
 
@@ -137,11 +214,19 @@ GOOD = {"noise_multiplier": 1.0, "delta": 1e-5, "num_rounds": 1, "sampling_rate"
         ("sampling_rate", 1.5, r"sampling_rate must be in \(0, 1\], got 1.5"),
         ("delta", 1.0, r"delta must be in \(0, 1\), got 1.0"),
         ("accountant", "gdp", "accountant must be one of pld, rdp, got 'gdp'"),
+        ("relation", "zero_out", "relation must be one of add_or_remove, replace_one, got 'zero_out'"),
     ],
 )
 def test_bad_settings_of_epsilon_are_named(argument, value, message):
     with pytest.raises(ValueError, match=message):
         epsilon(**{**GOOD, argument: value})
+
+
+def test_replacing_sampled_examples_needs_the_tight_accountant():
+    with pytest.raises(
+        ValueError, match="accountant must be 'pld' for relation 'replace_one' with sampling, got 'rdp'"
+    ):
+        epsilon(1.0, delta=1e-5, sampling_rate=0.5, relation="replace_one", accountant="rdp")
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0])
@@ -155,3 +240,5 @@ def test_other_bad_arguments_are_named():
         fisher_information(linear_client(jnp.eye(2)), {}, Batch(jnp.zeros((1, 2)), jnp.zeros(1, int)), 0.0)
     with pytest.raises(ValueError, match=r"covariance must have the shape \(2, 2\) of information, got \(3, 3\)"):
         van_trees_bound(jnp.eye(2), jnp.eye(3))
+    with pytest.raises(ValueError, match="information must be given with covariance, got None"):
+        privacy_lines(None, covariance=jnp.eye(2))
