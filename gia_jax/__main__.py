@@ -214,6 +214,8 @@ def _attack(args: argparse.Namespace) -> None:
     known = args.labels == "known"
     defense = " ".join(str(part) for part in parts) or "none"
     threat = _threat(known, defense, args.adaptive, exact_statistics)
+    if args.adaptive and not protected.modelled:
+        threat += ", but no likelihood for this chain: attacks as if it did not"
     if args.statistics == "running":
         threat += "; matches running statistics"
     if args.attack == "gias":

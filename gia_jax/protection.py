@@ -61,6 +61,8 @@ COMBINATIONS = {
     "prune_instahide": ("instahide:k=4", "prune:ratio=0.9"),
 }
 INTEGERS = ("bits", "k", "size")
+NOISE = ("dpsgd", "gaussian", "laplace")
+UNBIASED = (*NOISE, "ternary", "quantize")  # their expectation is what enters them
 
 
 class Protected(NamedTuple):
@@ -73,6 +75,7 @@ class Protected(NamedTuple):
         client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key.
         assumed_fn: The client that an attacker assumes who knows the defenses but not the key.
         adapt_fn: From the objective of an attacker that does not know the defenses, the one of an attacker that does.
+        modelled: Whether the attacker makes use of what it knows of the defenses of the update: see `protect`.
     """
 
     apply_fn: ApplyFn
@@ -81,6 +84,7 @@ class Protected(NamedTuple):
     client_fn: Callable[[PRNGKeyArray], ClientFn]
     assumed_fn: ClientFn
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]
+    modelled: bool
 
 
 def parse(text: str) -> tuple[Part, ...]:
@@ -128,6 +132,19 @@ def protect(
 ) -> Protected:
     """Any defenses in one client: encodings, then the model, then what acts on examples and features, then the update.
 
+    What an attacker does that knows the chain of the update's defenses, DP-SGD's noise being drawn before all of them:
+
+    * signs, with anything but noise: `adaptive.sign_hinge`, as nothing else turns a sign;
+    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned;
+    * clipping and pruning, then noise or stochastic rounding: it clips and prunes its own update, which is then the
+      expectation, and takes `relative(l1)` for Laplace noise alone, `relative(euclidean)` for Gaussian noise or a sum
+      of noises, the given objective for rounding;
+    * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
+      the attack is that of an attacker that does not know of it.
+
+    Where a modelled chain clips, the attacker clips its own update too. In a sum with other noise, that of rounding is
+    taken for Gaussian. Noise hides the zeros of Soteria: the last layer is then left out.
+
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
             the encodings there can be one each.
@@ -142,8 +159,8 @@ def protect(
         The protected client.
 
     Raises:
-        ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD with local
-            steps.
+        ValueError: A setting that its defense refuses, the same one twice where one is meant, DP-SGD or PRECODE with
+            local steps, or PRECODE with DP-SGD: its noise would be the same in every step and for every example.
     """
     alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
     for kind, names in alone.items():
@@ -151,8 +168,11 @@ def protect(
         if len(found) > 1:
             raise ValueError(f"defenses must name one {kind} at most, got {' and '.join(found)}")
     settings: dict[str, dict[str, Any]] = {part.name: part.settings for part in parts}
-    if "dpsgd" in settings and make_client is not clients.federated_sgd:
-        raise ValueError("defense dpsgd is for one step on the whole batch, got a client with local steps")
+    for name in ("dpsgd", "precode"):
+        if name in settings and make_client is not clients.federated_sgd:
+            raise ValueError(f"defense {name} is for one step on the whole batch, got a client with local steps")
+    if "precode" in settings and "dpsgd" in settings:
+        raise ValueError("defense precode must be without dpsgd, which would give all examples one noise, got both")
 
     classifier_fn = dense(head)
     if "precode" in settings:
@@ -190,8 +210,14 @@ def protect(
     if "dpsgd" in settings:
         norm = settings["dpsgd"]["norm"]
         assumed_fn = defenses.dp_sgd(loss_of(None), jax.random.key(0), norm=norm, noise_multiplier=0.0)
+    reading = _reading(parts)
+    if reading is not None and reading.simulated:
+        # Nothing in it is random: the key is not used.
+        chain = optax.chain(*(_transformation(part, jax.random.key(0)) for part in reading.simulated))
+        assumed_fn = defenses.defended(assumed_fn, chain)
+    adapt_fn = functools.partial(_adapted, parts, reading, head)
     encode_fn = _encoding(settings, num_classes)
-    return Protected(apply_fn, params, encode_fn, client_fn, assumed_fn, functools.partial(_adapted, parts))
+    return Protected(apply_fn, params, encode_fn, client_fn, assumed_fn, adapt_fn, reading is not None)
 
 
 def _transformation(part: Part, key: PRNGKeyArray) -> optax.GradientTransformation:
@@ -216,23 +242,47 @@ def _encoding(settings: dict[str, Any], num_classes: int) -> InputDefenseFn:
     return lambda key, batch: batch
 
 
-def _adapted(parts: Sequence[Part], objective_fn: ObjectiveFn) -> ObjectiveFn:
-    """Of the defenses of the update the last one says how the update is to be read; clipping keeps its direction."""
+class _Reading(NamedTuple):
+    """How an attacker that knows the update's chain reads it: what it does to its own update, and how it compares."""
+
+    simulated: Sequence[Part]
+    adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]
+
+
+def _reading(parts: Sequence[Part]) -> _Reading | None:
+    """As in the docstring of `protect`; None for a chain that is not modelled."""
+    drawn_first = [part for part in parts if part.name == "dpsgd"]
+    chain = drawn_first + [part for part in parts if DEFENSES[part.name].acts_on == "update"]
+    clips = [part for part in chain if part.name == "clip"]
+    names = {part.name for part in chain}
+    if "sign" in names:
+        return None if names.intersection(NOISE) else _Reading(clips, lambda _: adaptive.sign_hinge())
+    first = next((i for i, part in enumerate(chain) if part.name in UNBIASED), len(chain))
+    drawn = {part.name for part in chain[first:]}
+    if not drawn:
+        # The support is read from the update: a pruning of its own would hide entries that are to grow.
+        return _Reading(clips, adaptive.pruned if names.intersection(("prune", "topk")) else _unchanged)
+    if not drawn.issubset(UNBIASED):
+        return None
+    if drawn == {"laplace"}:
+        return _Reading(chain[:first], lambda _: adaptive.relative(l1))
+    if drawn.intersection(("gaussian", "laplace")):
+        return _Reading(chain[:first], lambda _: adaptive.relative(euclidean))
+    return _Reading(chain[:first], _unchanged)
+
+
+def _unchanged(objective_fn: ObjectiveFn) -> ObjectiveFn:
+    return objective_fn
+
+
+def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objective_fn: ObjectiveFn) -> ObjectiveFn:
     names = {part.name for part in parts}
-    adapted = objective_fn
-    for part in parts:
-        if part.name in ("prune", "topk"):
-            adapted = adaptive.pruned(objective_fn)
-        elif part.name == "gaussian":
-            adapted = adaptive.relative(euclidean)
-        elif part.name == "laplace":
-            adapted = adaptive.relative(l1)
-        elif part.name == "sign":
-            adapted = adaptive.sign_hinge()
-        elif part.name in ("ternary", "quantize"):
-            adapted = objective_fn
+    adapted = objective_fn if reading is None else reading.adapt_fn(objective_fn)
     if "soteria" in names:
-        adapted = adaptive.supported(adapted)
+        if names.intersection(("gaussian", "laplace")):
+            adapted = selected(adapted, lambda path: f"['{head}']" not in path)
+        else:
+            adapted = adaptive.supported(adapted)
     if "precode" in names:
         adapted = selected(adapted, lambda path: "features" in path)
     return adapted

@@ -1,5 +1,7 @@
 """Defenses by name: what is parsed, what a client with several does, and what its attacker may not know."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, clients, defenses, models
-from gia_jax.matching.objectives import cosine
+from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, parse, protect
 
 MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
@@ -81,8 +83,11 @@ def test_what_does_not_go_together_is_named():
     def averaging(loss_fn):
         return clients.federated_averaging(loss_fn, learning_rate=0.1, local_epochs=2)
 
-    with pytest.raises(ValueError, match="dpsgd is for one step"):
-        protect(parse("dpsgd"), MODULE, num_classes=4, make_client=averaging)
+    for name in ("dpsgd", "precode"):
+        with pytest.raises(ValueError, match=f"{name} is for one step"):
+            protect(parse(name), MODULE, num_classes=4, make_client=averaging)
+    with pytest.raises(ValueError, match="precode must be without dpsgd"):
+        protected_by("precode", "dpsgd")
 
 
 def test_parts_act_in_their_order():
@@ -106,18 +111,18 @@ def test_randomness_is_the_client_s_own(name):
 @pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
 def test_the_attacker_s_client_draws_nothing_and_strength_nothing_is_no_defense(name):
     """What the attacker assumes does not depend on the victim's key, and is the client of a defense of no strength."""
-    protected = protected_by(name)
-    assumed = protected.assumed_fn(protected.params, BATCH)
-    assert distance(protected.assumed_fn(protected.params, BATCH), assumed) == 0
     weakest = {
         "prune": "ratio=0",
         "topk": "ratio=0",
-        "clip": "norm=1e6",
+        "clip": "norm=1",
         "gaussian": "scale=0",
         "laplace": "scale=0",
         "dpsgd": "noise_multiplier=0,norm=1",
         "soteria": "ratio=0",
     }
+    protected = protected_by(name)
+    assumed = protected.assumed_fn(protected.params, BATCH)
+    assert distance(protected.assumed_fn(protected.params, BATCH), assumed) == 0
     if name in weakest:
         assert distance(update_of(protected_by(f"{name}:{weakest[name]}"), KEYS[0]), assumed) < 1e-5
 
@@ -155,7 +160,89 @@ def test_the_paper_s_combinations_encode_and_prune():
         assert int(np.sum(kernel != 0)) == kernel.size - int(0.9 * kernel.size)
 
 
-def test_objectives_follow_the_last_defense_of_the_update():
+CHAINED = {
+    "prune": "prune:ratio=0.95",
+    "topk": "topk:ratio=0.9",
+    "clip": "clip:norm=0.1",
+    "gaussian": "gaussian:scale=1e-3",
+    "laplace": "laplace:scale=1e-3",
+    "sign": "sign",
+    "ternary": "ternary",
+    "quantize": "quantize",
+}
+NOISE, ROUNDING, CUTS = {"gaussian", "laplace"}, {"ternary", "quantize"}, {"prune", "topk"}
+# The true update: much longer than the norm of clipping, its sizes spread as a gradient's.
+LONG = {
+    name: jnp.square(jax.random.normal(KEYS[0], (n,))) * (-1) ** jnp.arange(n) for name, n in (("a", 900), ("b", 60))
+}
+
+
+def chained(*texts):
+    parts = [part for text in texts for part in parse(text)]
+    return protect(parts, MODULE, num_classes=4, make_client=lambda loss_fn: lambda params, batch: LONG)
+
+
+def not_modelled(first, second):
+    unbiased = NOISE | ROUNDING
+    signs_lost = {first, second} & NOISE and "sign" in (first, second)
+    return bool(signs_lost or (first in unbiased and second in CUTS | {"clip"}))
+
+
+@pytest.mark.parametrize("second", CHAINED)
+@pytest.mark.parametrize("first", CHAINED)
+def test_no_pair_of_defenses_drives_the_attacker_that_knows_it_from_the_truth(first, second):
+    both = chained(CHAINED[first], CHAINED[second])
+    assert both.modelled != not_modelled(first, second)
+    # An attacker that does not know the chain has no more than directions.
+    objectives = (cosine, euclidean) if both.modelled else (cosine,)
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.vmap
+    def losses(key):
+        """Of each objective at the truth, at no update and at a tiny one."""
+        update, truth = both.client_fn(key)(LONG, BATCH), both.assumed_fn(LONG, BATCH)
+        direction = optax.tree.random_like(key, LONG)
+        points = jax.tree.map(lambda t, d: jnp.stack([t, 0 * d, 1e-6 * d]), truth, direction)
+        return jnp.stack([jax.vmap(both.adapt_fn(fn), (0, None))(points, update) for fn in objectives])
+
+    at_truth, *elsewhere = jnp.moveaxis(losses(KEYS), -1, 0)
+    for loss in elsewhere:
+        assert (at_truth < loss).all()
+    if not both.modelled:
+        assert both.adapt_fn(cosine) is cosine
+        assert both.assumed_fn(LONG, BATCH) is LONG
+
+
+@pytest.mark.parametrize("rest", [("prune", "gaussian"), ("prune",), ("gaussian",), ("topk", "laplace"), ("quantize",)])
+def test_what_is_clipped_is_clipped_by_the_attacker_too(rest):
+    """The clipped gradient under the same defenses, without clipping, is what the attacker takes it for."""
+    texts = [CHAINED[name] for name in rest]
+    with_clip = chained("clip:norm=0.1", *texts)
+    short, _ = defenses.clip(0.1).update(LONG, optax.EmptyState())
+    parts = [part for text in texts for part in parse(text)]
+    without = protect(parts, MODULE, num_classes=4, make_client=lambda loss_fn: lambda params, batch: short)
+    update = update_of(with_clip, KEYS[0])
+    losses = [float(one.adapt_fn(euclidean)(one.assumed_fn(one.params, BATCH), update)) for one in (with_clip, without)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
+
+
+def test_dp_sgd_is_noise_before_the_rest():
+    assert protected_by("dpsgd").modelled
+    assert protected_by("quantize", "dpsgd").modelled
+    for name in ("clip", "prune", "sign"):
+        assert not protected_by("dpsgd", name).modelled
+        assert protected_by("dpsgd", name).adapt_fn(cosine) is cosine
+
+
+def test_noise_hides_what_soteria_left_out():
+    both = protected_by("soteria:ratio=0.95", "gaussian:scale=1e-4")
+    truth, update = both.assumed_fn(both.params, BATCH), update_of(both, KEYS[0])
+    assert both.adapt_fn(cosine)(truth, update) < 0.01
+    spoiled = truth | {"head": optax.tree.zeros_like(truth["head"])}
+    assert both.adapt_fn(cosine)(spoiled, update) == both.adapt_fn(cosine)(truth, update)
+
+
+def test_objectives_follow_the_defenses_of_the_update():
     assert protected_by("clip").adapt_fn(cosine) is cosine
     both = protected_by("prune", "sign")
     signs, plain = update_of(both, KEYS[0]), both.assumed_fn(both.params, BATCH)

@@ -34,7 +34,8 @@ def dp_sgd(
     victim's, the clipping of each example is not.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example.
+        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. What it draws from a key of its own
+            (`precode`) is the same for every example.
         key: Of this client and this round, never the attacker's. A key used twice draws the same noise, which the
             difference of the two updates cancels. `vmap` over clients, each with a key of its own.
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.

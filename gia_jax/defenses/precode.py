@@ -24,7 +24,9 @@ class Precode(NamedTuple):
     Attributes:
         apply_fn: `(params, inputs) -> logits` with the mean code, for evaluation.
         loss_fn: `(key) -> LossFn`, the loss of a client whose noise comes from this key, never the attacker's; None
-            takes the mean code.
+            takes the mean code. One key is for one call on one batch: later calls draw the same noise, and so do calls
+            mapped over the examples. A client that calls its loss more than once (`dp_sgd`, `per_example`,
+            `federated_averaging`) is therefore weaker than PRECODE, and `protection.protect` refuses it.
         params: {"features": the given ones, "encoder", "decoder", "head": {"kernel", "bias"}}.
     """
 
@@ -45,7 +47,7 @@ def precode(
 ) -> Precode:
     """The model whose features pass through a random code z before the last layer.
 
-    With epsilon ~ N(0, 1) for each example,
+    With epsilon ~ N(0, 1), drawn anew for each example of the batch that the loss is called on,
 
         mu, s = encoder(features(x)),  z = mu + softplus(s - 5) * epsilon,  logits = head(decoder(z)),
 

@@ -88,6 +88,9 @@ def rounding_likelihood(bits: int) -> ObjectiveFn:
     Stochastic rounding between levels d apart gives o from g with probability 1 - |g - o| / d, and 0 beyond d. Below a
     probability of 1e-2 the logarithm goes on along its tangent.
 
+    `protection` compares with the expectation instead, by the attack's own objective: with weights of the prior that
+    suit a cosine this one has found less.
+
     Args:
         bits: An integer in [2, 16], as the defense's.
 

@@ -67,6 +67,21 @@ def test_clients_share_different_gradients_of_one_image_and_a_key_repeats():
         assert not np.allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
+def test_each_example_of_a_batch_has_its_own_noise_and_a_loss_mapped_over_examples_has_one():
+    """Of one image twice: one noise for all cancels in differences, which is why `protect` refuses it."""
+    twice = Batch(jnp.repeat(BATCH.inputs[:1], 2, 0), jnp.repeat(BATCH.labels[:1], 2))
+    key = jax.random.key(2)
+
+    def slope(inputs):
+        return MODEL.loss_fn(key)(MODEL.params, twice._replace(inputs=inputs))
+
+    together = jax.grad(slope)(twice.inputs)
+    assert not np.allclose(together[0], together[1], rtol=1e-3, atol=1e-8)
+    mapped = clients.per_example(MODEL.loss_fn(key))(MODEL.params, twice)
+    for leaf in jax.tree.leaves(mapped):
+        np.testing.assert_allclose(leaf[0], leaf[1], rtol=1e-4, atol=1e-7)
+
+
 def test_it_trains():
     optimizer = optax.adam(1e-2)
 
