@@ -62,7 +62,7 @@ def test_what_cannot_be_parsed_is_named(text, message):
         ("prune:ratio=1", r"ratio must be in \[0, 1\), got 1\.0"),
         ("gaussian:scale=-1", r"scale must not be negative, got -1\.0"),
         ("clip:norm=0", r"norm must be positive, got 0\.0"),
-        ("mixup:k=0", "k must be at least 1, got 0"),
+        ("mixup:k=0", "k must be a positive integer, got 0"),
         ("quantize:bits=1", "bits must be an integer from 2 to 16, got 1"),
         ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
         ("precode:size=0", "size must be positive, got 0"),
