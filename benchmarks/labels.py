@@ -107,7 +107,8 @@ def main() -> None:
         "have no distinct labels; one label is always distinct. `bias_counts` takes the mean prediction for 1 / C, "
         "'p measured' for what the network says of 128 random inputs, 'p of public images' of the first "
         f"{NUM_PUBLIC} training images, which are more than the threat model grants. 'head / 10' has a last layer of a "
-        "tenth of its weights, so that it predicts near 1 / C. '-': the rule refuses such a batch. "
+        "tenth of its weights, so that it predicts near 1 / C. Naming the classes in turn, without a gradient, is "
+        "right for .79 of 32 and .88 of 100 random labels. '-': the rule refuses such a batch. "
         f"Threat model: {THREAT.describe()}.",
     )
 

@@ -37,7 +37,8 @@ def functional(
             the mode "exact"; they may be traced.
 
     Returns:
-        `apply_fn(params, inputs) -> ` outputs, and params as a nested dict of arrays.
+        `apply_fn(params, inputs) -> ` outputs, and params as a nested dict of arrays. It raises ValueError, naming the
+        entry, for parameters of another structure or of other shapes.
 
     Raises:
         ValueError: An unknown mode, or statistics given or missing against it.
@@ -49,8 +50,10 @@ def functional(
             f"statistics are for batch_norm='exact' and needed there, got {statistics is not None} with {batch_norm!r}"
         )
     graph, params, rest = nnx.split(module, nnx.Param, ...)
+    like = jax.eval_shape(lambda: nnx.to_pure_dict(params))
 
     def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b *c"]:
+        _check.same_structure("params", params, "the module", like)
         model = nnx.merge(graph, params, rest, copy=True)
         model.train() if batch_norm == "training" else model.eval()
         if statistics is None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, clients, models
+from gia_jax import Batch, ThreatModel, clients, models, observe
 
 # Published counts for 32x32x3 inputs and ten classes; None where nobody has published one.
 PARAMETERS = {
@@ -208,6 +208,21 @@ class LinenMLP(nn.Module):
         return nn.Dense(3, name="head")(nn.relu(nn.Dense(7, name="dense0")(x)))
 
 
+class OwnNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.dense0, self.head = nnx.Linear(4, 7, rngs=rngs), nnx.Linear(7, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.dense0(x)))
+
+
+def haiku_style(params, rng, x):
+    """The form of `hk.transform(...).apply`."""
+    del rng
+    hidden = jax.nn.relu(x @ params["mlp/~/linear_0"]["w"] + params["mlp/~/linear_0"]["b"])
+    return hidden @ params["mlp/~/linear_1"]["w"] + params["mlp/~/linear_1"]["b"]
+
+
 def test_every_style_of_model_gives_the_same_gradients():
     apply_nnx, params = models.functional(models.MLP((4,), 3, hidden=(7,), rngs=nnx.Rngs(2)))
     batch = Batch(INPUTS, jnp.array([0, 1, 2, 0, 1, 2]))
@@ -225,11 +240,27 @@ def test_every_style_of_model_gives_the_same_gradients():
     ours = gradient(apply_nnx, params)
     linen = gradient(LinenMLP().apply, {"params": params})
     by_hand = gradient(apply_tuples, tuples)
+    own = gradient(models.functional(OwnNnx(nnx.Rngs(0)))[0], params)
+    names = {"dense0": "mlp/~/linear_0", "head": "mlp/~/linear_1"}
+    modules = {names[name]: {"w": params[name]["kernel"], "b": params[name]["bias"]} for name in names}
+    haiku = gradient(lambda params, x: haiku_style(params, None, x), modules)
     plain = jax.grad(clients.cross_entropy(apply_tuples))(tuples, batch)
     for i, name in enumerate(("dense0", "head")):
         for j, leaf in enumerate(("kernel", "bias")):
-            for other in (linen["params"][name][leaf], by_hand[i][j], plain[i][j]):
+            others = (linen["params"][name][leaf], by_hand[i][j], plain[i][j], own[name][leaf])
+            for other in (*others, haiku[names[name]][leaf[0].replace("k", "w")]):
                 np.testing.assert_allclose(ours[name][leaf], other, rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_that_do_not_fit_the_module_are_named():
+    apply_fn, params = models.functional(models.MLP((4,), 3, hidden=(7,), rngs=nnx.Rngs(2)))
+    with pytest.raises(ValueError, match=r"params does not fit the module: params\['head'\] *.* is missing"):
+        apply_fn({"dense0": params["dense0"]}, INPUTS)
+    params["head"]["bias"] = jnp.zeros(4)
+    client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+    batch = Batch(INPUTS, jnp.zeros(len(INPUTS), jnp.int32))
+    with pytest.raises(ValueError, match=r"params\['head'\]\['bias'\] has shape \(4,\), expected \(3,\)"):
+        observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
 
 
 @pytest.mark.usefixtures("x64")
