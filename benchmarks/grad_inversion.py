@@ -206,7 +206,7 @@ def attack_all(
         found = [jax.block_until_ready(program(*each)) for each in inputs]
         milliseconds = 1e3 * (time.perf_counter() - began) / (steps * number)
         results[name] = Result(jax.tree.map(lambda *leaves: jnp.stack(leaves), *found), milliseconds)
-        print(name, f"{milliseconds:.0f} ms a step", flush=True)
+        print(f"{name}: {row(results[name], setting, seeds)[0]}", flush=True)
     return results, compile_seconds
 
 
@@ -235,10 +235,7 @@ def tune(args: argparse.Namespace) -> None:
             )
     for weight in (1e-3, 1e-2, 1e-1):
         conditions[f"consistency_weight {weight:g}"] = Condition("exact", consistency_weight=weight)
-    found, _ = attack_all(setting, conditions, args.seeds, args.steps)
-    for name, result in found.items():
-        figures, _ = row(result, setting, args.seeds)
-        print(f"{name}: {figures}", flush=True)
+    attack_all(setting, conditions, args.seeds, args.steps)
 
 
 def tables(args: argparse.Namespace) -> None:
@@ -264,12 +261,15 @@ def tables(args: argparse.Namespace) -> None:
 
     grey = report.score(setting.truth._replace(inputs=0 * setting.truth.inputs), setting.truth, setting.images)
     size = f"batches of {args.batch_size}, {args.batches} clients, {args.seeds} seeds, {args.steps} steps"
+
+    compared = (
+        "The gain is over {}, with the interval of 95 % of a paired bootstrap over clients; 'none' where it covers 0. "
+    )
     notes = (
         f"{NETWORKS[args.network]}, width {args.width}, batch normalisation in evaluation mode, trained for "
         f"{args.epochs} epochs on the first {args.training_images} training images (accuracy {share:.1%} on 1,000 test "
         "images). Victims are the first test images that fill disjoint batches of different classes. PSNR is the mean "
-        "over the images of a client, then over clients; the image of the lowest loss of all seeds is scored. The gain "
-        "is over {}, with the interval of 95 % of a paired bootstrap over clients; 'none' where it covers 0. "
+        "over the images of a client, then over clients; the image of the lowest loss of all seeds is scored. "
         f"A grey image reaches {grey.psnr.mean():.2f} dB. Weights: {WEIGHTS}, consistency 0.01, Adam at 0.1 with 50 "
         "steps of warm-up and a cosine decay, noise 0.2 of the rate, pixels in their box. All lines are one program, "
         f"compiled in {compile_seconds:.0f} s, so a term of weight 0 costs what it costs elsewhere. "
@@ -279,13 +279,13 @@ def tables(args: argparse.Namespace) -> None:
         f"grad_inversion_ablation_{args.batch_size}",
         f"GradInversion on CIFAR-10, term by term: {size}",
         table(ABLATION, lambda i: i - 1, "terms"),
-        notes.format("the line above"),
+        compared.format("the line above") + notes,
     )
     record.write(
         f"grad_inversion_statistics_{args.batch_size}",
         f"GradInversion on CIFAR-10, by kind of statistics: {size}",
         table(STATISTICS, lambda i: 0, "attacker's statistics"),
-        notes.format("the first line") + f" Proxy: {PROXY_IMAGES} training images that nobody trained on.",
+        compared.format("the first line") + notes + f" Proxy: {PROXY_IMAGES} training images that nobody trained on.",
     )
 
 
