@@ -43,7 +43,7 @@ from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
 from gia_jax.protection import Part, Protected, encoded, parse, protect
-from gia_jax.study import study
+from gia_jax.study import RUN_ONCE, study
 from gia_jax.threat import observe
 
 CLASSES, THREAT = 10, ThreatModel(labels=True)
@@ -143,7 +143,7 @@ def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
         return Seen(observation._replace(params=()), protected.assumed_fn(params, encoding))
 
     # It runs a few times: compiling it is most of what it costs.
-    few = jax.jit(jax.vmap(of_one, (0, 0, None)), compiler_options={"xla_backend_optimization_level": 0})
+    few = jax.jit(jax.vmap(of_one, (0, 0, None)), compiler_options=RUN_ONCE)
     seen = []
     for victims in groups:
         lanes = (jax.random.split(jax.random.key(7), len(victims.pixels)), victims.truth)

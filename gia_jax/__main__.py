@@ -135,9 +135,6 @@ def _settings(named: Named) -> str:
 
 def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     """Fills in defaults, refuses what does not go together, and reads the defenses."""
-    for name, default in (("records", NUM_RECORDS), ("rounds", NUM_ROUNDS)):
-        if getattr(args, name) != default:
-            raise ValueError(f"--{name} is for --attack cafe, got --attack {args.attack}")
     args.data, args.batch_size = args.data or "photos", 1 if args.batch_size is None else args.batch_size
     args.model = args.model or (ATTACKS[args.attack].model if args.attack in ATTACKS else "lenet")
     for name, known in (("attack", [*ATTACKS, "cafe"]), ("model", models.MODELS), ("solver", SOLVERS)):
@@ -162,9 +159,11 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
         args.statistics = "none"
     if args.attack == "gias" and args.solver != "paper":
         raise ValueError(f"--attack gias needs --solver paper, got {args.solver!r}")
-    for name in ("generator", "latent_steps"):
-        if args.attack != "gias" and getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for --attack gias, got --attack {args.attack}")
+    own = {"records": ("cafe", NUM_RECORDS), "rounds": ("cafe", NUM_ROUNDS)}
+    own |= {"generator": ("gias", None), "latent_steps": ("gias", None)}
+    for name, (owner, default) in own.items():
+        if args.attack != owner and getattr(args, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for --attack {owner}, got --attack {args.attack}")
     if args.latent_steps is not None and args.latent_steps < 0:
         raise ValueError(f"--latent-steps must be at least 0, got {args.latent_steps}")
     size = args.batch_size * _num_clients(args)
@@ -228,8 +227,7 @@ def _attack(args: argparse.Namespace) -> None:
     else:
         targets = _aggregated(args, case, protected, key_clients)
         threat += f"; {args.aggregation} of {clients} clients"
-    print(f"threat model: {threat}")
-    print("\n".join(_privacy(parts)) + "\n")
+    print("\n".join([f"threat model: {threat}", *_privacy(parts)]) + "\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
@@ -324,7 +322,7 @@ def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key:
 
 
 def _privacy(parts: tuple[Part, ...]) -> list[str]:
-    """What one release of a batch of known size promises by its noise; a chain that clips before is left out."""
+    """What one release of a batch of known size promises by its noise; noise in a chain that clips is left out."""
     lines = []
     for part in parts:
         if part.name == "dpsgd":

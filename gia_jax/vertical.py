@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import attacks, clients, data, report
-from gia_jax.attacks.cafe import check_identifiable, selection_matrix
+from gia_jax.attacks.cafe import batch_condition, check_identifiable
 from gia_jax.base import Batch, Observation, Params, Reconstruction
 from gia_jax.cases import Outcome
 from gia_jax.labels import Dense, dense
@@ -95,8 +95,4 @@ def cafe_on_federation(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
     outcome = Outcome(found._replace(reconstruction=each), report.score(batch, truth, images))
-    return (
-        outcome,
-        images.images[:, None],
-        float(np.linalg.cond(np.asarray(selection_matrix(jnp.asarray(indices), count)))),
-    )
+    return outcome, images.images[:, None], batch_condition(indices, count)

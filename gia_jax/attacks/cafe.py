@@ -92,9 +92,9 @@ def cafe(
     Returns:
         `(key, observation) -> reconstruction`, the inputs (N, *d) in the records' own order. Its loss is the share of
         the workers' gradients, in L2 norm, that V and H do not explain. A record whose v_i is zero at a worker has no
-        h_i there: it is left at 0. It raises ValueError for updates of another
-        shape, a missing bias, indices out of range, and batches that cannot identify the records; inside a trace,
-        where the indices are unknown, the latter make `is_finite` False.
+        h_i there: it is left at 0. It raises ValueError for updates of another shape, a missing bias, indices out of
+        range, and batches that cannot identify the records; inside a trace, where the indices are unknown, the latter
+        make `is_finite` False.
     """
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
@@ -326,10 +326,23 @@ def batch_rank(batch_indices: Array | np.ndarray, num_records: int) -> int:
     Raises:
         ValueError: Indices that are no matrix of integers, or out of range.
     """
+    return int(np.linalg.matrix_rank(_exact_selection(batch_indices, num_records)))
+
+
+def batch_condition(batch_indices: Array | np.ndarray, num_records: int) -> float:
+    """The condition number of the selection matrix, in float64, by which rounding errors of the updates may grow.
+
+    Raises:
+        ValueError: As `batch_rank`.
+    """
+    return float(np.linalg.cond(_exact_selection(batch_indices, num_records)))
+
+
+def _exact_selection(batch_indices: Array | np.ndarray, num_records: int) -> np.ndarray:
     check_batch_indices(batch_indices, num_records)
     selection = np.zeros((len(batch_indices), num_records))
     np.add.at(selection, (np.arange(len(batch_indices))[:, None], np.asarray(batch_indices)), 1)
-    return int(np.linalg.matrix_rank(selection))
+    return selection
 
 
 def check_identifiable(batch_indices: Array | np.ndarray, num_records: int) -> None:

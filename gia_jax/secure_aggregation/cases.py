@@ -12,6 +12,7 @@ from gia_jax.cases import Case
 from gia_jax.protection import Protected, encoded
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate
+from gia_jax.study import RUN_ONCE
 from gia_jax.threat import ThreatModel, grants
 
 TARGETS = ("client:0", "aggregate")
@@ -48,8 +49,7 @@ def see_aggregated(
         return encoding, protected.client_fn(key_client)(params, encoding)
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(victims, clients, -1, *leaf.shape[2:]), case.truth)
-    # It runs once: compiling it is all that it costs.
-    encodings, updates = jax.jit(jax.vmap(jax.vmap(share)), compiler_options={"xla_backend_optimization_level": 0})(
+    encodings, updates = jax.jit(jax.vmap(jax.vmap(share)), compiler_options=RUN_ONCE)(
         jax.random.split(key_clients, (victims, clients)), parts
     )
     seen: dict[str, list[Any]] = {target: [] for target in TARGETS}
