@@ -3,14 +3,15 @@
     python benchmarks/gias.py [tune | table | meta ...] [--data NAME ...] [--victims N] [--batch-size N] [--steps N] ...
 
 Needs the extra `data`, and MNIST and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). All attackers know that the update
-was pruned, and have the same weight of total variation. The defaults are MNIST's settings; CIFAR-10's are
-`--latents 64 --width 16 --rate 1e-3 --weight 1e-1`.
+was pruned, and have a weight of total variation for each pruned share. The defaults are MNIST's settings; CIFAR-10's
+are `--latents 64 --width 16 --rate 1e-3 --weight W --weight-without W`.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import generators
 import jax
@@ -47,14 +48,12 @@ THREAT = ThreatModel(labels=True)
 UNSEEN = "Settings were chosen on training images that the generator had not seen: the weight of total variation "
 CHOSEN = {
     "mnist": UNSEEN + "as the best of three without a generator, latents, steps and rates of GIAS among seven.",
-    "cifar10": UNSEEN + "as the best of four without a generator, the rate of GIAS as the better of two (`tune`).",
+    "cifar10": UNSEEN + "as the best of four for each attacker and pruned share, the rate of GIAS as the better of two "
+    "(`tune`).",
 }
-# By `tune`: weights of total variation without a generator, and with one at rates of its parameters.
-TRIED = (
-    *((weight, None) for weight in (1e-1, 1e-2, 1e-3, 1e-4)),
-    *((weight, rate) for weight in (1e-1, 1e-2, 1e-3) for rate in (1e-2, 1e-3)),
-)
+TRIED = (1e-1, 1e-2, 1e-3, 1e-4)  # by `tune`, weights of total variation
 VICTIM_CLASSES, OTHER_CLASSES = range(5, 10), range(5)
+Weight: TypeAlias = jax.Array | float
 
 
 class Setting(NamedTuple):
@@ -110,22 +109,32 @@ class Outcome(NamedTuple):
 
 
 def attack(
-    make: Callable[[Params], Attack], extra: Params, setting: Setting, observations: Observation, steps: int, lanes: int
+    make: Callable[[Params, Weight], Attack],
+    extra: Params,
+    setting: Setting,
+    observations: Observation,
+    weights: Sequence[float],
+    steps: int,
+    lanes: int,
 ) -> Outcome:
-    """`make(extra)` on every victim, `lanes` at a time; the last lanes are filled with the first victims again."""
+    """`make(extra, weight)` on every victim, `lanes` at a time; the last are filled with the first victims again.
 
-    def one(extra: Params, key: jax.Array, observation: Observation) -> Reconstruction:
-        return run(keep_best(make(extra)), key, observation, num_steps=steps)[0]
+    The weights are repeated, each for equally many victims.
+    """
+
+    def one(extra: Params, weight: Weight, key: jax.Array, observation: Observation) -> Reconstruction:
+        return run(keep_best(make(extra, weight)), key, observation, num_steps=steps)[0]
 
     number = len(jax.tree.leaves(observations.update)[0])
     keys = jax.random.split(jax.random.key(0), number)
+    weight = np.repeat(np.float32(weights), number // len(weights))
 
-    def part(first: int) -> tuple[Params, jax.Array, Observation]:
+    def part(first: int) -> tuple[Params, np.ndarray, jax.Array, Observation]:
         index = np.arange(first, first + lanes) % number
         update, granted = jax.tree.map(lambda leaf: leaf[index], (observations.update, observations.extra))
-        return extra, keys[index], Observation(observations.params, update, granted)
+        return extra, weight[index], keys[index], Observation(observations.params, update, granted)
 
-    solve = jax.jit(jax.vmap(one, (None, 0, SHARED_PARAMS))).lower(*part(0)).compile()
+    solve = jax.jit(jax.vmap(one, (None, 0, 0, SHARED_PARAMS))).lower(*part(0)).compile()
     began, found = time.process_time(), []
     for first in range(0, number, lanes):
         found.append(jax.tree.map(np.asarray, solve(*part(first))))
@@ -139,20 +148,20 @@ def attack(
 
 def attackers(
     setting: Setting, generator: Generator, args: argparse.Namespace
-) -> tuple[Callable[[int], Callable[[Params], Attack]], Callable[[Params], Attack]]:
-    """Inverting Gradients of a number of steps, and GIAS from a generator's parameters."""
+) -> tuple[Callable[[int], Callable[[Params, Weight], Attack]], Callable[[Params, Weight], Attack]]:
+    """Inverting Gradients of a number of steps, and GIAS from a generator's parameters; both by a prior's weight."""
     low, high = (bound.astype(np.float32) for bound in setting.images.bounds())
 
-    def without(steps: int) -> Callable[[Params], Attack]:
-        return lambda _: inverting_gradients(
+    def without(steps: int) -> Callable[[Params, Weight], Attack]:
+        return lambda _, weight: inverting_gradients(
             setting.client_fn,
             bounds=(low, high),
             num_steps=steps,
-            total_variation_weight=args.weight,
+            total_variation_weight=weight,
             objective_fn=supported(),
         )
 
-    def with_generator(params: Params) -> Attack:
+    def with_generator(params: Params, weight: Weight) -> Attack:
         return gias(
             setting.client_fn,
             generator_fn=generator.generator_fn,
@@ -163,11 +172,24 @@ def attackers(
             num_steps=args.steps,
             latent_learning_rate=args.latent_rate,
             learning_rate=args.rate,
-            total_variation_weight=args.weight,
+            total_variation_weight=weight,
             latent_weight=args.latent_weight,
         )
 
     return without, with_generator
+
+
+def weights_of(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
+    """Of total variation for each pruned share, with a generator and without."""
+    for name, weights in (("--weight", args.weight), ("--weight-without", args.weight_without)):
+        if weights is not None and len(weights) not in (1, len(args.ratios)):
+            raise ValueError(f"{name} must be one weight or one for each of {args.ratios}, got {weights}")
+    each = len(args.ratios)
+    return tuple(w * each if len(w) == 1 else w for w in (args.weight, args.weight_without or args.weight))
+
+
+def listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -177,21 +199,25 @@ def tune(args: argparse.Namespace) -> None:
         setting = setting_of(name, args, split="train", first=args.images)
         train = data.load(name, split="train", limit=args.images)
         generator = train_generator(train, steps=args.generator_steps, width=args.width, latents=args.latents)
-        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
-        for weight, rate in TRIED:
-            changed = argparse.Namespace(**vars(args) | {"weight": weight, "rate": rate})
-            without, with_generator = attackers(setting, generator, changed)
-            if rate is None:
-                outcome = attack(without(gradients), (), setting, seen, gradients, args.lanes)
-            else:
-                outcome = attack(with_generator, generator.params, setting, seen, args.steps, args.lanes)
-            psnr = outcome.psnr.reshape(len(args.ratios), -1).mean(1)
-            print(f"{name}, weight {weight:g}, rate {rate}:", dict(zip(args.ratios, psnr.round(2))), flush=True)
+        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios] * len(TRIED))
+        weights = np.repeat(TRIED, len(args.ratios))
+
+        def show(which: str, outcome: Outcome, name: str = name) -> None:
+            psnr = outcome.psnr.reshape(len(TRIED), len(args.ratios), -1).mean(-1)
+            for weight, row in zip(TRIED, psnr):
+                print(f"{name}, {which}, weight {weight:g}:", dict(zip(args.ratios, row.round(2).tolist())), flush=True)
+
+        for rate in args.rates:
+            _, with_generator = attackers(setting, generator, argparse.Namespace(**vars(args) | {"rate": rate}))
+            outcome = attack(with_generator, generator.params, setting, seen, weights, args.steps, args.lanes)
+            show(f"rate {rate:g}", outcome)
+        without, _ = attackers(setting, generator, args)
+        show("no generator", attack(without(gradients), (), setting, seen, weights, gradients, args.lanes))
 
 
 def table(args: argparse.Namespace) -> None:
     """GIAS with three generators against no generator, at equal gradients and at equal time."""
-    gradients = args.starts * args.latent_steps + args.steps
+    gradients, (weights, unaided) = args.starts * args.latent_steps + args.steps, weights_of(args)
     for name in args.data:
         rows, setting = [], setting_of(name, args)
         train = data.load(name, split="train", limit=args.images)
@@ -204,16 +230,16 @@ def table(args: argparse.Namespace) -> None:
         seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
         without, with_generator = attackers(setting, every, args)
 
-        equal_gradients = attack(without(gradients), (), setting, seen, gradients, args.lanes)
+        equal_gradients = attack(without(gradients), (), setting, seen, unaided, gradients, args.lanes)
         known = {"all classes": every.params, "other classes": shifted.params, "untrained": every.untrained}
         known = {which: params for which, params in known.items() if which in args.generators}
         found = {
-            which: attack(with_generator, params, setting, seen, args.steps, args.lanes)
+            which: attack(with_generator, params, setting, seen, weights, args.steps, args.lanes)
             for which, params in known.items()
         }
         slower = np.mean([outcome.seconds for outcome in found.values()]) / equal_gradients.seconds
         longer = max(1, round(float(slower) * gradients))
-        equal_time = attack(without(longer), (), setting, seen, longer, args.lanes)
+        equal_time = attack(without(longer), (), setting, seen, unaided, longer, args.lanes)
         for i, ratio in enumerate(args.ratios):
             own = slice(i * args.victims, (i + 1) * args.victims)
             for which, outcome in found.items():
@@ -248,25 +274,26 @@ def table(args: argparse.Namespace) -> None:
             "gradients, or of as many as take the same processor time (column 'gradients, equal time', from the mean "
             "over the generators). Milliseconds are the processor's, of one victim of "
             f"{args.lanes} under one vmap. All compare the observed entries alone, weigh total variation "
-            f"{args.weight:g}, and have no setting chosen on the victims. Differences of victims' mean PSNR with a "
-            f"paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
+            f"{listed(weights)} with a generator and {listed(unaided)} without, by pruned share, and have no setting "
+            "chosen on the victims. Differences of victims' mean "
+            f"PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
             f"\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 
 
 def meta(args: argparse.Namespace) -> None:
     """GIML: a generator from gradients alone, against no generator and against the untrained one."""
-    gradients = args.starts * args.latent_steps + args.steps
+    gradients, (weights, unaided) = args.starts * args.latent_steps + args.steps, weights_of(args)
     for name in args.data:
         rows, setting = [], setting_of(name, args)
         train = data.load(name, split="train", limit=args.images)
         generator = train_generator(train, steps=0, width=args.width, latents=args.latents)
         without, with_generator = attackers(setting, generator, args)
-        learned = learn(setting, generator, with_generator, train, args)
+        learned = learn(setting, generator, partial(with_generator, weight=weights[0]), train, args)
         seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios])
-        none = attack(without(gradients), (), setting, seen, gradients, args.lanes)
+        none = attack(without(gradients), (), setting, seen, unaided, gradients, args.lanes)
         found = {
-            which: attack(with_generator, params, setting, seen, args.steps, args.lanes)
+            which: attack(with_generator, params, setting, seen, weights, args.steps, args.lanes)
             for which, params in (("learned", learned), ("untrained", generator.untrained))
         }
         for i, ratio in enumerate(args.ratios):
@@ -290,10 +317,10 @@ def meta(args: argparse.Namespace) -> None:
             rows,
             f"The untrained generator of `gias_{name}` learned from {args.tasks} clients of {args.batch_size} training "
             f"images of all classes by Adam at {args.meta_rate:g}; their updates were not pruned. Then "
-            f"{args.victims} victims as there, {gradients} gradients for every attacker. Differences of victims' mean "
-            f"PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. {CHOSEN[name]}"
-            f"\n\nThreat model: {THREAT.describe()}; and that the update "
-            "was pruned.",
+            f"{args.victims} victims as there, {gradients} gradients for every attacker, total variation "
+            f"{listed(weights)} with a generator and {listed(unaided)} without, by pruned share. Differences of "
+            f"victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. "
+            f"{CHOSEN[name]}\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 
 
@@ -336,7 +363,9 @@ def main() -> None:
     parser.add_argument("--latent-rate", type=float, default=0.1)
     parser.add_argument("--latent-weight", type=float, default=1e-4)
     parser.add_argument("--rate", type=float, default=1e-2, help="of the generator's parameters")
-    parser.add_argument("--weight", type=float, default=1e-3, help="of total variation")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 1e-3], help="that `tune` tries")
+    parser.add_argument("--weight", type=float, nargs="+", default=[1e-3], help="of total variation, by pruned share")
+    parser.add_argument("--weight-without", type=float, nargs="+", help="without a generator; default: as with one")
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--tasks", type=int, default=200, help="clients that GIML learns from")
     parser.add_argument("--meta-rate", type=float, default=1e-2)
