@@ -143,7 +143,8 @@ def protect(
       the attack is that of an attacker that does not know of it.
 
     Where a modelled chain clips, the attacker clips its own update too. In a sum with other noise, that of rounding is
-    taken for Gaussian. Noise hides the zeros of Soteria: the last layer is then left out.
+    taken for Gaussian. Noise hides the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no
+    defense, and changes neither the update nor the attacker.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
@@ -210,12 +211,13 @@ def protect(
     if "dpsgd" in settings:
         norm = settings["dpsgd"]["norm"]
         assumed_fn = defenses.dp_sgd(loss_of(None), jax.random.key(0), norm=norm, noise_multiplier=0.0)
-    reading = _reading(parts)
+    acting = [part for part in parts if 0 not in (part.settings.get("ratio"), part.settings.get("scale"))]
+    reading = _reading(acting)
     if reading is not None and reading.simulated:
         # Nothing in it is random: the key is not used.
         chain = optax.chain(*(_transformation(part, jax.random.key(0)) for part in reading.simulated))
         assumed_fn = defenses.defended(assumed_fn, chain)
-    adapt_fn = functools.partial(_adapted, parts, reading, head)
+    adapt_fn = functools.partial(_adapted, acting, reading, head)
     encode_fn = _encoding(settings, num_classes)
     return Protected(apply_fn, params, encode_fn, client_fn, assumed_fn, adapt_fn, reading is not None)
 

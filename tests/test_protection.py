@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, clients, defenses, models
+from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, parse, protect
 
@@ -17,6 +19,7 @@ MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
 KEYS = jax.random.split(jax.random.key(1), 2)
 RANDOM = ("gaussian", "laplace", "ternary", "quantize", "dpsgd", "precode")
+ENCODINGS = ("mixup", "instahide", *COMBINATIONS)
 
 
 def protected_by(*texts):
@@ -100,31 +103,64 @@ def test_parts_act_in_their_order():
     assert distance(other, expected) > 1e-2
 
 
-@pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
-def test_randomness_is_the_client_s_own(name):
+@pytest.mark.parametrize("name", [*DEFENSES, *COMBINATIONS])
+def test_every_defense_is_a_client_that_may_be_compiled_mapped_and_differentiated(name):
+    """One contract for defenses of the update, of examples, of images and of the model; a new name is one more case."""
     protected = protected_by(name)
-    first, second = (update_of(protected, key) for key in KEYS)
-    assert distance(update_of(protected, KEYS[0]), first) < 1e-6
-    assert (distance(first, second) > 1e-5) == (name in RANDOM)
+
+    def share(key, batch):
+        key_encode, key_client = jax.random.split(key)
+        return protected.client_fn(key_client)(protected.params, protected.encode_fn(key_encode, batch))
+
+    together = jax.jit(jax.vmap(share))
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), BATCH)
+    updates = together(KEYS, two)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.tree.map(lambda leaf: leaf[0], updates), protected.params)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda leaf: leaf[1], updates), share(KEYS[1], BATCH), rtol=1e-3, atol=1e-5
+    )
+    # Randomness is the client's own: another key another update, the same key the same.
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], updates) for i in range(2))
+    assert (distance(first, second) > 1e-5) == (name in (*RANDOM, *ENCODINGS))
+    again = together(KEYS, two._replace(inputs=two.inputs.at[1].set(jnp.nan)))
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], again), first)
+    # The attacker's client: what it assumes has a derivative in the inputs.
+    labels = as_probabilities(BATCH, 4)
+
+    def objective(inputs):
+        return protected.adapt_fn(cosine)(protected.assumed_fn(protected.params, Batch(inputs, labels)), first)
+
+    gradient = jax.jit(jax.grad(objective))(0.5 * BATCH.inputs)
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("name", [*DEFENSES, *COMBINATIONS])
+def test_every_defense_goes_before_another_of_the_update(name):
+    bounded = protected_by(name, "clip:norm=0.01")
+    update = update_of(bounded, KEYS[0], bounded.encode_fn(KEYS[1], BATCH))
+    assert optax.tree.norm(update) == pytest.approx(0.01, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
 def test_the_attacker_s_client_draws_nothing_and_strength_nothing_is_no_defense(name):
     """What the attacker assumes does not depend on the victim's key, and is the client of a defense of no strength."""
-    weakest = {
-        "prune": "ratio=0",
-        "topk": "ratio=0",
-        "clip": "norm=1",
-        "gaussian": "scale=0",
-        "laplace": "scale=0",
-        "dpsgd": "noise_multiplier=0,norm=1",
-        "soteria": "ratio=0",
-    }
+    weakest = {"clip": "norm=1", "dpsgd": "noise_multiplier=0,norm=1"}
     protected = protected_by(name)
     assumed = protected.assumed_fn(protected.params, BATCH)
     assert distance(protected.assumed_fn(protected.params, BATCH), assumed) == 0
     if name in weakest:
         assert distance(update_of(protected_by(f"{name}:{weakest[name]}"), KEYS[0]), assumed) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "text", ["prune:ratio=0", "topk:ratio=0", "gaussian:scale=0", "laplace:scale=0", "soteria:ratio=0"]
+)
+def test_strength_nothing_is_the_undefended_client_and_attacker(text):
+    """Bit for bit, so that every figure of theirs is that of the undefended client."""
+    weakest, plain = protected_by(text), protected_by()
+    jax.tree.map(np.testing.assert_array_equal, update_of(weakest, KEYS[0]), update_of(plain, KEYS[0]))
+    assert weakest.adapt_fn(cosine) is cosine
 
 
 @pytest.mark.parametrize("name", ["gaussian", "ternary", "quantize"])

@@ -1,4 +1,4 @@
-"""DP-SGD against a loop over examples in float64, against optax, and against its stated sensitivity."""
+"""DP-SGD against a loop over examples in float64, against optax and jax-privacy, and against its stated sensitivity."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax_privacy import clipping
 from scipy import stats
 
 from gia_jax import Batch, clients, models
@@ -57,6 +58,15 @@ def test_it_is_optax_where_they_overlap():
     expected, _ = theirs.update(each, theirs.init(PARAMS))
     got = dp_sgd(LOSS, KEY, norm=1.5, noise_multiplier=0.0)(PARAMS, batch)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_it_is_jax_privacy_where_they_overlap(microbatch_size):
+    batch = batch_of(8)
+    theirs = clipping.clipped_grad(LOSS, l2_clip_norm=3.0, normalize_by=8, microbatch_size=microbatch_size)
+    got = dp_sgd(LOSS, KEY, norm=3.0, noise_multiplier=0.0, microbatch_size=microbatch_size)(PARAMS, batch)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(theirs(PARAMS, batch)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
 
 

@@ -7,9 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, clients, data, defenses, models
+from gia_jax import Batch, clients, data, defenses, labels, models
 
 CLASSES, SIZE = 10, 64
+NETWORK = models.functional(models.MLP((8, 8, 1), CLASSES, hidden=(64,), rngs=nnx.Rngs(0)))
 MIXUP, INSTAHIDE = defenses.mixup(CLASSES, k=4), defenses.instahide(CLASSES, k=4)
 
 
@@ -19,17 +20,17 @@ def digits():
     return Batch(jnp.asarray(images.normalize(images.images)), jnp.asarray(images.labels))
 
 
-@pytest.fixture(scope="module")
-def network():
-    return models.functional(models.MLP((8, 8, 1), CLASSES, hidden=(64,), rngs=nnx.Rngs(0)))
-
-
 def plain(loss_fn, key):
     return clients.federated_sgd(loss_fn)
 
 
 def private(loss_fn, key):
     return defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=0.5)
+
+
+def without_features(loss_fn, key):
+    apply_fn, _ = NETWORK
+    return defenses.soteria(clients.federated_sgd(loss_fn), apply_fn, labels.dense("head"), ratio=0.8)
 
 
 def as_it_is(key, batch):
@@ -53,6 +54,7 @@ ROWS = {
     "none": NONE,
     **{name: (make, as_it_is, plain) for name, make in UPDATE.items()},
     "dp_sgd": (NONE[0], as_it_is, private),
+    "soteria": (NONE[0], as_it_is, without_features),
     "mixup": (NONE[0], MIXUP, plain),
     "instahide": (NONE[0], INSTAHIDE, plain),
     "prune, instahide": (UPDATE["prune 0.9"], INSTAHIDE, plain),
@@ -79,9 +81,9 @@ def trained(row, loss_fn, params, key, examples, num_steps):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_loss_falls_and_accuracy_beats_chance(name, digits, network):
+def test_the_loss_falls_and_accuracy_beats_chance(name, digits):
     """Of what the client trains on, and of plain images; the last 360 digits are the test set."""
-    apply_fn, params = network
+    apply_fn, params = NETWORK
     loss_fn = clients.cross_entropy(apply_fn)
     examples, held_out = (jax.tree.map(lambda leaf, s=s: leaf[s], digits) for s in (slice(0, -360), slice(-360, None)))
     steps = 400 if "instahide" in name else 100  # random signs are slow to learn
@@ -104,9 +106,9 @@ def test_the_loss_falls_and_accuracy_beats_chance(name, digits, network):
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_steps_and_seeds_draw_differently(name, network):
+def test_steps_and_seeds_draw_differently(name):
     """The same batch and parameters in every step of every seed: whatever differs, the defense drew."""
-    apply_fn, params = network
+    apply_fn, params = NETWORK
     loss_fn = clients.cross_entropy(apply_fn)
     make_transformation, encode, make_client = ROWS[name]
     batch = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.arange(4))

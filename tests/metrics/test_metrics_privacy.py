@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax_privacy import accounting
 from scipy import integrate, stats
 
 from gia_jax import Batch, clients, data, defenses, models
@@ -16,6 +17,13 @@ from gia_jax.metrics.privacy import privacy_lines
 def test_epsilon_of_a_thousand_sampled_rounds(accountant, value):
     found = epsilon(1.0, delta=1e-5, num_rounds=1000, sampling_rate=0.01, accountant=accountant)
     assert found == pytest.approx(value, abs=6e-4)
+
+
+def test_epsilon_is_jax_privacy_s():
+    accountant = accounting.DpsgdTrainingAccountant(dp_accountant_config=accounting.PldAccountantConfig())
+    settings = accounting.DpParams(noise_multipliers=1.0, num_samples=60_000, delta=1e-5, batch_size=600)
+    theirs = accountant.compute_epsilon(num_updates=1_000, dp_params=settings)
+    assert epsilon(1.0, delta=1e-5, num_rounds=1_000, sampling_rate=0.01) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_epsilon_of_one_release_is_the_closed_form():
