@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
+from attackers import counted_steps, informed
 from flax import nnx
 from parts import run_parts
 from training import train_network
@@ -30,7 +31,6 @@ from gia_jax import (
     clients,
     data,
     defenses,
-    keep_best,
     labels,
     metrics,
     models,
@@ -41,8 +41,7 @@ from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.run import continued
-from gia_jax.protection import Part, Protected, encoded, parse, protect
+from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
 from gia_jax.threat import observe
 
@@ -164,7 +163,7 @@ def attack(
     An objective other than the blind attacker's takes over after half of the steps.
     """
     low, high = victims.images.bounds()
-    number, later = len(victims.pixels), args.steps - args.steps // 2
+    number = len(victims.pixels)
 
     def of(observation: Observation) -> Attack:
         def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
@@ -177,10 +176,7 @@ def attack(
                 objective_fn=objective_fn,
             )
 
-        if objective_fn is cosine:
-            return keep_best(stage(cosine, args.steps))
-        first = keep_best(stage(cosine, args.steps - later))
-        return keep_best(continued(first, stage(objective_fn, later), num_steps=args.steps - later))
+        return informed(stage, objective_fn, args.steps)
 
     ig = Attack(
         init=lambda key, observation: of(observation).init(key, observation),
@@ -189,7 +185,7 @@ def attack(
     )
     weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
     observations = observations._replace(extra=observations.extra | {"weight": weight})
-    counted = args.steps if objective_fn is cosine else later
+    counted = counted_steps(objective_fn, args.steps)
     found = study(ig, jax.random.key(0), observations, num_steps=counted, lanes=args.lanes)
     times = len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
@@ -351,6 +347,12 @@ def table(args: argparse.Namespace) -> None:
             }
         )
     rows.append(dict.fromkeys(rows[0], "-") | {"defense": "prior only"} | figures("blind", prior))
+    live = {
+        name: live_shares(parse(name), setting.protected[name]._replace(params=setting.params), victims.truth.inputs)
+        for name in names
+        if name.startswith("soteria")
+    }
+    shares = ", ".join(f"{share.mean():.0%} ({name})" for name, share in live.items())
     guesses = report.baselines(victims.pixels, data.load("cifar10", split="train", limit=10_000).images)
     listed = ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
@@ -368,6 +370,7 @@ def table(args: argparse.Namespace) -> None:
         f"gradient: {listed} (the nearest is chosen with the truth).\n\n"
         "Of mixed images the true one is that of "
         "the largest expected coefficient, and each is attacked from one encoding; decoding several is another table. "
+        f"Of the features that are not 0 Soteria prunes: {shares or 'not in this table'}. "
         "The objective of the attacker that knows, found and at the truth, is without its prior. 'van Trees': no "
         "attacker's mean squared error is less, in expectation over a Gaussian with the data's covariance (8 victims' "
         "Fisher information); it is to be compared with 'mean error', the PSNR of the adaptive attacker's mean squared "
@@ -378,17 +381,20 @@ def table(args: argparse.Namespace) -> None:
 
 def cost(args: argparse.Namespace) -> None:
     """What a defense costs the client: ResNet-18, one step on 1 and on 128 images."""
-    apply_fn, params = models.functional(models.MODELS["resnet18"]((32, 32, 3), CLASSES, rngs=nnx.Rngs(0)))
+    module = models.MODELS["resnet18"]((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))
+    apply_fn, params = models.functional(module)
     loss_fn = clients.cross_entropy(apply_fn)
     update = jax.tree.map(lambda leaf: 1e-3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
     key, size = jax.random.key(0), sum(leaf.size for leaf in jax.tree.leaves(params))
     transformations = {
         "prune, each tensor": defenses.prune(0.9),
         "prune, global": defenses.prune(0.9, scope="global"),
+        "top_k": defenses.top_k(0.9),
         "clip": defenses.clip(1.0),
         "gaussian": defenses.gaussian_noise(key, 1e-2),
         "laplace": defenses.laplace_noise(key, 1e-2),
         "sign": defenses.sign(),
+        "ternary": defenses.ternary(key),
         "quantize, 4 bits": defenses.quantize(key, 4),
     }
     steps = {}
@@ -418,12 +424,16 @@ def cost(args: argparse.Namespace) -> None:
         return {"defense": name, "ms": shown, **own, "of Gaussian noise": "-"}
 
     masks = jax.jit(lambda p, x: defenses.kept_features(apply_fn, labels.dense("head"), p, x, ratio=0.8))
-    whole: dict[str, dict[int, float]] = {"dp_sgd, whole step": {}, "mixup": {}, "instahide": {}, "soteria": {}}
+    bottleneck = protect(parse("precode"), module, num_classes=CLASSES)
+    widened = jax.jit(bottleneck.client_fn(key))
+    names = ("dp_sgd, whole step", "precode, whole step", "mixup", "instahide", "soteria")
+    whole: dict[str, dict[int, float]] = {name: {} for name in names}
     for batch_size in (1, 128):
         batch = Batch(jax.random.normal(key, (batch_size, 32, 32, 3)), jnp.zeros(batch_size, jnp.int32))
         private = defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=1.0, microbatch_size=1)
         share = jax.jit(private)
         whole["dp_sgd, whole step"][batch_size] = milliseconds(lambda share=share, b=batch: share(params, b), 1)
+        whole["precode, whole step"][batch_size] = milliseconds(lambda b=batch: widened(bottleneck.params, b), 3)
         for name, make in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
             encode = jax.jit(make(CLASSES, k=min(4, batch_size)))
             whole[name][batch_size] = milliseconds(lambda encode=encode, b=batch: encode(key, b), 7)
@@ -435,8 +445,8 @@ def cost(args: argparse.Namespace) -> None:
         f"What a defense costs a client: ResNet-18, {size:,} parameters",
         rows,
         f"Medians, milliseconds beside the undefended step (batch 1: {steps[1]:.0f} ms, batch 128: {steps[128]:.0f} "
-        "ms), one process. DP-SGD is the whole client, one example at a time (batch 1 / 128), the input defenses are "
-        "the encoding (batch 1 / 128, k = 1 for the first), Soteria its scores.",
+        "ms), one process. DP-SGD and PRECODE are the whole client (batch 1 / 128), DP-SGD one example at a time, the "
+        "input defenses are the encoding (batch 1 / 128, k = 1 for the first), Soteria its scores.",
     )
 
 

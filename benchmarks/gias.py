@@ -51,7 +51,6 @@ CHOSEN = {
     "cifar10": UNSEEN + "as the best of four for each attacker and pruned share, the rate of GIAS as the better of two "
     "(`tune`).",
 }
-TRIED = (1e-1, 1e-2, 1e-3, 1e-4)  # by `tune`, weights of total variation
 VICTIM_CLASSES, OTHER_CLASSES = range(5, 10), range(5)
 Weight: TypeAlias = jax.Array | float
 
@@ -199,12 +198,12 @@ def tune(args: argparse.Namespace) -> None:
         setting = setting_of(name, args, split="train", first=args.images)
         train = data.load(name, split="train", limit=args.images)
         generator = train_generator(train, steps=args.generator_steps, width=args.width, latents=args.latents)
-        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios] * len(TRIED))
-        weights = np.repeat(TRIED, len(args.ratios))
+        seen = joined([setting.see(ratio, setting.truth) for ratio in args.ratios] * len(args.weights))
+        weights = np.repeat(args.weights, len(args.ratios))
 
         def show(which: str, outcome: Outcome, name: str = name) -> None:
-            psnr = outcome.psnr.reshape(len(TRIED), len(args.ratios), -1).mean(-1)
-            for weight, row in zip(TRIED, psnr):
+            psnr = outcome.psnr.reshape(len(args.weights), len(args.ratios), -1).mean(-1)
+            for weight, row in zip(args.weights, psnr):
                 print(f"{name}, {which}, weight {weight:g}:", dict(zip(args.ratios, row.round(2).tolist())), flush=True)
 
         for rate in args.rates:
@@ -363,7 +362,9 @@ def main() -> None:
     parser.add_argument("--latent-rate", type=float, default=0.1)
     parser.add_argument("--latent-weight", type=float, default=1e-4)
     parser.add_argument("--rate", type=float, default=1e-2, help="of the generator's parameters")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 1e-3], help="that `tune` tries")
+    tried = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
+    parser.add_argument("--weights", type=float, nargs="+", default=tried, help="of total variation that `tune` tries")
+    parser.add_argument("--rates", type=float, nargs="*", default=[1e-2, 1e-3], help="that `tune` tries")
     parser.add_argument("--weight", type=float, nargs="+", default=[1e-3], help="of total variation, by pruned share")
     parser.add_argument("--weight-without", type=float, nargs="+", help="without a generator; default: as with one")
     parser.add_argument("--lanes", type=int, default=16)

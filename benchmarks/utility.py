@@ -1,16 +1,15 @@
 """What each defense costs and what it saves: test accuracy and leakage of the same network at the same strength.
 
     python benchmarks/utility.py [PART ...] [--steps N] [--seeds N] [--victims N] [--attack-steps N]
+        [--defenses NAME ...]
 
 The parts are `digits` and `cifar10`. Needs the extras `demo`, `data` and `privacy`, and CIFAR-10 prepared by TFDS
-(GIA_JAX_DATA_DIR). A defense is one row of `DEFENSES`.
+(GIA_JAX_DATA_DIR). A defense is one row of `DEFENSES`, by its name on the command line.
 """
 
 import argparse
-import functools
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
+from attackers import counted_steps, informed
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 from parts import run_parts
@@ -26,25 +26,21 @@ from training import SampleFn, accuracy, poisson, train, uniform
 from gia_jax import (
     Attack,
     Batch,
-    ClientFn,
     Observation,
     ThreatModel,
-    clients,
     data,
-    defenses,
     gradient_matching,
-    keep_best,
     models,
     observe,
     report,
 )
-from gia_jax.base import LossFn, ObjectiveFn, Params
-from gia_jax.defenses.mixing import InputDefenseFn
+from gia_jax.base import ObjectiveFn, Params
 from gia_jax.matching import priors
-from gia_jax.matching.objectives import cosine, layerwise_cosine, masked_cosine
+from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
+from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, success_share
-from gia_jax.models.functional import ApplyFn
+from gia_jax.protection import Protected, parse, protect
 from gia_jax.study import study
 
 THREAT = ThreatModel(labels=True)
@@ -55,82 +51,49 @@ CAPACITY = 128  # eight standard deviations above the mean of a Poisson sample
 LEARNING_RATE = 3e-3
 DELTA = 1e-5
 PRIOR_ONLY = 4  # victims whose update is replaced by noise
-
-MakeClient = Callable[[LossFn, PRNGKeyArray], ClientFn]
-
-
-def mean_layerwise_cosine(simulated: Any, observed: Any) -> Float[Array, ""]:
-    """On the scale of `cosine`, so that one weight of the prior suits both."""
-    return layerwise_cosine(simulated, observed) / len(jax.tree.leaves(observed))
-
-
-OBJECTIVES: dict[str, ObjectiveFn] = {
-    "cosine": cosine,
-    # Trained networks have gradients below any threshold but 0.
-    "masked cosine": functools.partial(masked_cosine, threshold=0.0),
-    "layerwise cosine": mean_layerwise_cosine,
-}
-
-
-def undefended(loss_fn: LossFn, key: PRNGKeyArray) -> ClientFn:
-    del key
-    return clients.federated_sgd(loss_fn)
-
-
-def private(noise_multiplier: float) -> MakeClient:
-    return lambda loss_fn, key: defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=noise_multiplier)
+DEFENSES = (
+    "none",
+    "prune:ratio=0.9",
+    "prune:ratio=0.99",
+    "topk:ratio=0.99",
+    "clip:norm=1",
+    "gaussian:scale=1e-3",
+    "gaussian:scale=1e-2",
+    "laplace:scale=1e-2",
+    "sign",
+    "ternary",
+    "quantize:bits=4",
+    "dpsgd:noise_multiplier=0.1,norm=1",
+    "dpsgd:noise_multiplier=1,norm=1",
+    "soteria:ratio=0.8",
+    "precode",
+    "mixup:k=4",
+    "instahide:k=4",
+    "prune_mixup",
+    "prune_instahide",
+)
 
 
 class Defense(NamedTuple):
-    """What a client does with its data, in training and in the round that is attacked.
+    """A client with its defense, on the network of one seed, and what the defense is made of."""
 
-    Attributes:
-        transformation: `(key) -> ` transformation of the update.
-        encode: `(key, batch) -> batch`, or None.
-        client: `(loss_fn, key) -> client` of one round.
-        objective: What the attacker compares updates by, of `OBJECTIVES`.
-        assumed: `(loss_fn, key) -> client` that the attacker assumes.
-        magnitudes: Whether the attacker knows that every pixel's sign is random (in the model's space).
-        noise_multiplier: Of a client with an epsilon; training then takes Poisson samples.
-    """
+    protected: Protected
+    settings: dict[str, dict[str, Any]]
 
-    transformation: Callable[[PRNGKeyArray], optax.GradientTransformation] = lambda key: optax.identity()
-    encode: InputDefenseFn | None = None
-    client: MakeClient = undefended
-    objective: str = "cosine"
-    assumed: MakeClient = undefended
-    magnitudes: bool = False
-    noise_multiplier: float | None = None
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Of a client with an epsilon; training then takes Poisson samples."""
+        return self.settings["dpsgd"]["noise_multiplier"] if "dpsgd" in self.settings else None
 
+    @property
+    def encodes(self) -> bool:
+        """Whether its images are mixed with others."""
+        return not self.settings.keys().isdisjoint(("mixup", "instahide"))
 
-def pruned(ratio: float, **options: Any) -> Defense:
-    return Defense(lambda key: defenses.prune(ratio), objective="masked cosine", **options)
-
-
-def dp_sgd(noise_multiplier: float) -> Defense:
-    return Defense(client=private(noise_multiplier), assumed=private(0.0), noise_multiplier=noise_multiplier)
-
-
-MIXUP = defenses.mixup(CLASSES, k=4)
-INSTAHIDE = defenses.instahide(CLASSES, k=4)
-DEFENSES = {
-    "none": Defense(),
-    "prune 0.9": pruned(0.9),
-    "prune 0.99": pruned(0.99),
-    "clip 1": Defense(lambda key: defenses.clip(1.0)),
-    "gaussian noise 1e-3": Defense(lambda key: defenses.gaussian_noise(key, 1e-3)),
-    "gaussian noise 1e-2": Defense(lambda key: defenses.gaussian_noise(key, 1e-2)),
-    "laplace noise 1e-2": Defense(lambda key: defenses.laplace_noise(key, 1e-2)),
-    "sign": Defense(lambda key: defenses.sign(), objective="layerwise cosine"),
-    "ternary": Defense(defenses.ternary),
-    "quantize, 4 bits": Defense(lambda key: defenses.quantize(key, 4)),
-    "dp_sgd, norm 1, noise 0.1": dp_sgd(0.1),
-    "dp_sgd, norm 1, noise 1": dp_sgd(1.0),
-    "mixup, k=4": Defense(encode=MIXUP),
-    "instahide, k=4": Defense(encode=INSTAHIDE, magnitudes=True),
-    "prune 0.9, mixup, k=4": pruned(0.9, encode=MIXUP),
-    "prune 0.9, instahide, k=4": pruned(0.9, encode=INSTAHIDE, magnitudes=True),
-}
+    @property
+    def magnitudes(self) -> bool:
+        """Whether the attacker knows that every pixel's sign is random (in the model's space)."""
+        return "instahide" in self.settings
 
 
 class Task(NamedTuple):
@@ -150,10 +113,12 @@ class Task(NamedTuple):
     gallery: np.ndarray
     smoothness: float
 
-    def network(self, seed: int) -> tuple[ApplyFn, Params]:
-        """The small ConvNet of this seed."""
+    def defense(self, name: str, seed: int) -> Defense:
+        """On the small ConvNet of this seed."""
         shape = self.test.images.shape[1:]
-        return models.functional(models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed)))
+        module = models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
+        parts = () if name == "none" else parse(name)
+        return Defense(protect(parts, module, num_classes=CLASSES), {part.name: part.settings for part in parts})
 
 
 def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
@@ -172,34 +137,30 @@ def task_of(train_set: data.ImageData, test_set: data.ImageData, victims: int, s
     return Task(batch(train_set.images, train_set.labels), test_set, attacked, gallery, smoothness)
 
 
-def trained(defense: Defense, task: Task, seeds: int, num_steps: int) -> tuple[list[Params], float]:
+def trained(name: str, task: Task, seeds: int, num_steps: int) -> tuple[list[Params], float]:
     """The network of every seed under the defense, and the seconds that took without compiling."""
-    apply_fn, _ = task.network(0)
-    loss_fn = clients.cross_entropy(apply_fn)
+    defense = task.defense(name, 0)
     sample_fn: SampleFn = uniform(BATCH)
     if defense.noise_multiplier is not None:
         sample_fn = poisson(BATCH, CAPACITY, CLASSES)
 
     def encoded(key: PRNGKeyArray, examples: Batch) -> Batch:
         key_sample, key_encoding = jax.random.split(key)
-        batch = sample_fn(key_sample, examples)
-        return batch if defense.encode is None else defense.encode(key_encoding, batch)
+        return defense.protected.encode_fn(key_encoding, sample_fn(key_sample, examples))
 
     def one(params: Params, key: PRNGKeyArray, examples: Batch) -> Params:
-        key_defense, key_loop = jax.random.split(key)
-        transformation = optax.chain(defense.transformation(key_defense), optax.adam(LEARNING_RATE))
-        make_client = functools.partial(defense.client, loss_fn)
-        return train(make_client, transformation, encoded, params, key_loop, examples, num_steps)
+        optimizer = optax.adam(LEARNING_RATE)
+        return train(defense.protected.client_fn, optimizer, encoded, params, key, examples, num_steps)
 
-    starts = [(task.network(seed)[1], jax.random.key(seed)) for seed in range(seeds)]
+    starts = [(task.defense(name, seed).protected.params, jax.random.key(seed)) for seed in range(seeds)]
     compiled = jax.jit(one).lower(*starts[0], task.train).compile()
     began = time.perf_counter()
     found = [jax.block_until_ready(compiled(params, key, task.train)) for params, key in starts]
     return found, time.perf_counter() - began
 
 
-def attack_on(defense: Defense, task: Task, loss_fn: LossFn, num_steps: int) -> Attack:
-    """Inverting Gradients with the objective, the client and the pixel box of one who knows the defense."""
+def attack_on(defense: Defense, task: Task, num_steps: int) -> Attack:
+    """Inverting Gradients with the client, the objective and the pixel box of one who knows the defense."""
     low, high = task.test.bounds()
     smooth = priors.total_variation()
     if defense.magnitudes:
@@ -210,14 +171,16 @@ def attack_on(defense: Defense, task: Task, loss_fn: LossFn, num_steps: int) -> 
         inputs = jnp.abs(batch.inputs) if defense.magnitudes else batch.inputs
         return task.smoothness * smooth(batch._replace(inputs=inputs), observation)
 
-    attack = gradient_matching(
-        defense.assumed(loss_fn, jax.random.key(0)),
-        objective_fn=OBJECTIVES[defense.objective],
-        prior_fn=prior_fn,
-        project_fn=lambda inputs: optax.projections.projection_box(inputs, low, high),
-        optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
-    )
-    return keep_best(attack)
+    def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+        return gradient_matching(
+            defense.protected.assumed_fn,
+            objective_fn=objective_fn,
+            prior_fn=prior_fn,
+            project_fn=box(low, high),
+            optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
+        )
+
+    return informed(stage, defense.protected.adapt_fn(cosine), num_steps)
 
 
 class Leakage(NamedTuple):
@@ -230,17 +193,15 @@ class Leakage(NamedTuple):
 
 def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str) -> Leakage:
     """The attack on every victim, alone in its batch."""
-    apply_fn, _ = task.network(0)
-    loss_fn = clients.cross_entropy(apply_fn)
     truth = task.victims
     key_encoding, key_victims, key_noise, key_attack = jax.random.split(jax.random.key(0), 4)
     # Victims mix with each other; each then shares the update of its own encoding.
-    sent = truth if defense.encode is None else defense.encode(key_encoding, truth)
+    sent = defense.protected.encode_fn(key_encoding, truth)
     sent, truth = jax.tree.map(lambda leaf: leaf[:, None], (sent, truth))
 
     def shared(key: PRNGKeyArray, params: Params, batch: Batch) -> Observation:
-        key_client, key_update, key_labels = jax.random.split(key, 3)
-        client_fn = defenses.defended(defense.client(loss_fn, key_client), defense.transformation(key_update))
+        key_client, key_labels = jax.random.split(key)
+        client_fn = defense.protected.client_fn(key_client)
         return observe(key_labels, THREAT, client_fn, params, batch, num_classes=CLASSES)
 
     keys = jax.random.split(key_victims, len(truth.labels))
@@ -252,8 +213,9 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     def progress(done: int, total: int, seconds: float) -> None:
         print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
 
-    attack = attack_on(defense, task, loss_fn, num_steps)
-    options: dict[str, Any] = {"num_steps": num_steps, "lanes": 10, "progress_fn": progress}
+    attack = attack_on(defense, task, num_steps)
+    counted = counted_steps(defense.protected.adapt_fn(cosine), num_steps)
+    options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress}
     inputs = study(attack, key_attack, Observation(params, *both), **options).reconstruction.batch.inputs
 
     def psnr(found: Array, victims: Batch) -> np.ndarray:
@@ -287,10 +249,11 @@ def stage(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
 def table(name: str, task: Task, args: argparse.Namespace) -> None:
     """Every defense: trained, tested, attacked before and after, one row each."""
     rows, plain, began = [], "", time.perf_counter()
-    apply_fn, start = task.network(0)
     inputs = jnp.asarray(task.test.normalize(task.test.images))
-    for defense_name, defense in DEFENSES.items():
-        networks, seconds = trained(defense, task, args.seeds, args.steps)
+    for defense_name in args.defenses:
+        defense = task.defense(defense_name, 0)
+        apply_fn, start = defense.protected.apply_fn, defense.protected.params
+        networks, seconds = trained(defense_name, task, args.seeds, args.steps)
         right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
         deviation = right.std(ddof=1) if len(right) > 1 else np.nan
         plain = plain or f"{right.mean():.1f}"
@@ -301,9 +264,8 @@ def table(name: str, task: Task, args: argparse.Namespace) -> None:
             "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}",
             "undefended": plain,
             "epsilon": promised(defense, task, args.steps),
-            "attacker": defense.objective + (", clips" if defense.noise_multiplier is not None else ""),
-            **stage("untrained", before, defense.encode is not None),
-            **stage("trained", after, defense.encode is not None),
+            **stage("untrained", before, defense.encodes),
+            **stage("trained", after, defense.encodes),
             "training s": f"{seconds:.0f}",
         }
         rows.append(row)
@@ -329,20 +291,20 @@ scale on the update of a single image as on that of a batch, and for `dp_sgd` th
 the same attack on random updates of the same norms, {PRIOR_ONLY} victims. Guesses without a gradient: {guessed} (the \
 nearest training image is chosen with the truth).
 
-Attack: Inverting Gradients, {args.attack_steps} steps of signed Adam, 1 start, attack seed 0, the best iterate by \
-the attacker's own loss; total variation {task.smoothness:g}, chosen among three weights on 6 to 8 training images, \
-undefended, at width 8. It assumes the undefended client, and compares by what is in the column; 'clips' assumes \
-`dp_sgd` without its noise. None of these attackers knows the noise or the rounding, so its rows are no ceiling for \
-one that does. MixUp and InstaHide: the victims are mixed with each other, the labels known \
-are those of the encoding, and PSNR is against the private image itself (of the encoding: against what was sent); for \
-InstaHide the attacker's box and total variation are those of magnitudes. Decoding encodings of several epochs is not \
-in this table: one encoding is the least that such a client gives away.
+Attack: Inverting Gradients by one who knows the defense but not its key, {args.attack_steps} steps of signed Adam, \
+1 start, attack seed 0, the best iterate by the attacker's own loss; an objective of its own takes over from the \
+cosine after half of the steps; total variation {task.smoothness:g}, chosen among three weights on 6 to 8 training \
+images, undefended, at width 8, and the same for every defense. MixUp and InstaHide: the victims are mixed with each \
+other, the labels known are those of the encoding, and PSNR is against the private image itself (of the encoding: \
+against what was sent); for InstaHide the attacker's box and total variation are those of magnitudes. Decoding \
+encodings of several epochs is not in this table: one encoding is the least that such a client gives away.
 
 Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for an adversary that sees every \
 update and not the sample: real Poisson samples at rate {BATCH / len(task.train.labels):.3g}. It is not that of the \
 single update attacked, which is not sampled.
 
-Threat model: {THREAT.describe()}. The whole table took {(time.perf_counter() - began) / 60:.0f} minutes.""",
+Threat model: {THREAT.describe()}; the attacker knows the defense and its strength. The \
+whole table took {(time.perf_counter() - began) / 60:.0f} minutes.""",
     )
 
 
@@ -367,6 +329,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of training")
     parser.add_argument("--victims", type=int, default=16, help="test images attacked")
     parser.add_argument("--attack-steps", type=int, default=500, help="of the attack")
+    parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     # The same few attacks run on many networks: each is compiled once.
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)

@@ -16,7 +16,7 @@ from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, parse
+from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, live_shares, parse
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
@@ -227,7 +227,7 @@ def _attack(args: argparse.Namespace) -> None:
     else:
         targets = _aggregated(args, case, protected, key_clients)
         threat += f"; {args.aggregation} of {clients} clients"
-    print("\n".join([f"threat model: {threat}", *_privacy(parts)]) + "\n")
+    print("\n".join([f"threat model: {threat}", *_privacy(parts), *_live(parts, case, protected)]) + "\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
@@ -333,6 +333,14 @@ def _privacy(parts: tuple[Part, ...]) -> list[str]:
         elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
             lines += metrics.privacy_lines(None)
     return lines
+
+
+def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str]:
+    """What Soteria takes from these victims; a feature that is 0 anyway is no loss to the attacker."""
+    if "soteria" not in [part.name for part in parts]:
+        return []
+    shares = live_shares(parts, protected, case.truth.inputs)
+    return [f"soteria prunes {shares.mean():.0%} of the features that are not 0 for the victims' images"]
 
 
 def _threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import clients, defenses, models
 from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
@@ -288,6 +288,28 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     if "precode" in names:
         adapted = selected(adapted, lambda path: "features" in path)
     return adapted
+
+
+def live_shares(
+    parts: Sequence[Part], protected: Protected, inputs: Float[Array, "v b *d"], *, head: str = "head"
+) -> Float[Array, " v"]:
+    """Of the features that are not 0 for every example of a batch, the share that Soteria prunes, in [0, 1].
+
+    Args:
+        parts: Of the client; Soteria is one of them.
+        protected: The client.
+        inputs: Batches of v victims, as the model sees them.
+        head: The model's last layer.
+
+    Returns:
+        One share for each victim.
+    """
+    (ratio,) = (part.settings["ratio"] for part in parts if part.name == "soteria")
+
+    def of_one(inputs: Float[Array, "b *d"]) -> Float[Array, ""]:
+        return defenses.live_share_pruned(protected.apply_fn, dense(head), protected.params, inputs, ratio=ratio)
+
+    return jax.jit(lambda inputs: jax.lax.map(of_one, inputs))(inputs)
 
 
 def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: Batch) -> Batch:

@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, clients, defenses, models
+from gia_jax import Batch, clients, defenses, labels, models
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine, euclidean
-from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, parse, protect
+from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, protect
 
 MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
@@ -93,6 +93,16 @@ def test_what_does_not_go_together_is_named():
         protected_by("precode", "dpsgd")
 
 
+def test_shares_of_live_features_are_those_of_each_victim():
+    protected, inputs = protected_by("soteria:ratio=0.5"), jnp.stack([BATCH.inputs, 2 * BATCH.inputs])
+    shares = live_shares(parse("soteria:ratio=0.5"), protected, inputs)
+    apply_fn, params = models.functional(MODULE)
+    for share, one in zip(shares, inputs, strict=True):
+        expected = defenses.live_share_pruned(apply_fn, labels.dense("head"), params, one, ratio=0.5)
+        assert share == pytest.approx(float(expected), abs=1e-6)
+        assert 0 < share < 1
+
+
 def test_parts_act_in_their_order():
     both = protected_by("clip:norm=0.5", "prune:ratio=0.5")
     apply_fn, params = models.functional(MODULE)
@@ -125,10 +135,10 @@ def test_every_defense_is_a_client_that_may_be_compiled_mapped_and_differentiate
     again = together(KEYS, two._replace(inputs=two.inputs.at[1].set(jnp.nan)))
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], again), first)
     # The attacker's client: what it assumes has a derivative in the inputs.
-    labels = as_probabilities(BATCH, 4)
+    soft = as_probabilities(BATCH, 4)
 
     def objective(inputs):
-        return protected.adapt_fn(cosine)(protected.assumed_fn(protected.params, Batch(inputs, labels)), first)
+        return protected.adapt_fn(cosine)(protected.assumed_fn(protected.params, Batch(inputs, soft)), first)
 
     gradient = jax.jit(jax.grad(objective))(0.5 * BATCH.inputs)
     assert np.isfinite(gradient).all()

@@ -1,0 +1,22 @@
+"""The attacker of the tables of defenses: it starts as one that knows no defense."""
+
+from collections.abc import Callable
+
+from gia_jax import Attack, keep_best
+from gia_jax.base import ObjectiveFn
+from gia_jax.matching.objectives import cosine
+from gia_jax.matching.run import continued
+
+
+def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+    """`stage(objective_fn, steps)`, which is `counted_steps`; the steps before them are `stage(cosine, steps)`."""
+    later = counted_steps(objective_fn, num_steps)
+    if later == num_steps:
+        return keep_best(stage(objective_fn, num_steps))
+    first = keep_best(stage(cosine, num_steps - later))
+    return keep_best(continued(first, stage(objective_fn, later), num_steps=num_steps - later))
+
+
+def counted_steps(objective_fn: ObjectiveFn, num_steps: int) -> int:
+    """The steps that are not already in the attack's start."""
+    return num_steps if objective_fn is cosine else num_steps - num_steps // 2
