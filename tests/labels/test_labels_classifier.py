@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gia_jax import labels
+from gia_jax import Observation, labels
 from gia_jax.labels.classifier import greedy_labels, labels_from_counts
 
 KERNEL, BIAS = jnp.ones((4, 3)), jnp.zeros(3)
@@ -45,6 +45,17 @@ def test_dense_refuses_paths_that_lead_nowhere(path, message):
     tree = {"head": {"kernel": KERNEL}, "list": [KERNEL], "conv": {"scale": BIAS}}
     with pytest.raises(ValueError, match=message):
         labels.dense(*path)(tree)
+
+
+@pytest.mark.parametrize(
+    "make", [labels.idlg, labels.column_minimum, labels.bias_counts, labels.greedy_bias, labels.llg, labels.ilrg]
+)
+def test_every_rule_refuses_labels_that_are_mixed(make):
+    """A client behind MixUp has no class to find: the attacker that was told so takes the probabilities."""
+    update = {"head": {"kernel": KERNEL, "bias": BIAS}}
+    known = {"inputs_like": jnp.zeros((1, 4)), "labels": jnp.array([[0.4, 0.6, 0.0]])}
+    with pytest.raises(ValueError, match=r"label rules find one class an example, got mixed labels of shape \(1, 3\)"):
+        make(labels.dense("head"))(Observation(update, update, known))
 
 
 counts = st.lists(st.floats(-5, 12, width=32), min_size=1, max_size=6)
