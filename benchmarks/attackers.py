@@ -9,7 +9,10 @@ from gia_jax.matching.run import continued
 
 
 def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: ObjectiveFn, num_steps: int) -> Attack:
-    """`stage(objective_fn, steps)`, which is `counted_steps`; the steps before them are `stage(cosine, steps)`."""
+    """`stage(objective_fn, steps)`; where the objective is not the cosine, after half of the steps on the cosine.
+
+    That half is done in the attack's start: the attack itself has `counted_steps`.
+    """
     later = counted_steps(objective_fn, num_steps)
     if later == num_steps:
         return keep_best(stage(objective_fn, num_steps))
@@ -18,5 +21,5 @@ def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: Objectiv
 
 
 def counted_steps(objective_fn: ObjectiveFn, num_steps: int) -> int:
-    """The steps that are not already in the attack's start."""
+    """Of `informed`, those that are not in its start."""
     return num_steps if objective_fn is cosine else num_steps - num_steps // 2

@@ -348,7 +348,7 @@ def table(args: argparse.Namespace) -> None:
         )
     rows.append(dict.fromkeys(rows[0], "-") | {"defense": "prior only"} | figures("blind", prior))
     live = {
-        name: live_shares(parse(name), setting.protected[name]._replace(params=setting.params), victims.truth.inputs)
+        name: live_shares(parse(name), setting.protected[name].apply_fn, setting.params, victims.truth.inputs)
         for name in names
         if name.startswith("soteria")
     }

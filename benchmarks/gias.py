@@ -4,7 +4,7 @@
 
 Needs the extra `data`, and MNIST and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). All attackers know that the update
 was pruned, and have a weight of total variation for each pruned share. The defaults are MNIST's settings; CIFAR-10's
-are `--latents 64 --width 16 --rate 1e-3 --weight W --weight-without W`.
+are `--latents 64 --width 16 --rate 1e-3 --weight 1e-3 1e-3 1e-2 --weight-without 0.1 0.1 1`.
 """
 
 import argparse
@@ -315,10 +315,10 @@ def meta(args: argparse.Namespace) -> None:
             f"GIML: a generator learned from undefended gradients alone: {name}, untrained LeNet",
             rows,
             f"The untrained generator of `gias_{name}` learned from {args.tasks} clients of {args.batch_size} training "
-            f"images of all classes by Adam at {args.meta_rate:g}; their updates were not pruned. Then "
-            f"{args.victims} victims as there, {gradients} gradients for every attacker, total variation "
-            f"{listed(weights)} with a generator and {listed(unaided)} without, by pruned share. Differences of "
-            f"victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. "
+            f"images of all classes by Adam at {args.meta_rate:g}, with total variation {weights[0]:g}; their updates "
+            f"were not pruned. Then {args.victims} victims as there, {gradients} gradients for every attacker, total "
+            f"variation {listed(weights)} with a generator and {listed(unaided)} without, by pruned share. Differences "
+            "of victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. "
             f"{CHOSEN[name]}\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 

@@ -83,21 +83,21 @@ def train_batch_norm(module: nnx.Module, examples: Batch, key: PRNGKeyArray, *, 
 
 def train(
     make_client: Callable[[PRNGKeyArray], ClientFn],
-    transformation: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     sample_fn: SampleFn,
     params: Params,
     key: PRNGKeyArray,
     examples: Batch,
     num_steps: int,
 ) -> Params:
-    """An ordinary optax loop, where a defense may enter in three places.
+    """An ordinary optax loop, where a defense may enter in two places.
 
     Args:
-        make_client: `(key) -> client`, of one step: what it shares is the gradient the optimizer sees (`dp_sgd`).
-        transformation: Of the update, the optimizer last: `optax.chain(defense, optimizer)`.
+        make_client: `(key) -> client` of one step, with its defenses: what it shares is the gradient of the optimizer.
+        optimizer: Of the server.
         sample_fn: `(key, examples) -> batch`, and what encodes the batch (`mixup`).
         params: At the start.
-        key: Of the loop. The keys of `transformation` are in its own state.
+        key: Of the loop.
         examples: All training examples.
         num_steps: Steps.
 
@@ -109,10 +109,10 @@ def train(
         params, state = carry
         key_sample, key_client = jax.random.split(key)
         update = make_client(key_client)(params, sample_fn(key_sample, examples))
-        changes, state = transformation.update(update, state, params)
+        changes, state = optimizer.update(update, state, params)
         return (optax.apply_updates(params, changes), state), None
 
-    (trained, _), _ = jax.lax.scan(step, (params, transformation.init(params)), jax.random.split(key, num_steps))
+    (trained, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, num_steps))
     return trained
 
 

@@ -51,6 +51,7 @@ CAPACITY = 128  # eight standard deviations above the mean of a Poisson sample
 LEARNING_RATE = 3e-3
 DELTA = 1e-5
 PRIOR_ONLY = 4  # victims whose update is replaced by noise
+LEAKAGE_SEED = 1_000  # of victims and attacker; the seeds of training are 0, 1, ...
 DEFENSES = (
     "none",
     "prune:ratio=0.9",
@@ -118,7 +119,8 @@ class Task(NamedTuple):
         shape = self.test.images.shape[1:]
         module = models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
         parts = () if name == "none" else parse(name)
-        return Defense(protect(parts, module, num_classes=CLASSES), {part.name: part.settings for part in parts})
+        protected = protect(parts, module, num_classes=CLASSES, key=jax.random.key(seed))
+        return Defense(protected, {part.name: part.settings for part in parts})
 
 
 def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
@@ -171,7 +173,7 @@ def attack_on(defense: Defense, task: Task, num_steps: int) -> Attack:
         inputs = jnp.abs(batch.inputs) if defense.magnitudes else batch.inputs
         return task.smoothness * smooth(batch._replace(inputs=inputs), observation)
 
-    def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+    def matching(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
         return gradient_matching(
             defense.protected.assumed_fn,
             objective_fn=objective_fn,
@@ -180,7 +182,7 @@ def attack_on(defense: Defense, task: Task, num_steps: int) -> Attack:
             optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
         )
 
-    return informed(stage, defense.protected.adapt_fn(cosine), num_steps)
+    return informed(matching, defense.protected.adapt_fn(cosine), num_steps)
 
 
 class Leakage(NamedTuple):
@@ -194,7 +196,7 @@ class Leakage(NamedTuple):
 def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str) -> Leakage:
     """The attack on every victim, alone in its batch."""
     truth = task.victims
-    key_encoding, key_victims, key_noise, key_attack = jax.random.split(jax.random.key(0), 4)
+    key_encoding, key_victims, key_noise, key_attack = jax.random.split(jax.random.key(LEAKAGE_SEED), 4)
     # Victims mix with each other; each then shares the update of its own encoding.
     sent = defense.protected.encode_fn(key_encoding, truth)
     sent, truth = jax.tree.map(lambda leaf: leaf[:, None], (sent, truth))
@@ -236,7 +238,7 @@ def promised(defense: Defense, task: Task, num_steps: int) -> str:
     return f"{epsilon(defense.noise_multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
 
 
-def stage(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
+def columns(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
     error = found.private.std(ddof=1) / np.sqrt(len(found.private))
     return {
         f"PSNR {name}": f"{found.private.mean():.2f} +- {error:.2f}",
@@ -248,7 +250,7 @@ def stage(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
 
 def table(name: str, task: Task, args: argparse.Namespace) -> None:
     """Every defense: trained, tested, attacked before and after, one row each."""
-    rows, plain, began = [], "", time.perf_counter()
+    rows, plain, began = [], "-", time.perf_counter()
     inputs = jnp.asarray(task.test.normalize(task.test.images))
     for defense_name in args.defenses:
         defense = task.defense(defense_name, 0)
@@ -256,7 +258,7 @@ def table(name: str, task: Task, args: argparse.Namespace) -> None:
         networks, seconds = trained(defense_name, task, args.seeds, args.steps)
         right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
         deviation = right.std(ddof=1) if len(right) > 1 else np.nan
-        plain = plain or f"{right.mean():.1f}"
+        plain = f"{right.mean():.1f}" if defense_name == "none" else plain
         before = leakage(defense, task, start, args.attack_steps, f"{defense_name}, untrained")
         after = leakage(defense, task, networks[0], args.attack_steps, f"{defense_name}, trained")
         row = {
@@ -264,8 +266,8 @@ def table(name: str, task: Task, args: argparse.Namespace) -> None:
             "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}",
             "undefended": plain,
             "epsilon": promised(defense, task, args.steps),
-            **stage("untrained", before, defense.encodes),
-            **stage("trained", after, defense.encodes),
+            **columns("untrained", before, defense.encodes),
+            **columns("trained", after, defense.encodes),
             "training s": f"{seconds:.0f}",
         }
         rows.append(row)
@@ -287,12 +289,12 @@ Training s: of all seeds, without compiling.
 Leakage: mean PSNR in dB and its standard error over {len(task.victims.labels)} test images, the first of every class \
 in turn, each alone in its batch; share of 20 dB or more. Untrained: the network of seed 0 before training; trained: \
 the network whose accuracy is in the row, seed 0. The defense has the same strength as in training: noise of the same \
-scale on the update of a single image as on that of a batch, and for `dp_sgd` the noise of a batch of one. Prior only: \
-the same attack on random updates of the same norms, {PRIOR_ONLY} victims. Guesses without a gradient: {guessed} (the \
-nearest training image is chosen with the truth).
+scale on the update of a single image as on that of a batch, and for `dpsgd` the noise of a batch of one. Top-k has no \
+error feedback. Prior only: the same attack on random updates of the same norms, {PRIOR_ONLY} victims. Guesses without \
+a gradient: {guessed} (the nearest training image is chosen with the truth).
 
 Attack: Inverting Gradients by one who knows the defense but not its key, {args.attack_steps} steps of signed Adam, \
-1 start, attack seed 0, the best iterate by the attacker's own loss; an objective of its own takes over from the \
+1 start, seed {LEAKAGE_SEED}, the best iterate by the attacker's own loss; an objective of its own takes over from the \
 cosine after half of the steps; total variation {task.smoothness:g}, chosen among three weights on 6 to 8 training \
 images, undefended, at width 8, and the same for every defense. MixUp and InstaHide: the victims are mixed with each \
 other, the labels known are those of the encoding, and PSNR is against the private image itself (of the encoding: \

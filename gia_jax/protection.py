@@ -40,7 +40,7 @@ class Named(NamedTuple):
 
 DEFENSES = {
     "prune": Named("largest entries of each tensor, Zhu et al. 2019", {"ratio": 0.9}, "update"),
-    "topk": Named("largest entries of the whole update, Stich et al. 2018", {"ratio": 0.9}, "update"),
+    "topk": Named("largest entries of the whole update, without memory, Stich et al. 2018", {"ratio": 0.9}, "update"),
     "clip": Named("bounded L2 norm", {"norm": 1.0}, "update"),
     "gaussian": Named("Gaussian noise, Zhu et al. 2019", {"scale": 1e-2}, "update"),
     "laplace": Named("Laplace noise, Zhu et al. 2019", {"scale": 1e-2}, "update"),
@@ -138,13 +138,13 @@ def protect(
     * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned;
     * clipping and pruning, then noise or stochastic rounding: it clips and prunes its own update, which is then the
       expectation, and takes `relative(l1)` for Laplace noise alone, `relative(euclidean)` for Gaussian noise or a sum
-      of noises, the given objective for rounding;
+      of noises, the given objective for rounding and for DP-SGD, whose clipping leaves little but a direction;
     * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
       the attack is that of an attacker that does not know of it.
 
     Where a modelled chain clips, the attacker clips its own update too. In a sum with other noise, that of rounding is
-    taken for Gaussian. Noise hides the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no
-    defense, and changes neither the update nor the attacker.
+    taken for Gaussian. Noise and rounding hide the zeros of Soteria: the last layer is then left out. A ratio or a
+    scale of 0 is no defense, and changes neither the update nor the attacker.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
@@ -281,7 +281,7 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     names = {part.name for part in parts}
     adapted = objective_fn if reading is None else reading.adapt_fn(objective_fn)
     if "soteria" in names:
-        if names.intersection(("gaussian", "laplace")):
+        if names.intersection(("gaussian", "laplace", "ternary", "quantize")):
             adapted = selected(adapted, lambda path: f"['{head}']" not in path)
         else:
             adapted = adaptive.supported(adapted)
@@ -291,25 +291,31 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
 
 
 def live_shares(
-    parts: Sequence[Part], protected: Protected, inputs: Float[Array, "v b *d"], *, head: str = "head"
+    parts: Sequence[Part], apply_fn: ApplyFn, params: Params, inputs: Float[Array, "v b *d"], *, head: str = "head"
 ) -> Float[Array, " v"]:
     """Of the features that are not 0 for every example of a batch, the share that Soteria prunes, in [0, 1].
 
     Args:
         parts: Of the client; Soteria is one of them.
-        protected: The client.
+        apply_fn: The client's model.
+        params: Its parameters.
         inputs: Batches of v victims, as the model sees them.
         head: The model's last layer.
 
     Returns:
         One share for each victim.
+
+    Raises:
+        ValueError: No Soteria among `parts`.
     """
-    (ratio,) = (part.settings["ratio"] for part in parts if part.name == "soteria")
+    ratios = [part.settings["ratio"] for part in parts if part.name == "soteria"]
+    if not ratios:
+        raise ValueError(f"parts must have soteria, got {[part.name for part in parts]}")
 
     def of_one(inputs: Float[Array, "b *d"]) -> Float[Array, ""]:
-        return defenses.live_share_pruned(protected.apply_fn, dense(head), protected.params, inputs, ratio=ratio)
+        return defenses.live_share_pruned(apply_fn, dense(head), params, inputs, ratio=ratios[0])
 
-    return jax.jit(lambda inputs: jax.lax.map(of_one, inputs))(inputs)
+    return jax.lax.map(of_one, inputs)
 
 
 def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: Batch) -> Batch:

@@ -143,6 +143,14 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--attack cafe takes no --restarts, got 3" in capsys.readouterr().err
 
 
+def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--attack", "idlg", "--data", "digits", "--defense", "mixup:k=2", "--adaptive", "--out", str(tmp_path)]
+    assert main(["attack", *options]) == 2
+    assert "--adaptive with mixup needs --labels known: no rule finds mixed labels" in capsys.readouterr().err
+
+
 def test_what_noise_promises_is_said_beside_it() -> None:
     assert _privacy(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
     assert _privacy((*parse("clip:norm=1"), *parse("gaussian:scale=0.1"))) == []

@@ -94,13 +94,17 @@ def test_what_does_not_go_together_is_named():
 
 
 def test_shares_of_live_features_are_those_of_each_victim():
-    protected, inputs = protected_by("soteria:ratio=0.5"), jnp.stack([BATCH.inputs, 2 * BATCH.inputs])
-    shares = live_shares(parse("soteria:ratio=0.5"), protected, inputs)
-    apply_fn, params = models.functional(MODULE)
+    module = models.LeNet((8, 8, 3), 4, activation=jax.nn.relu, rngs=nnx.Rngs(0))  # it has features that are 0
+    apply_fn, params = models.functional(module)
+    inputs = jnp.stack([BATCH.inputs[1:2], BATCH.inputs[2:3]])
+    shares = live_shares(parse("soteria:ratio=0.9"), apply_fn, params, inputs)
+    assert abs(shares[0] - shares[1]) > 1e-3
     for share, one in zip(shares, inputs, strict=True):
-        expected = defenses.live_share_pruned(apply_fn, labels.dense("head"), params, one, ratio=0.5)
+        expected = defenses.live_share_pruned(apply_fn, labels.dense("head"), params, one, ratio=0.9)
         assert share == pytest.approx(float(expected), abs=1e-6)
         assert 0 < share < 1
+    with pytest.raises(ValueError, match=r"parts must have soteria, got \['prune'\]"):
+        live_shares(parse("prune"), apply_fn, params, inputs)
 
 
 def test_parts_act_in_their_order():
@@ -147,20 +151,25 @@ def test_every_defense_is_a_client_that_may_be_compiled_mapped_and_differentiate
 
 @pytest.mark.parametrize("name", [*DEFENSES, *COMBINATIONS])
 def test_every_defense_goes_before_another_of_the_update(name):
-    bounded = protected_by(name, "clip:norm=0.01")
-    update = update_of(bounded, KEYS[0], bounded.encode_fn(KEYS[1], BATCH))
-    assert optax.tree.norm(update) == pytest.approx(0.01, rel=1e-4)
+    name = "clip:norm=0.1" if name == "clip" else name
+    alone, bounded = protected_by(name), protected_by(name, "clip:norm=0.01")
+    batch = alone.encode_fn(KEYS[1], BATCH)
+    once, _ = defenses.clip(0.01).update(update_of(alone, KEYS[0], batch), optax.EmptyState())
+    chex.assert_trees_all_close(update_of(bounded, KEYS[0], batch), once, rtol=1e-3, atol=1e-7)
+    if name != "precode":  # another model
+        undefended, _ = defenses.clip(0.01).update(update_of(protected_by(), KEYS[0]), optax.EmptyState())
+        plain_clip = name == "clip:norm=0.1"
+        assert (distance(once, undefended) < 1e-4) == plain_clip
 
 
-@pytest.mark.parametrize("name", [name for name in DEFENSES if name not in ("mixup", "instahide")])
-def test_the_attacker_s_client_draws_nothing_and_strength_nothing_is_no_defense(name):
-    """What the attacker assumes does not depend on the victim's key, and is the client of a defense of no strength."""
-    weakest = {"clip": "norm=1", "dpsgd": "noise_multiplier=0,norm=1"}
-    protected = protected_by(name)
-    assumed = protected.assumed_fn(protected.params, BATCH)
-    assert distance(protected.assumed_fn(protected.params, BATCH), assumed) == 0
-    if name in weakest:
-        assert distance(update_of(protected_by(f"{name}:{weakest[name]}"), KEYS[0]), assumed) < 1e-5
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name != "precode"])
+def test_the_attacker_s_client_is_the_undefended_one_or_clips(name):
+    clips = {"clip": "clip:norm=0.1", "dpsgd": "dpsgd:noise_multiplier=0,norm=0.1"}
+    protected = protected_by(clips.get(name, name).replace("noise_multiplier=0", "noise_multiplier=1"))
+    assumed, plain = protected.assumed_fn(protected.params, BATCH), update_of(protected_by(), KEYS[0])
+    if name in clips:
+        assert distance(update_of(protected_by(clips[name]), KEYS[0]), assumed) < 1e-5
+    assert (distance(assumed, plain) < 1e-5) == (name not in clips)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +289,9 @@ def test_dp_sgd_is_noise_before_the_rest():
         assert protected_by("dpsgd", name).adapt_fn(cosine) is cosine
 
 
-def test_noise_hides_what_soteria_left_out():
-    both = protected_by("soteria:ratio=0.95", "gaussian:scale=1e-4")
+@pytest.mark.parametrize("other", ["gaussian:scale=1e-4", "quantize:bits=14"])
+def test_noise_and_rounding_hide_what_soteria_left_out(other):
+    both = protected_by("soteria:ratio=0.95", other)
     truth, update = both.assumed_fn(both.params, BATCH), update_of(both, KEYS[0])
     assert both.adapt_fn(cosine)(truth, update) < 0.01
     spoiled = truth | {"head": optax.tree.zeros_like(truth["head"])}

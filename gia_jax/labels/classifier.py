@@ -56,10 +56,10 @@ def bias_gradient(rule: str, classifier_fn: ClassifierFn, observation: Observati
 
 
 def batch_size(observation: Observation) -> int:
-    """The number of labels to find, where the threat model grants it; ValueError where granted labels are mixed."""
+    """The number of labels to find, where it is granted; ValueError where granted labels are probabilities."""
     labels = observation.extra.get("labels")
     if labels is not None and labels.ndim > 1:
-        raise ValueError(f"label rules find one class an example, got mixed labels of shape {labels.shape}: use those")
+        raise ValueError(f"label rules find one class an example, got probabilities of shape {labels.shape}")
     return granted(observation, "inputs_like").shape[0]
 
 

@@ -28,7 +28,7 @@ def private(loss_fn, key):
     return defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=0.5)
 
 
-def without_features(loss_fn, key):
+def with_soteria(loss_fn, key):
     apply_fn, _ = NETWORK
     return defenses.soteria(clients.federated_sgd(loss_fn), apply_fn, labels.dense("head"), ratio=0.8)
 
@@ -54,7 +54,7 @@ ROWS = {
     "none": NONE,
     **{name: (make, as_it_is, plain) for name, make in UPDATE.items()},
     "dp_sgd": (NONE[0], as_it_is, private),
-    "soteria": (NONE[0], as_it_is, without_features),
+    "soteria": (NONE[0], as_it_is, with_soteria),
     "mixup": (NONE[0], MIXUP, plain),
     "instahide": (NONE[0], INSTAHIDE, plain),
     "prune, instahide": (UPDATE["prune 0.9"], INSTAHIDE, plain),

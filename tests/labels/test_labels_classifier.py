@@ -47,14 +47,23 @@ def test_dense_refuses_paths_that_lead_nowhere(path, message):
         labels.dense(*path)(tree)
 
 
-@pytest.mark.parametrize(
-    "make", [labels.idlg, labels.column_minimum, labels.bias_counts, labels.greedy_bias, labels.llg, labels.ilrg]
-)
+RULES = {
+    "llg_plus": lambda classifier_fn: labels.llg_plus(lambda params, batch: params, classifier_fn),
+    "bias_counts": labels.bias_counts,
+    "column_minimum": labels.column_minimum,
+    "greedy_bias": labels.greedy_bias,
+    "idlg": labels.idlg,
+    "ilrg": labels.ilrg,
+    "llg": labels.llg,
+}
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
 def test_every_rule_refuses_labels_that_are_mixed(make):
     """A client behind MixUp has no class to find: the attacker that was told so takes the probabilities."""
     update = {"head": {"kernel": KERNEL, "bias": BIAS}}
     known = {"inputs_like": jnp.zeros((1, 4)), "labels": jnp.array([[0.4, 0.6, 0.0]])}
-    with pytest.raises(ValueError, match=r"label rules find one class an example, got mixed labels of shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"label rules find one class an example, got probabilities of shape \(1, 3\)"):
         make(labels.dense("head"))(Observation(update, update, known))
 
 
