@@ -161,8 +161,8 @@ class Result(NamedTuple):
 
 def attack_all(
     setting: Setting, conditions: dict[str, Condition], seeds: int, steps: int
-) -> tuple[dict[str, Result], float]:
-    """Every condition on one victim after the other, and the seconds to compile the one program of them all.
+) -> tuple[dict[str, tuple[dict[str, Any], np.ndarray]], float]:
+    """The `row` of every condition, run on one victim after the other, and the seconds to compile their one program.
 
     The keys of a victim are the same for every condition.
     """
@@ -205,8 +205,9 @@ def attack_all(
         began = time.perf_counter()
         found = [jax.block_until_ready(program(*each)) for each in inputs]
         milliseconds = 1e3 * (time.perf_counter() - began) / (steps * number)
-        results[name] = Result(jax.tree.map(lambda *leaves: jnp.stack(leaves), *found), milliseconds)
-        print(f"{name}: {row(results[name], setting, seeds)[0]}", flush=True)
+        result = Result(jax.tree.map(lambda *leaves: jnp.stack(leaves), *found), milliseconds)
+        results[name] = row(result, setting, seeds)
+        print(f"{name}: {results[name][0]}", flush=True)
     return results, compile_seconds
 
 
@@ -246,8 +247,7 @@ def tables(args: argparse.Namespace) -> None:
     share = accuracy(*models.functional(module), jnp.asarray(test.normalize(test.images)), test.labels)
 
     conditions = ABLATION | {name: STATISTICS[name] for name in ("running", "proxy")}
-    found, compile_seconds = attack_all(setting, conditions, args.seeds, args.steps)
-    results = {name: row(result, setting, args.seeds) for name, result in found.items()}
+    results, compile_seconds = attack_all(setting, conditions, args.seeds, args.steps)
     results["exact"] = results["+ group, registered mean"]
 
     def table(conditions: dict[str, Condition], against: Callable[[int], int], heading: str) -> list[dict[str, Any]]:

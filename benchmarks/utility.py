@@ -10,6 +10,7 @@ The parts are `digits` and `cifar10`. Needs the extras `demo`, `data` and `priva
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from gia_jax import (
     gradient_matching,
     models,
     observe,
+    protection,
     report,
 )
 from gia_jax.base import ObjectiveFn, Params
@@ -89,7 +91,7 @@ class Defense(NamedTuple):
     @property
     def encodes(self) -> bool:
         """Whether its images are mixed with others."""
-        return not self.settings.keys().isdisjoint(("mixup", "instahide"))
+        return "input" in [protection.DEFENSES[name].acts_on for name in self.settings]
 
     @property
     def magnitudes(self) -> bool:
@@ -139,9 +141,9 @@ def task_of(train_set: data.ImageData, test_set: data.ImageData, victims: int, s
     return Task(batch(train_set.images, train_set.labels), test_set, attacked, gallery, smoothness)
 
 
-def trained(name: str, task: Task, seeds: int, num_steps: int) -> tuple[list[Params], float]:
+def trained(seeds: Sequence[Defense], task: Task, num_steps: int) -> tuple[list[Params], float]:
     """The network of every seed under the defense, and the seconds that took without compiling."""
-    defense = task.defense(name, 0)
+    defense = seeds[0]
     sample_fn: SampleFn = uniform(BATCH)
     if defense.noise_multiplier is not None:
         sample_fn = poisson(BATCH, CAPACITY, CLASSES)
@@ -154,14 +156,14 @@ def trained(name: str, task: Task, seeds: int, num_steps: int) -> tuple[list[Par
         optimizer = optax.adam(LEARNING_RATE)
         return train(defense.protected.client_fn, optimizer, encoded, params, key, examples, num_steps)
 
-    starts = [(task.defense(name, seed).protected.params, jax.random.key(seed)) for seed in range(seeds)]
+    starts = [(each.protected.params, jax.random.key(seed)) for seed, each in enumerate(seeds)]
     compiled = jax.jit(one).lower(*starts[0], task.train).compile()
     began = time.perf_counter()
     found = [jax.block_until_ready(compiled(params, key, task.train)) for params, key in starts]
     return found, time.perf_counter() - began
 
 
-def attack_on(defense: Defense, task: Task, num_steps: int) -> Attack:
+def attack_on(defense: Defense, objective_fn: ObjectiveFn, task: Task, num_steps: int) -> Attack:
     """Inverting Gradients with the client, the objective and the pixel box of one who knows the defense."""
     low, high = task.test.bounds()
     smooth = priors.total_variation()
@@ -182,7 +184,7 @@ def attack_on(defense: Defense, task: Task, num_steps: int) -> Attack:
             optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
         )
 
-    return informed(matching, defense.protected.adapt_fn(cosine), num_steps)
+    return informed(matching, objective_fn, num_steps)
 
 
 class Leakage(NamedTuple):
@@ -215,8 +217,8 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     def progress(done: int, total: int, seconds: float) -> None:
         print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
 
-    attack = attack_on(defense, task, num_steps)
-    counted = counted_steps(defense.protected.adapt_fn(cosine), num_steps)
+    objective_fn = defense.protected.adapt_fn(cosine)
+    attack, counted = attack_on(defense, objective_fn, task, num_steps), counted_steps(objective_fn, num_steps)
     options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress}
     inputs = study(attack, key_attack, Observation(params, *both), **options).reconstruction.batch.inputs
 
@@ -253,9 +255,10 @@ def table(name: str, task: Task, args: argparse.Namespace) -> None:
     rows, plain, began = [], "-", time.perf_counter()
     inputs = jnp.asarray(task.test.normalize(task.test.images))
     for defense_name in args.defenses:
-        defense = task.defense(defense_name, 0)
+        seeds = [task.defense(defense_name, seed) for seed in range(args.seeds)]
+        defense = seeds[0]
         apply_fn, start = defense.protected.apply_fn, defense.protected.params
-        networks, seconds = trained(defense_name, task, args.seeds, args.steps)
+        networks, seconds = trained(seeds, task, args.steps)
         right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
         deviation = right.std(ddof=1) if len(right) > 1 else np.nan
         plain = f"{right.mean():.1f}" if defense_name == "none" else plain

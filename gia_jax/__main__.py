@@ -174,7 +174,7 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     parts = tuple(part for text in args.defense for part in parse(text))
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
-    mixing = [part.name for part in parts if part.name in ("mixup", "instahide")]
+    mixing = [part.name for part in parts if DEFENSES[part.name].acts_on == "input"]
     if args.adaptive and mixing and args.labels == "inferred" and args.attack != "dlg":
         raise ValueError(f"--adaptive with {mixing[0]} needs --labels known: no rule finds mixed labels, got inferred")
     return parts
@@ -227,10 +227,12 @@ def _attack(args: argparse.Namespace) -> None:
     if args.aggregation is None:
         seen = see(case, {defense: protected}, key_clients, known=[known], statistics=exact_statistics)
         targets: dict[str, Any] = {"": (case, seen[known][defense])}
+        said = _live(parts, case, protected)
     else:
         targets = _aggregated(args, case, protected, key_clients)
         threat += f"; {args.aggregation} of {clients} clients"
-    print("\n".join([f"threat model: {threat}", *_privacy(parts), *_live(parts, case, protected)]) + "\n")
+        said = []  # a case has the images of all clients in one batch
+    print("\n".join([f"threat model: {threat}", *_privacy(parts), *said]) + "\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
@@ -340,8 +342,7 @@ def _privacy(parts: tuple[Part, ...]) -> list[str]:
 
 def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str]:
     """What Soteria takes from these victims; a feature that is 0 anyway is no loss to the attacker."""
-    names = {part.name for part in parts}
-    if "soteria" not in names or names.intersection(("mixup", "instahide")):
+    if "soteria" not in [part.name for part in parts] or "input" in [DEFENSES[part.name].acts_on for part in parts]:
         return []
     shares = live_shares(parts, protected.apply_fn, protected.params, case.truth.inputs)
     return [f"soteria prunes {shares.mean():.0%} of the features that are not 0 for the victims' images"]

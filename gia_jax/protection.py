@@ -281,7 +281,7 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     names = {part.name for part in parts}
     adapted = objective_fn if reading is None else reading.adapt_fn(objective_fn)
     if "soteria" in names:
-        if names.intersection(("gaussian", "laplace", "ternary", "quantize")):
+        if any(part.name in UNBIASED and DEFENSES[part.name].acts_on == "update" for part in parts):
             adapted = selected(adapted, lambda path: f"['{head}']" not in path)
         else:
             adapted = adaptive.supported(adapted)
