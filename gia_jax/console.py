@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import report
+from gia_jax import ThreatModel, report
 from gia_jax.cases import Case, Outcome
 from gia_jax.plots import picture_grid
 from gia_jax.protection import Protected
@@ -83,6 +83,14 @@ def banner(case: Case, model: str, protected: Protected, clients: int = 1) -> No
         f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "
         f"{groups} with {batch_size // clients} of {case.images.name} ({shape}) each; {report.hardware()}"
     )
+
+
+def threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) -> str:
+    """What the server is, has and knows, in words."""
+    card = ThreatModel(labels=known, statistics=statistics).describe()
+    if defense == "none":
+        return card
+    return f"{card}; {'knows' if adaptive else 'does not know'} the defense {defense}"
 
 
 def progress(name: str) -> Callable[[int, int, float], None]:
