@@ -1,6 +1,7 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
-    python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--weights W ...]
+    python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--restarts N]
+        [--weights W ...] [--defenses NAME ...]
 
 Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
@@ -186,7 +187,8 @@ def attack(
     weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
     observations = observations._replace(extra=observations.extra | {"weight": weight})
     counted = counted_steps(objective_fn, args.steps)
-    found = study(ig, jax.random.key(0), observations, num_steps=counted, lanes=args.lanes)
+    options = {"num_steps": counted, "num_restarts": args.restarts, "lanes": args.lanes}
+    found = study(ig, jax.random.key(0), observations, **options)
     times = len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
@@ -194,16 +196,14 @@ def attack(
     rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
     ranks = np.asarray(rank((jnp.asarray(scores.images[:, 0]), places)))
     timing = found.timing
-    print(
-        f"  {len(found.losses)} lanes, compile {timing.compile_seconds:.0f} s, run {timing.run_seconds:.0f} s",
-        flush=True,
-    )
+    lanes = len(found.losses) * args.restarts
+    print(f"  {lanes} lanes, compile {timing.compile_seconds:.0f} s, run {timing.run_seconds:.0f} s", flush=True)
 
     def match(batch: Batch, update: Params) -> jax.Array:
         return objective_fn(client_fn(observations.params, batch), update)
 
-    lanes = (found.reconstruction.batch, observations.update)
-    objective = jax.jit(lambda lanes: jax.lax.map(lambda one: match(*one), lanes, batch_size=args.lanes))(lanes)
+    pairs = (found.reconstruction.batch, observations.update)
+    objective = jax.jit(lambda pairs: jax.lax.map(lambda one: match(*one), pairs, batch_size=args.lanes))(pairs)
     return Result(scores.psnr[:, 0], scores.ssim[:, 0], ranks, np.asarray(objective))
 
 
@@ -361,7 +361,8 @@ def table(args: argparse.Namespace) -> None:
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{len(victims.pixels)} CIFAR-10 test images, the first {args.per_class} of each class by id, batch 1; model, "
-        f"client and attack seed 0, 1 restart, {args.steps} steps; an adaptive attacker with an objective of its own "
+        f"client and attack seed 0, {args.restarts} restart{'s' * (args.restarts > 1)} (the lowest loss is kept), "
+        f"{args.steps} steps; an adaptive attacker with an objective of its own "
         f"uses the blind one's for the first half. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
@@ -467,6 +468,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="of training before the attack")
     parser.add_argument("--per-class", type=int, default=7, help="victims of each class")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--lanes", type=int, default=10)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
     parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
