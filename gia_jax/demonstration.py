@@ -28,9 +28,13 @@ def run(out: Path, seed: int) -> None:
     case = load_case("lenet", "photos", victims=3, seed=seed)
     protected = {name: case.protect(() if name == "none" else parse(name)) for name in SHOWN}
     console.banner(case, "lenet", protected["none"])
-    print("The client sends the gradient of one photograph. What can the server see?\n")
     # name: steps, restarts
     plan = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
+    print("The client sends the gradient of one photograph. What can the server see?")
+    for known in (False, True):
+        names = ", ".join(name for name in plan if (ATTACKS[name].labels == "known") == known)
+        print(f"threat model of {names}: {console.threat(known, 'none', False)}")
+    print()
     key_clients, key_attack = jax.random.split(jax.random.key(seed))
     seen = see(case, protected, key_clients, known=(False, True))
     found = {}
