@@ -187,8 +187,8 @@ def attack(
     weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
     observations = observations._replace(extra=observations.extra | {"weight": weight})
     counted = counted_steps(objective_fn, args.steps)
-    options = {"num_steps": counted, "num_restarts": args.restarts, "lanes": args.lanes}
-    found = study(ig, jax.random.key(0), observations, **options)
+    key, restarts = jax.random.key(0), args.restarts
+    found = study(ig, key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
     times = len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
@@ -196,7 +196,7 @@ def attack(
     rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
     ranks = np.asarray(rank((jnp.asarray(scores.images[:, 0]), places)))
     timing = found.timing
-    lanes = len(found.losses) * args.restarts
+    lanes = len(found.losses) * restarts
     print(f"  {lanes} lanes, compile {timing.compile_seconds:.0f} s, run {timing.run_seconds:.0f} s", flush=True)
 
     def match(batch: Batch, update: Params) -> jax.Array:

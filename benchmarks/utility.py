@@ -34,7 +34,6 @@ from gia_jax import (
     gradient_matching,
     models,
     observe,
-    protection,
     report,
 )
 from gia_jax.base import ObjectiveFn, Params
@@ -43,7 +42,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, success_share
-from gia_jax.protection import Protected, parse, protect
+from gia_jax.protection import Part, Protected, parse, protect
 from gia_jax.study import study
 
 THREAT = ThreatModel(labels=True)
@@ -82,22 +81,22 @@ class Defense(NamedTuple):
     """A client with its defense, on the network of one seed, and what the defense is made of."""
 
     protected: Protected
-    settings: dict[str, dict[str, Any]]
+    parts: tuple[Part, ...]
 
     @property
     def noise_multiplier(self) -> float | None:
         """Of a client with an epsilon; training then takes Poisson samples."""
-        return self.settings["dpsgd"]["noise_multiplier"] if "dpsgd" in self.settings else None
+        return next((part.settings["noise_multiplier"] for part in self.parts if part.name == "dpsgd"), None)
 
     @property
     def encodes(self) -> bool:
         """Whether its images are mixed with others."""
-        return "input" in [protection.DEFENSES[name].acts_on for name in self.settings]
+        return any(part.acts_on == "input" for part in self.parts)
 
     @property
     def magnitudes(self) -> bool:
         """Whether the attacker knows that every pixel's sign is random (in the model's space)."""
-        return "instahide" in self.settings
+        return any(part.name == "instahide" for part in self.parts)
 
 
 class Task(NamedTuple):
@@ -123,7 +122,7 @@ class Task(NamedTuple):
         module = models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
         parts = () if name == "none" else parse(name)
         protected = protect(parts, module, num_classes=CLASSES, key=jax.random.key(seed))
-        return Defense(protected, {part.name: part.settings for part in parts})
+        return Defense(protected, parts)
 
 
 def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:

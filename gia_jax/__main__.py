@@ -165,7 +165,7 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     parts = tuple(part for text in args.defense for part in parse(text))
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
-    mixing = [part.name for part in parts if DEFENSES[part.name].acts_on == "input"]
+    mixing = [part.name for part in parts if part.acts_on == "input"]
     if args.adaptive and mixing and args.labels == "inferred" and args.attack != "dlg":
         raise ValueError(f"--adaptive with {mixing[0]} needs --labels known: no rule finds mixed labels, got inferred")
     return parts
@@ -333,7 +333,7 @@ def _privacy(parts: tuple[Part, ...]) -> list[str]:
 
 def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str]:
     """What Soteria takes from these victims; a feature that is 0 anyway is no loss to the attacker."""
-    if "soteria" not in [part.name for part in parts] or "input" in [DEFENSES[part.name].acts_on for part in parts]:
+    if "soteria" not in [part.name for part in parts] or any(part.acts_on == "input" for part in parts):
         return []
     shares = live_shares(parts, protected.apply_fn, protected.params, case.truth.inputs)
     return [f"soteria prunes {shares.mean():.0%} of the features that are not 0 for the victims' images"]

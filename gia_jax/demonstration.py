@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gia_jax import console, report
+from gia_jax import ThreatModel, console, report
 from gia_jax.attacks.named import ATTACKS
 from gia_jax.cases import PRIOR_ONLY, attack, load_case, see
 from gia_jax.protection import parse
@@ -31,33 +31,30 @@ def run(out: Path, seed: int) -> None:
     # name: steps, restarts
     plan = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
     print("The client sends the gradient of one photograph. What can the server see?")
+    knows = {name: ATTACKS[name].labels == "known" for name in plan}
     for known in (False, True):
-        names = ", ".join(name for name in plan if (ATTACKS[name].labels == "known") == known)
-        print(f"threat model of {names}: {console.threat(known, 'none', False)}")
+        names = ", ".join(name for name in plan if knows[name] == known)
+        print(f"threat model of {names}: {ThreatModel(labels=known).describe()}")
     print()
     key_clients, key_attack = jax.random.split(jax.random.key(seed))
     seen = see(case, protected, key_clients, known=(False, True))
     found = {}
     for name, (steps, restarts) in plan.items():
-        known = ATTACKS[name].labels == "known"
         found[name] = attack(
             case,
-            seen[known],
+            seen[knows[name]],
             protected["none"],
             name,
             key_attack,
             model="lenet",
-            known_labels=known,
+            known_labels=knows[name],
             num_steps=steps,
             num_restarts=restarts,
             prior_only="none",
             progress_fn=console.progress(name),
         )
     guesses = report.baselines(case.pixels, case.gallery)
-    rows = [
-        console.row(name, ATTACKS[name].labels == "known", outcomes["none"], outcomes[PRIOR_ONLY])
-        for name, outcomes in found.items()
-    ]
+    rows = [console.row(name, knows[name], outcomes["none"], outcomes[PRIOR_ONLY]) for name, outcomes in found.items()]
     print(console.table(rows, guesses))
     print(
         "\nPSNR in dB after clipping to [0, 1]: above 20 a photograph is recognisable, above 40 it is a copy.\n"
@@ -73,14 +70,14 @@ def run(out: Path, seed: int) -> None:
     )
     content: dict[str, Any] = {}
     for name, outcomes in found.items():
-        known, (steps, restarts) = ATTACKS[name].labels == "known", plan[name]
+        steps, restarts = plan[name]
         setting = {"attack": name, "model": "lenet", "data": "photos", "seed": seed, "steps": steps}
         for shown in SHOWN:
             content[name if shown == "none" else f"{name}, {shown}"] = report.results(
                 outcomes[shown].study,
                 outcomes[shown].scores,
                 settings=setting | {"restarts": restarts, "defense": shown},
-                threat_model=console.threat(known, shown, False),
+                threat_model=console.threat(knows[name], shown, False),
                 extra={"prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist()},
             )
     content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}

@@ -25,6 +25,11 @@ class Part(NamedTuple):
     name: str
     settings: dict[str, Any]
 
+    @property
+    def acts_on(self) -> str:
+        """What it acts on: "update", "client", "input" or "model"."""
+        return DEFENSES[self.name].acts_on
+
     def __str__(self) -> str:
         """As it is written on the command line."""
         return self.name + (":" + ",".join(f"{k}={v:g}" for k, v in self.settings.items()) if self.settings else "")
@@ -203,7 +208,7 @@ def protect(
         )
         if "soteria" in settings:
             inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"])
-        chain = [_transformation(part, own) for part, own in drawn if DEFENSES[part.name].acts_on == "update"]
+        chain = [_transformation(part, own) for part, own in drawn if part.acts_on == "update"]
         return defenses.defended(inner, optax.chain(*chain)) if chain else inner
 
     client_fn(jax.random.key(0))  # refuses bad settings here, and not in the middle of a trace
@@ -254,7 +259,7 @@ class _Reading(NamedTuple):
 def _reading(parts: Sequence[Part]) -> _Reading | None:
     """As in the docstring of `protect`; None for a chain that is not modelled."""
     drawn_first = [part for part in parts if part.name == "dpsgd"]
-    chain = drawn_first + [part for part in parts if DEFENSES[part.name].acts_on == "update"]
+    chain = drawn_first + [part for part in parts if part.acts_on == "update"]
     clips = [part for part in chain if part.name == "clip"]
     names = {part.name for part in chain}
     if "sign" in names:
@@ -281,7 +286,7 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     names = {part.name for part in parts}
     adapted = objective_fn if reading is None else reading.adapt_fn(objective_fn)
     if "soteria" in names:
-        if any(part.name in UNBIASED and DEFENSES[part.name].acts_on == "update" for part in parts):
+        if any(part.name in UNBIASED and part.acts_on == "update" for part in parts):
             adapted = selected(adapted, lambda path: f"['{head}']" not in path)
         else:
             adapted = adaptive.supported(adapted)
