@@ -39,7 +39,8 @@ def epsilon(
             sampling that the adversary does not see; a server that chose the cohort saw it.
         relation: How the data sets differ: "add_or_remove", one has an example more, or "replace_one", an example has
             another value, which moves the sum twice as far. The second is that of a batch whose size is known.
-        accountant: "pld", privacy loss distributions (tight), or "rdp", Renyi (an upper bound).
+        accountant: "pld", privacy loss distributions (tight; without sampling their closed form, Balle and Wang,
+            Improving the Gaussian Mechanism for Differential Privacy, ICML 2018), or "rdp", Renyi (an upper bound).
 
     Returns:
         Epsilon, as computed by the library dp-accounting.
@@ -63,9 +64,13 @@ def epsilon(
     if replaces and accountant == "rdp" and sampling_rate < 1:
         raise ValueError(f"accountant must be 'pld' for relation 'replace_one' with sampling, got {accountant!r}")
     dp_accounting = _dp_accounting()
+    if accountant == "pld" and sampling_rate == 1:
+        shift = (2 if replaces else 1) * np.sqrt(num_rounds) / noise_multiplier
+        return float(dp_accounting.get_epsilon_gaussian(1 / shift, delta))
     if accountant == "pld":
         relations = dp_accounting.NeighboringRelation
-        ledger = dp_accounting.pld.PLDAccountant(relations.REPLACE_ONE if replaces else relations.ADD_OR_REMOVE_ONE)
+        relation_of = relations.REPLACE_ONE if replaces else relations.ADD_OR_REMOVE_ONE
+        ledger = dp_accounting.pld.PLDAccountant(relation_of, _spacing(noise_multiplier))
     else:
         # This accountant takes any relation without sampling, and disregards it.
         noise_multiplier = noise_multiplier / 2 if replaces else noise_multiplier
@@ -94,8 +99,9 @@ def reconstruction_robustness(
         sampling_rate: As for `epsilon`.
 
     Returns:
-        Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart: gamma is
-        not below the exact value; for one round and a `noise_multiplier` of 0.3 or more it was above by less than 1e-6.
+        Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart (farther below
+        a `noise_multiplier` of 0.3): gamma is not below the exact value; for one round and 0.3 or more it was above by
+        less than 1e-6.
         Without sampling, two candidates whose gradients are opposite and of full norm attain it; more do not.
 
     Raises:
@@ -108,7 +114,7 @@ def reconstruction_robustness(
     if sampling_rate == 1:
         return float(stats.norm.cdf(stats.norm.ppf(prior) + np.sqrt(num_rounds) / noise_multiplier))
     distribution = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sampling_rate
+        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=_spacing(noise_multiplier)
     )
     # The distribution takes the larger of both directions; gamma is about the removal, mu against nu, alone.
     composed = type(distribution)(distribution._pmf_remove).self_compose(num_rounds)
@@ -254,6 +260,11 @@ def _check_mechanism(noise_multiplier: float, num_rounds: int, sampling_rate: fl
     _check.positive(noise_multiplier=noise_multiplier, num_rounds=num_rounds)
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"sampling_rate must be in (0, 1], got {sampling_rate}")
+
+
+def _spacing(noise_multiplier: float) -> float:
+    """Between privacy losses, which grow as the noise to the power -2: a grid of the same spacing would fill memory."""
+    return 1e-4 * max(1.0, (0.3 / noise_multiplier) ** 2)
 
 
 def _dp_accounting() -> ModuleType:

@@ -28,10 +28,20 @@ def test_epsilon_is_jax_privacy_s():
 
 def test_epsilon_of_one_release_is_the_closed_form():
     # Balle and Wang, ICML 2018, theorem 8: the exact delta of the Gaussian mechanism.
-    found, sigma = epsilon(2.0, delta=1e-5), 2.0
-    a, b = 1 / (2 * sigma) - found * sigma, -1 / (2 * sigma) - found * sigma
-    delta = stats.norm.cdf(a) - np.exp(found) * stats.norm.cdf(b)
-    assert delta == pytest.approx(1e-5, rel=1e-2)
+    for sigma in (2.0, 0.05):
+        found = epsilon(sigma, delta=1e-5)
+        a, b = 1 / (2 * sigma) - found * sigma, -1 / (2 * sigma) - found * sigma
+        delta = stats.norm.cdf(a) - np.exp(found + stats.norm.logcdf(b))
+        assert delta == pytest.approx(1e-5, rel=1e-6)
+
+
+def test_epsilon_of_hardly_any_noise_fits_into_memory():
+    rate, sigma = 0.01, 0.01
+    found = epsilon(sigma, delta=1e-5, sampling_rate=rate)
+    edge = 0.5 + sigma**2 * (found - np.log(rate))  # where the mixture's density is exp(epsilon) times the noise's
+    delta = rate * stats.norm.sf((edge - 1) / sigma) - np.exp(found + stats.norm.logsf(edge / sigma))
+    assert 0.9e-5 < delta <= 1e-5  # the accountant's grid errs on the safe side
+    assert 0.9 < reconstruction_robustness(sigma, prior=0.1, num_rounds=1_000, sampling_rate=rate) <= 1
 
 
 @pytest.mark.parametrize(("relation", "value"), [("add_or_remove", 4.377), ("replace_one", 9.997)])
