@@ -1,7 +1,7 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--restarts N]
-        [--weights W ...] [--defenses NAME ...]
+        [--weights W ...] [--controls] [--defenses NAME ...]
 
 Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
@@ -39,7 +39,7 @@ from gia_jax import (
 )
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import NUM_OTHERS, joined
+from gia_jax.cases import NUM_OTHERS, joined, pixel_information
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
@@ -258,7 +258,6 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
     train = data.load("cifar10", split="train", limit=10_000)
     pixels = train.images.reshape(len(train.images), -1)
     covariance = jnp.asarray(np.cov(pixels, rowvar=False), jnp.float32)
-    per_pixel = jnp.asarray(np.broadcast_to(train.std, train.images.shape[1:]).reshape(-1), jnp.float32)
 
     @functools.cache
     def information(norm: float | None) -> jax.Array:
@@ -267,8 +266,7 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
         if norm is not None:
             loss_fn = clients.cross_entropy(setting.protected["none"].apply_fn)
             client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=norm, noise_multiplier=0.0)
-        found = jax.jit(lambda params, batch: metrics.fisher_information(client_fn, params, batch, 1, batch_size=256))
-        return found(setting.params, few) / per_pixel[:, None] / per_pixel[None]
+        return pixel_information(client_fn, setting.params, few, train)
 
     def bound(part: Part) -> float:
         norm = part.settings.get("norm")
@@ -303,12 +301,14 @@ def table(args: argparse.Namespace) -> None:
         seen_tuning[name], seen[name] = see(setting, name, tuning, victims)
     weights = dict.fromkeys(names, args.weights)
     tuned_blind = {name: best(results) for name, results in blind(setting, seen_tuning, weights, tuning, args).items()}
-    tuned_adaptive, knowing = {}, {}
+    tuned_adaptive, knowing, controls = {}, {}, {}
     for name in adapting:
         protected = setting.protected[name]
         weight = best(adaptive(protected, name, seen_tuning[name], tuning, args.weights, args))
         tuned_adaptive[name] = weight
         knowing[name] = adaptive(protected, name, seen[name], victims, [weight], args)[0]
+        if args.controls and name != "precode":  # whose parameters are others
+            controls[name] = adaptive(protected, name, seen["none"], victims, [weight], args)[0]
     found = blind(setting, seen, {name: [weight] for name, weight in tuned_blind.items()}, victims, args)
     plain = setting.protected["none"]
 
@@ -337,6 +337,7 @@ def table(args: argparse.Namespace) -> None:
             | figures("adaptive", knows)
             | {
                 "adaptive - blind, dB": record.gain(knows.psnr - unaware.psnr) if name in adapting else "same attack",
+                "adaptive on no defense": f"{controls[name].psnr.mean():.2f}" if name in controls else "-",
                 "blind - prior only, dB": record.gain(unaware.psnr - prior.psnr),
                 "adaptive - prior only, dB": record.gain(knows.psnr - prior.psnr),
                 "adaptive objective": f"{knows.objective.mean():.3f}",
@@ -367,6 +368,7 @@ def table(args: argparse.Namespace) -> None:
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
         f"paired bootstrap interval of 95 % ('none' where it covers 0). "
+        "Adaptive on no defense: that row's attacker on undefended updates (option --controls). "
         f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Guesses without a "
         f"gradient: {listed} (the nearest is chosen with the truth).\n\n"
         "Of mixed images the true one is that of "
@@ -471,6 +473,7 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--lanes", type=int, default=10)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
+    parser.add_argument("--controls", action="store_true", help="each adaptive attacker on undefended updates too")
     parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:

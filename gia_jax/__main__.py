@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import Observation, console, data, demonstration, labels, metrics, models, report, vertical
+from gia_jax import Observation, console, data, demonstration, labels, models, report, vertical
 from gia_jax.aggregation import AGGREGATIONS, make_protocol
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, live_shares, parse
+from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, live_shares, parse, promises
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
@@ -163,6 +163,8 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     if args.attack == "idlg" and args.labels == "inferred" and size > 1:
         raise ValueError(f"--attack idlg infers the label of one image, got {size}")
     parts = tuple(part for text in args.defense for part in parse(text))
+    if args.adaptive and args.solver == "levenberg_marquardt":
+        raise ValueError("--solver levenberg_marquardt has an objective of its own, got --adaptive")
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
     mixing = [part.name for part in parts if part.acts_on == "input"]
@@ -223,7 +225,7 @@ def _attack(args: argparse.Namespace) -> None:
         targets = _aggregated(args, case, protected, key_clients)
         threat += f"; {args.aggregation} of {clients} clients"
         said = []  # a case has the images of all clients in one batch
-    print("\n".join([f"threat model: {threat}", *_privacy(parts), *said]) + "\n")
+    print("\n".join([f"threat model: {threat}", *promises(parts, **case.bounds_of(parts)), *said]) + "\n")
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
@@ -315,20 +317,6 @@ def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key:
 
     protocol = make_protocol(args.aggregation, args.clients, clip=args.clip)
     return see_aggregated(case, protected, protocol, key, known=args.labels == "known")
-
-
-def _privacy(parts: tuple[Part, ...]) -> list[str]:
-    """What one release of a batch of known size promises by its noise; noise in a chain that clips is left out."""
-    lines = []
-    for part in parts:
-        if part.name == "dpsgd":
-            try:
-                lines += metrics.privacy_lines(part.settings["noise_multiplier"], relation="replace_one")
-            except ImportError as error:
-                lines += [f"no epsilon: {error}"]
-        elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
-            lines += metrics.privacy_lines(None)
-    return lines
 
 
 def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str]:

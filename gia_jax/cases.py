@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from gia_jax import clients, data, labels, models, report
+from gia_jax import clients, data, labels, metrics, models, report
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import INVERTIBLE, Generator, Target, make_analytic, make_attack
-from gia_jax.base import Batch, LossFn, Observation, Params, Statistics
+from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.protection import Part, Protected, encoded, protect
 from gia_jax.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
@@ -21,6 +21,7 @@ from gia_jax.threat import ThreatModel, observe
 
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
 PRIOR_ONLY = "prior only"
+MAX_ENTRIES = 2**28  # of the derivative of an update by an image; 1 GiB in float32
 
 
 class Case(NamedTuple):
@@ -102,6 +103,32 @@ class Case(NamedTuple):
         protected = protect(parts, self.module, num_classes=self.num_classes, make_client=make_client)
         dtype = self.truth.inputs.dtype
         return protected._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), protected.params))
+
+    def bounds_of(self, parts: Sequence[Part]) -> dict[str, Array]:
+        """`information` (of the first victim) and `covariance` (of the gallery), of pixels in [0, 1], under DP-SGD.
+
+        Defenses of the update that come after the noise only take information away. Empty without DP-SGD or its noise,
+        with defenses of another kind, and where the derivative of the update by the image is too large for memory.
+        """
+        private = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
+        others = any(part.name != "dpsgd" and part.acts_on != "update" for part in parts)
+        if not private or others:
+            return {}
+        protected, number = self.protect(private), self.pixels[0, 0].size
+        if number * sum(leaf.size for leaf in jax.tree.leaves(protected.params)) > MAX_ENTRIES:
+            return {}
+        first = jax.tree.map(lambda leaf: leaf[0, :1], self.truth)
+        information = pixel_information(protected.assumed_fn, protected.params, first, self.images)
+        scale = private[0].settings["noise_multiplier"] * private[0].settings["norm"]
+        covariance = np.cov(self.gallery.reshape(-1, number), rowvar=False)
+        return {"information": information / scale**2, "covariance": jnp.asarray(covariance, information.dtype)}
+
+
+def pixel_information(client_fn: ClientFn, params: Params, batch: Batch, images: data.ImageData) -> Array:
+    """`metrics.fisher_information` for noise of scale 1, in units of pixels in [0, 1] instead of the model's."""
+    found = jax.jit(lambda p, b: metrics.fisher_information(client_fn, p, b, 1.0, batch_size=256))(params, batch)
+    std = jnp.broadcast_to(jnp.asarray(images.std, found.dtype), batch.inputs.shape[1:]).ravel()
+    return found / std[:, None] / std
 
 
 class Outcome(NamedTuple):

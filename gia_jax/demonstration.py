@@ -9,7 +9,7 @@ import numpy as np
 from gia_jax import ThreatModel, console, report
 from gia_jax.attacks.named import ATTACKS
 from gia_jax.cases import PRIOR_ONLY, attack, load_case, see
-from gia_jax.protection import parse
+from gia_jax.protection import parse, promises
 
 # Strengths of the literature, the noise and the clipping in proportion to LeNet.
 SHOWN = (
@@ -20,26 +20,27 @@ SHOWN = (
     "mixup:k=4",
     "instahide:k=4",
 )
+# Steps and starts of each attack.
+PLAN = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
 
 
 def run(out: Path, seed: int) -> None:
     """Prints the tables and writes results.json and the pictures to a folder; OSError where it cannot."""
     out = console.folder(out)
     case = load_case("lenet", "photos", victims=3, seed=seed)
-    protected = {name: case.protect(() if name == "none" else parse(name)) for name in SHOWN}
+    parts = {name: () if name == "none" else parse(name) for name in SHOWN}
+    protected = {name: case.protect(chosen) for name, chosen in parts.items()}
     console.banner(case, "lenet", protected["none"])
-    # name: steps, restarts
-    plan = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
     print("The client sends the gradient of one photograph. What can the server see?")
-    knows = {name: ATTACKS[name].labels == "known" for name in plan}
+    knows = {name: ATTACKS[name].labels == "known" for name in PLAN}
     for known in (False, True):
-        names = ", ".join(name for name in plan if knows[name] == known)
+        names = ", ".join(name for name in PLAN if knows[name] == known)
         print(f"threat model of {names}: {ThreatModel(labels=known).describe()}")
     print()
     key_clients, key_attack = jax.random.split(jax.random.key(seed))
     seen = see(case, protected, key_clients, known=(False, True))
     found = {}
-    for name, (steps, restarts) in plan.items():
+    for name, (steps, restarts) in PLAN.items():
         found[name] = attack(
             case,
             seen[knows[name]],
@@ -64,13 +65,17 @@ def run(out: Path, seed: int) -> None:
     )
     medians = [[name, *(f"{np.median(o[shown].scores.psnr):.1f}" for shown in SHOWN)] for name, o in found.items()]
     print(report.table(["attack", *SHOWN], medians))
+    print()
+    for name, chosen in parts.items():
+        for line in promises(chosen):
+            print(f"{name}: {line}")
     print(
         "\nAn attacker that knows the defense may do better:\n"
         "python -m gia_jax attack --defense prune:ratio=0.9 --adaptive"
     )
     content: dict[str, Any] = {}
     for name, outcomes in found.items():
-        steps, restarts = plan[name]
+        steps, restarts = PLAN[name]
         setting = {"attack": name, "model": "lenet", "data": "photos", "seed": seed, "steps": steps}
         for shown in SHOWN:
             content[name if shown == "none" else f"{name}, {shown}"] = report.results(

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gia_jax import clients, defenses, models
+from gia_jax import clients, defenses, metrics, models
 from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
 from gia_jax.defenses.mixing import InputDefenseFn
 from gia_jax.labels import dense
@@ -67,6 +67,7 @@ COMBINATIONS = {
 }
 INTEGERS = ("bits", "k", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
+CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
 UNBIASED = (*NOISE, "ternary", "quantize")  # their expectation is what enters them
 
 
@@ -293,6 +294,39 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     if "precode" in names:
         adapted = selected(adapted, lambda path: "features" in path)
     return adapted
+
+
+def promises(
+    parts: Sequence[Part],
+    *,
+    information: Float[Array, "d d"] | None = None,
+    covariance: Float[Array, "d d"] | None = None,
+) -> list[str]:
+    """What one release of a batch of known size promises by its noise.
+
+    Args:
+        parts: From `parse`.
+        information: Of the update with DP-SGD's noise, as for `metrics.privacy_lines`.
+        covariance: As for `metrics.privacy_lines`.
+
+    Returns:
+        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD; that there is no
+        epsilon for noise without clipping, or without the extra `privacy`. Nothing for noise in a chain that clips.
+    """
+    lines = []
+    for part in parts:
+        if part.name == "dpsgd":
+            multiplier, bounds = (
+                part.settings["noise_multiplier"],
+                {"information": information, "covariance": covariance},
+            )
+            try:
+                lines += metrics.privacy_lines(multiplier, relation="replace_one", prior=1 / CANDIDATES, **bounds)
+            except ImportError as error:
+                lines += [f"no epsilon: {error}"]
+        elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
+            lines += metrics.privacy_lines(None)
+    return lines
 
 
 def live_shares(

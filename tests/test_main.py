@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from gia_jax import ThreatModel, data, models
-from gia_jax.__main__ import _privacy, main
+from gia_jax import Batch, ThreatModel, data, demonstration, models
+from gia_jax.__main__ import main
 from gia_jax.attacks.named import ATTACKS, SOLVERS
 from gia_jax.cases import load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, parse
+from gia_jax.protection import COMBINATIONS, DEFENSES, parse, promises
 
 pytest.importorskip("sklearn")
 
@@ -152,11 +153,36 @@ def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
 
 
 def test_what_noise_promises_is_said_beside_it() -> None:
-    assert _privacy(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
-    assert _privacy((*parse("clip:norm=1"), *parse("gaussian:scale=0.1"))) == []
+    assert promises(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
+    assert promises((*parse("clip:norm=1"), *parse("gaussian:scale=0.1"))) == []
     pytest.importorskip("dp_accounting")
-    (line,) = _privacy(parse("dpsgd:noise_multiplier=1,norm=1"))
-    assert line.startswith("epsilon 9.997 at delta 1e-05 (replace_one, pld")
+    epsilon, gamma = promises(parse("dpsgd:noise_multiplier=1,norm=1"))
+    assert epsilon.startswith("epsilon 9.997 at delta 1e-05 (replace_one, pld")
+    assert gamma == "gamma 0.3891: the largest chance of a reconstruction, 0.1 without the release"
+
+
+@pytest.mark.parametrize("later", [(), ("sign",)])
+def test_the_bounds_beside_an_epsilon_are_those_of_the_first_victim(later):
+    parts = tuple(part for text in ("dpsgd:noise_multiplier=2,norm=0.5", *later) for part in parse(text))
+    case = load_case("linear", "digits", victims=2)
+    bounds = case.bounds_of(parts)
+    client_fn, params = case.protect(parts[:1]).assumed_fn, case.protect(parts[:1]).params
+    pixels, label = case.pixels[0, 0], case.truth.labels[0]
+
+    def update_of(pixels):
+        inputs = (pixels.reshape(1, 8, 8, 1) - case.images.mean[0]) / case.images.std[0]
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(client_fn(params, Batch(inputs, label)))])
+
+    jacobian = np.asarray(jax.jacfwd(update_of)(jnp.asarray(pixels.ravel())))
+    np.testing.assert_allclose(bounds["information"], jacobian.T @ jacobian, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(bounds["covariance"], np.cov(case.gallery.reshape(-1, 64).T), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("texts", [(), ("gaussian:scale=1",), ("dpsgd:noise_multiplier=0",), ("mixup", "dpsgd")])
+def test_no_bounds_without_noise_of_dp_sgd_or_with_mixed_images(texts):
+    parts = tuple(part for text in texts for part in parse(text))
+    case = load_case("linear", "digits", victims=1)
+    assert case.bounds_of(parts) == {}
 
 
 def test_the_module_runs() -> None:
@@ -164,6 +190,33 @@ def test_the_module_runs() -> None:
     assert done.returncode == 0
     assert "inverting_gradients" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_demonstration_writes_every_attack_under_every_defense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but the number of steps."""
+    pytest.importorskip("skimage")
+    few = {name: (2, restarts) for name, (_, restarts) in demonstration.PLAN.items()}
+    monkeypatch.setattr(demonstration, "PLAN", few)
+    assert main(["--out", str(tmp_path), "--seed", "1"]) == 0
+    read, printed = _read(tmp_path), capsys.readouterr().out
+    named = {f"{attack}, {shown}".removesuffix(", none") for attack in few for shown in demonstration.SHOWN}
+    assert set(read) == named | {"baselines_psnr"}
+    for name in named:
+        assert read[name]["settings"]["steps"] == 2
+        assert len(read[name]["victims"]) == 3
+        assert all(np.isfinite(victim["psnr"]) for victim in read[name]["victims"])
+    assert len(read["idlg"]["victims"][0]["restart_losses"]) == 3
+    # Each client sent something else.
+    assert (
+        len({read[f"idlg, {shown}".removesuffix(", none")]["victims"][0]["loss"] for shown in demonstration.SHOWN}) == 6
+    )
+    for picture in ("reconstructions", "defenses_idlg", "defenses_inverting_gradients"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert "gaussian:scale=0.01: no epsilon: the sensitivity is unbounded" in printed
+    for known in (False, True):
+        assert printed.count(f": {ThreatModel(labels=known).describe()}\n") == 1
 
 
 def test_an_attack_writes_results_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +333,10 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--defense", "dpsgd", "--local-steps", "2"], "defense dpsgd is for one step on the whole batch"),
         (["--adaptive"], "--adaptive needs a --defense that the attacker could know, got none"),
         (["--attack", "linear", "--defense", "clip", "--adaptive"], "--attack linear has no objective to adapt"),
+        (
+            ["--solver", "levenberg_marquardt", "--defense", "prune", "--adaptive"],
+            "--solver levenberg_marquardt has an objective of its own, got --adaptive",
+        ),
         (["--seed", "9" * 30], "--seed must be"),
         (["--seed", "-1"], "--seed must be"),
     ],
