@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from gia_jax import defenses
+from gia_jax import Batch, defenses, models
 from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean, l1
+from gia_jax.protection import parse, protect
 
 KEY = jax.random.key(0)
 TRUE = {"a": jax.random.normal(KEY, (40, 5)), "b": jax.random.normal(jax.random.fold_in(KEY, 1), (7,))}
@@ -111,16 +113,27 @@ def test_parameters_of_the_defense_are_read_from_the_update():
 
 
 def test_clipping_alone_changes_nothing_for_the_cosine_attack():
-    """At 100 random points, to 1e-6: the objective, and its gradient in the simulated update."""
+    """At 100 random images of LeNet, to 1e-6: the objective, and its gradient in the image."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), TRUE)
-        clipped = shared_of(defenses.clip(0.1), wide)
-        for key in jax.random.split(KEY, 100):
-            point = optax.tree.random_like(key, wide)
-            (plain, slope), (other, other_slope) = (jax.value_and_grad(cosine)(point, o) for o in (wide, clipped))
-            assert other == pytest.approx(float(plain), rel=1e-6)
-            scale = optax.tree.norm(slope)
-            assert optax.tree.norm(optax.tree.sub(slope, other_slope)) <= 1e-6 * scale
+        module = models.LeNet((8, 8, 1), 4, rngs=nnx.Rngs(0))
+        plain, clipped = (protect(parts, module, num_classes=4) for parts in ((), parse("clip:norm=0.01")))
+        images, label = jax.random.normal(KEY, (101, 1, 8, 8, 1), jnp.float64), jnp.array([2])
+
+        def objectives(protected):
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), protected.params)
+            sent = protected.client_fn(KEY)(params, Batch(images[0], label))
+
+            def objective(image):
+                return protected.adapt_fn(cosine)(protected.assumed_fn(params, Batch(image, label)), sent)
+
+            return sent, *jax.jit(jax.vmap(jax.value_and_grad(objective)))(images[1:])
+
+        whole, values, slopes = objectives(plain)
+        short, clipped_values, clipped_slopes = objectives(clipped)
+        assert optax.tree.norm(whole) > 10 * optax.tree.norm(short)  # it does clip
+        np.testing.assert_allclose(clipped_values, values, rtol=1e-6)
+        sizes = jnp.linalg.norm(slopes.reshape(100, -1), axis=1)
+        assert (jnp.linalg.norm((slopes - clipped_slopes).reshape(100, -1), axis=1) <= 1e-6 * sizes).all()
 
 
 def test_bad_settings_are_named():
