@@ -122,6 +122,19 @@ def test_clients_and_rounds_draw_differently_and_keys_repeat(make):
 
 
 @EVERY_RANDOM
+def test_clients_draw_alike_where_one_transformation_serves_them_all(make):
+    """The trap of `vmap(tx.init)`: why it is built inside the vmap over clients, with a key of each."""
+    update = update_of(jax.random.key(0))
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), update)
+    transformation = make(jax.random.key(1))
+    trapped, _ = jax.vmap(transformation.update)(both, jax.vmap(transformation.init)(both))
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf, i=i: leaf[i], trapped) for i in range(2)))
+    keys = jax.random.split(jax.random.key(1), 2)
+    built_inside = jax.vmap(lambda key, update: once(make, key, update))(keys, both)["head"]["w"]
+    assert not np.allclose(built_inside[0], built_inside[1])
+
+
+@EVERY_RANDOM
 def test_leaves_draw_differently(make):
     same = jax.random.normal(jax.random.key(0), (64,))
     shared = once(make, jax.random.key(1), {"a": same, "b": same})
