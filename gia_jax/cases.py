@@ -108,11 +108,12 @@ class Case(NamedTuple):
         """`information` (of the first victim) and `covariance` (of the gallery), of pixels in [0, 1], under DP-SGD.
 
         Defenses of the update that come after the noise only take information away. Empty without DP-SGD or its noise,
-        with defenses of another kind, and where the derivative of the update by the image is too large for memory.
+        with defenses of another kind, without public images, and where the derivative of the update by the image is too
+        large for memory.
         """
         private = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
         others = any(part.name != "dpsgd" and part.acts_on != "update" for part in parts)
-        if not private or others:
+        if not private or others or len(self.gallery) < 2:
             return {}
         protected, number = self.protect(private), self.pixels[0, 0].size
         if number * sum(leaf.size for leaf in jax.tree.leaves(protected.params)) > MAX_ENTRIES:

@@ -316,12 +316,14 @@ def promises(
     lines = []
     for part in parts:
         if part.name == "dpsgd":
-            multiplier, bounds = (
-                part.settings["noise_multiplier"],
-                {"information": information, "covariance": covariance},
-            )
             try:
-                lines += metrics.privacy_lines(multiplier, relation="replace_one", prior=1 / CANDIDATES, **bounds)
+                lines += metrics.privacy_lines(
+                    part.settings["noise_multiplier"],
+                    relation="replace_one",
+                    prior=1 / CANDIDATES,
+                    information=information,
+                    covariance=covariance,
+                )
             except ImportError as error:
                 lines += [f"no epsilon: {error}"]
         elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
