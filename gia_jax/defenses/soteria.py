@@ -18,6 +18,7 @@ from gia_jax.lowering import Lowering, lower, lowers_to_matmul
 from gia_jax.models.functional import ApplyFn
 
 GUARD = 0.1  # added to |r_i| by the authors' code: a dead feature would divide by 0
+LANES = 64  # derivatives taken at once, of one example each
 
 
 def soteria(
@@ -116,7 +117,9 @@ def _scores(
             (row,) = pull(jnp.zeros_like(features).at[:, i].set(1))
             return jnp.sqrt(jnp.sum(jnp.square(row.reshape(len(row), -1)), 1))
 
-        rows = jax.lax.map(sensitivity, jnp.arange(features.shape[1]), batch_size=64)
+        # Each lane is a derivative of the whole batch: fewer lanes for larger batches bound the memory.
+        lanes = max(1, LANES // len(inputs))
+        rows = jax.lax.map(sensitivity, jnp.arange(features.shape[1]), batch_size=lanes)
         return jnp.sum(rows.T / (jnp.abs(features) + GUARD), axis=0)
 
     traced = jax.make_jaxpr(scores_fn)(params, inputs)
