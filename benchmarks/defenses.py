@@ -448,9 +448,9 @@ def cost(args: argparse.Namespace) -> None:
         f"What a defense costs a client: ResNet-18, {size:,} parameters",
         rows,
         f"Medians, milliseconds beside the undefended step (batch 1: {steps[1]:.0f} ms, batch 128: {steps[128]:.0f} "
-        "ms), one process. In the last rows batch 1 / 128. DP-SGD and PRECODE are the whole client, DP-SGD one example at a "
-        "time, MixUp and InstaHide the encoding (k = 1 for the first), Soteria its scores, which take the derivative of "
-        "each of 512 features for every example (one call at batch 128).",
+        "ms), one process. In the last rows batch 1 / 128. DP-SGD and PRECODE are the whole client, DP-SGD one example "
+        "at a time, MixUp and InstaHide the encoding (k = 1 for the first), Soteria its scores, which take the "
+        "derivative of each of 512 features for every example (one call at batch 128).",
     )
 
 
