@@ -1,17 +1,21 @@
 """What each defense costs and what it saves: test accuracy and leakage of the same network at the same strength.
 
-    python benchmarks/utility.py [PART ...] [--steps N] [--seeds N] [--victims N] [--attack-steps N]
+    python benchmarks/utility.py [PART ...] [--steps N] [--seeds N] [--victims N] [--attack-steps N] [--workers N]
         [--defenses NAME ...]
 
 The parts are `digits` and `cifar10`. Needs the extras `demo`, `data` and `privacy`, and CIFAR-10 prepared by TFDS
 (GIA_JAX_DATA_DIR). A defense is one row of `DEFENSES`, by its name on the command line. On CIFAR-10 Soteria is left out
 unless it is named: it scores 2,048 features of every example, 1.7 processor seconds each, a day for this training.
+Defenses are independent, and each worker is a process with one at a time: small networks leave a second core idle.
 """
 
 import argparse
+import functools
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -37,13 +41,14 @@ from gia_jax import (
     report,
 )
 from gia_jax.base import ObjectiveFn, Params
+from gia_jax.cases import pixel_information
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
-from gia_jax.metrics import epsilon, success_share
-from gia_jax.protection import Part, Protected, parse, protect
-from gia_jax.study import study
+from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
+from gia_jax.protection import CANDIDATES, Part, Protected, parse, protect
+from gia_jax.study import RUN_ONCE, study
 
 THREAT = ThreatModel(labels=True)
 CLASSES = 10
@@ -53,6 +58,7 @@ CAPACITY = 128  # eight standard deviations above the mean of a Poisson sample
 LEARNING_RATE = 3e-3
 DELTA = 1e-5
 PRIOR_ONLY = 4  # victims whose update is replaced by noise
+BOUND_VICTIMS = 4  # whose Fisher information is averaged
 LEAKAGE_SEED = 1_000  # of victims and attacker; the seeds of training are 0, 1, ...
 DEFENSES = (
     "none",
@@ -84,9 +90,9 @@ class Defense(NamedTuple):
     parts: tuple[Part, ...]
 
     @property
-    def noise_multiplier(self) -> float | None:
-        """Of a client with an epsilon; training then takes Poisson samples."""
-        return next((part.settings["noise_multiplier"] for part in self.parts if part.name == "dpsgd"), None)
+    def private(self) -> Part | None:
+        """DP-SGD, where it is one of the parts: the client has an epsilon, and training takes Poisson samples."""
+        return next((part for part in self.parts if part.name == "dpsgd"), None)
 
     @property
     def encodes(self) -> bool:
@@ -145,7 +151,7 @@ def trained(seeds: Sequence[Defense], task: Task, num_steps: int) -> tuple[list[
     """The network of every seed under the defense, and the seconds that took without compiling."""
     defense = seeds[0]
     sample_fn: SampleFn = uniform(BATCH)
-    if defense.noise_multiplier is not None:
+    if defense.private:
         sample_fn = poisson(BATCH, CAPACITY, CLASSES)
 
     def encoded(key: PRNGKeyArray, examples: Batch) -> Batch:
@@ -209,7 +215,8 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
         return observe(key_labels, THREAT, client_fn, params, batch, num_classes=CLASSES)
 
     keys = jax.random.split(key_victims, len(truth.labels))
-    seen = jax.jit(jax.vmap(shared, (0, None, 0)))(keys, params, sent)._replace(params=params)
+    see = jax.jit(jax.vmap(shared, (0, None, 0)), compiler_options=RUN_ONCE)
+    seen = see(keys, params, sent)._replace(params=params)
     few = jax.tree.map(lambda leaf: leaf[:PRIOR_ONLY], (seen.update, seen.extra))
     noise = jax.jit(report.random_updates)(key_noise, Observation(params, *few))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (seen.update, seen.extra), (noise.update, noise.extra))
@@ -232,12 +239,24 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     return Leakage(psnr(inputs[:count], truth), encoding, psnr(inputs[count:], first))
 
 
-def promised(defense: Defense, task: Task, num_steps: int) -> str:
-    """The epsilon of the whole training."""
-    if defense.noise_multiplier is None:
-        return "-"
+def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps: int) -> dict[str, str]:
+    """What DP-SGD promises: of the whole training, of the update attacked, and of that at each stage of the network."""
+    bounds = {f"{bound} {stage}": "-" for stage in stages for bound in ("van Trees", "Fisher, unbiased")}
+    row = {"epsilon": "-", "epsilon of one update": "-", "gamma of one update": "-"} | bounds
+    if defense.private is None:
+        return row
+    multiplier, norm = (defense.private.settings[name] for name in ("noise_multiplier", "norm"))
     rate = BATCH / len(task.train.labels)
-    return f"{epsilon(defense.noise_multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
+    row["epsilon"] = f"{epsilon(multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
+    row["epsilon of one update"] = f"{epsilon(multiplier, delta=DELTA):.3g}"
+    row["gamma of one update"] = f"{reconstruction_robustness(multiplier, prior=1 / CANDIDATES):.3g}"
+    covariance = jnp.asarray(np.cov(task.gallery.reshape(len(task.gallery), -1), rowvar=False), jnp.float32)
+    few = jax.tree.map(lambda leaf: leaf[:BOUND_VICTIMS], task.victims)
+    for stage, params in stages.items():
+        information = pixel_information(defense.protected.assumed_fn, params, few, task.test) / (multiplier * norm) ** 2
+        least = {"van Trees": van_trees_bound(information, covariance), "Fisher, unbiased": fisher_bound(information)}
+        row |= {f"{bound} {stage}": f"{-10 * np.log10(error):.2f}" for bound, error in least.items()}
+    return row
 
 
 def columns(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
@@ -250,31 +269,42 @@ def columns(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
     }
 
 
-def table(name: str, task: Task, defenses: Sequence[str], args: argparse.Namespace) -> None:
-    """Every defense: trained, tested, attacked before and after, one row each."""
-    rows, plain, began = [], "-", time.perf_counter()
+def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> dict[str, str]:
+    """One defense: trained, tested, attacked before and after."""
+    task = task_named(task_name, args.victims)
     inputs = jnp.asarray(task.test.normalize(task.test.images))
-    for defense_name in defenses:
-        seeds = [task.defense(defense_name, seed) for seed in range(args.seeds)]
-        defense = seeds[0]
-        apply_fn, start = defense.protected.apply_fn, defense.protected.params
-        networks, seconds = trained(seeds, task, args.steps)
-        right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
-        deviation = right.std(ddof=1) if len(right) > 1 else np.nan
-        plain = f"{right.mean():.1f}" if defense_name == "none" else plain
-        before = leakage(defense, task, start, args.attack_steps, f"{defense_name}, untrained")
-        after = leakage(defense, task, networks[0], args.attack_steps, f"{defense_name}, trained")
-        row = {
-            "defense": defense_name,
-            "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}",
-            "undefended": plain,
-            "epsilon": promised(defense, task, args.steps),
-            **columns("untrained", before, defense.encodes),
-            **columns("trained", after, defense.encodes),
-            "training s": f"{seconds:.0f}",
-        }
-        rows.append(row)
-        print(row, flush=True)
+    seeds = [task.defense(defense_name, seed) for seed in range(args.seeds)]
+    defense = seeds[0]
+    networks, seconds = trained(seeds, task, args.steps)
+    apply_fn = defense.protected.apply_fn
+    right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
+    deviation = right.std(ddof=1) if len(right) > 1 else np.nan
+    row = {"defense": defense_name, "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}", "undefended": "-"}
+    stages = {"untrained": defense.protected.params, "trained": networks[0]}
+    for stage, params in stages.items():
+        found = leakage(defense, task, params, args.attack_steps, f"{defense_name}, {stage}")
+        row |= columns(stage, found, defense.encodes)
+    row |= promised(defense, task, stages, args.steps) | {"training s": f"{seconds:.0f}"}
+    print(row, flush=True)
+    return row
+
+
+def compile_into(cache: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
+    """One row for every defense."""
+    began, task = time.perf_counter(), task_named(name, args.victims)
+    # A fork of a process with threads may hang. The same few attacks run on many networks: each is compiled once.
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(args.workers, context, compile_into, (cache,)) as pool,
+    ):
+        rows = list(pool.map(functools.partial(measured, name, args), defenses))
+    plain = next((row["accuracy %"].split()[0] for row in rows if row["defense"] == "none"), "-")
+    rows = [row | {"undefended": plain} for row in rows]
     pixels = task.test.denormalize(np.asarray(task.victims.inputs))
     guesses = report.baselines(pixels, task.gallery)
     guessed = ", ".join(f"{guess} {psnr.mean():.2f}" for guess, psnr in guesses.items())
@@ -304,30 +334,41 @@ other, the labels known are those of the encoding, and PSNR is against the priva
 against what was sent); for InstaHide the attacker's box and total variation are those of magnitudes. Decoding \
 encodings of several epochs is not in this table: one encoding is the least that such a client gives away.
 
-Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for an adversary that sees every \
-update and not the sample: real Poisson samples at rate {BATCH / len(task.train.labels):.3g}. It is not that of the \
-single update attacked, which is not sampled.
+Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for an adversary that sees \
+every update and not the sample: real Poisson samples at rate {BATCH / len(task.train.labels):.3g}. Of one update: \
+the one attacked, which is not sampled; gamma is the largest chance of any attack to tell it from {CANDIDATES - 1} \
+others, {1 / CANDIDATES:g} without the update. Van Trees: the PSNR in dB of the least mean squared error of any \
+attacker on one update, in expectation over a Gaussian with the covariance of the training images ({BOUND_VICTIMS} \
+victims' Fisher information); Fisher: the same for unbiased estimators only, no ceiling for these attacks. A mean of \
+PSNRs may be above the PSNR of a mean error.
 
 Threat model: {THREAT.describe()}; the attacker knows the defense and its strength. The \
-whole table took {(time.perf_counter() - began) / 60:.0f} minutes.""",
+whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} workers.""",
     )
 
 
-def digits(args: argparse.Namespace) -> None:
-    """The digits of scikit-learn; the last 360 are the test set."""
-    images = data.load("digits")
-    parts = [
+@functools.cache
+def task_named(name: str, victims: int) -> Task:
+    """Of scikit-learn's digits the last 360 are the test set."""
+    if name == "cifar10":
+        return task_of(data.load(name, split="train"), data.load(name), victims, 1e-1)
+    images = data.load(name)
+    train_set, test_set = (
         images._replace(images=images.images[part], labels=images.labels[part], ids=images.ids[part])
         for part in (slice(0, -360), slice(-360, None))
-    ]
-    table("digits", task_of(parts[0], parts[1], args.victims, 1e-3), args.defenses or DEFENSES, args)
+    )
+    return task_of(train_set, test_set, victims, 1e-3)
+
+
+def digits(args: argparse.Namespace) -> None:
+    """The digits of scikit-learn."""
+    table("digits", args.defenses or DEFENSES, args)
 
 
 def cifar10(args: argparse.Namespace) -> None:
     """CIFAR-10."""
-    task = task_of(data.load("cifar10", split="train"), data.load("cifar10"), args.victims, 1e-1)
     feasible = [name for name in DEFENSES if not name.startswith("soteria")]
-    table("cifar10", task, args.defenses or feasible, args)
+    table("cifar10", args.defenses or feasible, args)
 
 
 def main() -> None:
@@ -336,11 +377,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of training")
     parser.add_argument("--victims", type=int, default=16, help="test images attacked")
     parser.add_argument("--attack-steps", type=int, default=500, help="of the attack")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--defenses", nargs="+", help="default: all; on CIFAR-10 all but Soteria")
-    # The same few attacks run on many networks: each is compiled once.
-    with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        run_parts(parser, digits, cifar10)
+    run_parts(parser, digits, cifar10)
 
 
 if __name__ == "__main__":
