@@ -26,6 +26,7 @@ from gia_jax.threat import granted_labels
 
 HIGH = 0.65
 CLASSES = 10
+SIZES = [10, 20, 50]  # images of the private set in the part `mapping`
 
 
 class Images(NamedTuple):
@@ -240,7 +241,8 @@ def mapping(args: argparse.Namespace) -> None:
     for k in (2, 4):
         public = encoded_pool(11, args.public, k, hold=100)
         small = [(10, epochs, seed) for epochs in (10, 40) for seed in range(3)]
-        for size, epochs, seed in (*small, (20, 20, 0), (20, 40, 0), (50, 20, 0)):
+        listed = (*small, (20, 20, 0), *((20, 40, seed) for seed in range(3)), (50, 20, 0))
+        for size, epochs, seed in [case for case in listed if case[0] in args.sizes]:
             mixing, rehearsal = draw_epochs(seed, epochs, size, k), draw_epochs(seed + 100, epochs, size, k)
             encodings = encode(mixing, images_of(size).inputs, hide=True).reshape(-1, 32, 32, 3)
             own = encode(rehearsal, images_of(10_000, "train").inputs[:size], hide=True).reshape(-1, 32, 32, 3)
@@ -277,7 +279,7 @@ def mapping(args: argparse.Namespace) -> None:
             )
             print(rows[-1], flush=True)
     record.write(
-        "decoding_mapping",
+        "decoding_mapping" + (f"_{'_'.join(map(str, args.sizes))}" if args.sizes != SIZES else ""),
         "Pairs of InstaHide encodings that share an image, from encodings alone",
         rows,
         f"Similarity of squares whitened by {args.public:,} encodings of public training images; the threshold makes "
@@ -327,6 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="mixings of the part `mixup`")
     parser.add_argument("--steps", type=int, default=300, help="of the inversion")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="N of the part `mapping`")
     parser.add_argument("--public", type=int, default=4_000, help="public encodings of the part `mapping`")
     run_parts(parser, mixup, plain, instahide, inverted, mapping, cross_dataset)
 
