@@ -1,6 +1,6 @@
 """MixUp and InstaHide undone: from encodings of several epochs, exact, noisy or inverted, back to CIFAR-10 images.
 
-    python benchmarks/decoding.py [PART ...]
+    python benchmarks/decoding.py [PART ...] [--seeds N] [--steps N] [--sizes N ...] [--public N]
 
 Needs the extra `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Victims are the first test images by id; public
 images are training images.
@@ -279,7 +279,7 @@ def mapping(args: argparse.Namespace) -> None:
             )
             print(rows[-1], flush=True)
     record.write(
-        "decoding_mapping" + (f"_{'_'.join(map(str, args.sizes))}" if args.sizes != SIZES else ""),
+        "decoding_mapping" + (f"_{'_'.join(map(str, args.sizes))}" if set(args.sizes) != set(SIZES) else ""),
         "Pairs of InstaHide encodings that share an image, from encodings alone",
         rows,
         f"Similarity of squares whitened by {args.public:,} encodings of public training images; the threshold makes "
@@ -329,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="mixings of the part `mixup`")
     parser.add_argument("--steps", type=int, default=300, help="of the inversion")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="N of the part `mapping`")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="N of the part `mapping`")
     parser.add_argument("--public", type=int, default=4_000, help="public encodings of the part `mapping`")
     run_parts(parser, mixup, plain, instahide, inverted, mapping, cross_dataset)
 

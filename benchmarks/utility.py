@@ -243,7 +243,7 @@ def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps:
     """What DP-SGD promises: of the whole training, of the update attacked, and of that at each stage of the network."""
     bounds = {f"{bound} {stage}": "-" for stage in stages for bound in ("van Trees", "Fisher, unbiased")}
     row = {"epsilon": "-", "epsilon of one update": "-", "gamma of one update": "-"} | bounds
-    if defense.private is None:
+    if defense.private is None or defense.private.settings["noise_multiplier"] == 0:
         return row
     multiplier, norm = (defense.private.settings[name] for name in ("noise_multiplier", "norm"))
     rate = BATCH / len(task.train.labels)
@@ -295,7 +295,7 @@ def compile_into(cache: str) -> None:
 
 def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
     """One row for every defense."""
-    began, task = time.perf_counter(), task_named(name, args.victims)
+    began = time.perf_counter()
     # A fork of a process with threads may hang. The same few attacks run on many networks: each is compiled once.
     context = multiprocessing.get_context("spawn")
     with (
@@ -305,6 +305,7 @@ def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
         rows = list(pool.map(functools.partial(measured, name, args), defenses))
     plain = next((row["accuracy %"].split()[0] for row in rows if row["defense"] == "none"), "-")
     rows = [row | {"undefended": plain} for row in rows]
+    task = task_named(name, args.victims)
     pixels = task.test.denormalize(np.asarray(task.victims.inputs))
     guesses = report.baselines(pixels, task.gallery)
     guessed = ", ".join(f"{guess} {psnr.mean():.2f}" for guess, psnr in guesses.items())
@@ -334,13 +335,17 @@ other, the labels known are those of the encoding, and PSNR is against the priva
 against what was sent); for InstaHide the attacker's box and total variation are those of magnitudes. Decoding \
 encodings of several epochs is not in this table: one encoding is the least that such a client gives away.
 
-Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for an adversary that sees \
-every update and not the sample: real Poisson samples at rate {BATCH / len(task.train.labels):.3g}. Of one update: \
-the one attacked, which is not sampled; gamma is the largest chance of any attack to tell it from {CANDIDATES - 1} \
-others, {1 / CANDIDATES:g} without the update. Van Trees: the PSNR in dB of the least mean squared error of any \
-attacker on one update, in expectation over a Gaussian with the covariance of the training images ({BOUND_VICTIMS} \
-victims' Fisher information); Fisher: the same for unbiased estimators only, no ceiling for these attacks. A mean of \
-PSNRs may be above the PSNR of a mean error.
+Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed (in the whole paragraph), for \
+an adversary that sees every update and not the sample: real Poisson samples at rate {
+            BATCH
+            / len(
+                task.train.labels
+            ):.3g}. Of one update: the one attacked, which is not sampled; no attack tells it from \
+{CANDIDATES - 1} equally likely others with a chance above gamma ({1 / CANDIDATES:g} without the update). Van Trees: \
+the PSNR in dB of the least mean squared error of any attacker on one update, in expectation over a Gaussian with \
+the covariance of {len(task.gallery):,} training images ({BOUND_VICTIMS} victims' Fisher information); Fisher: the \
+same for unbiased estimators only, no ceiling for these attacks. A mean of PSNRs may be above the PSNR of a mean \
+error.
 
 Threat model: {THREAT.describe()}; the attacker knows the defense and its strength. The \
 whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} workers.""",

@@ -108,12 +108,12 @@ class Case(NamedTuple):
         """`information` (of the first victim) and `covariance` (of the gallery), of pixels in [0, 1], under DP-SGD.
 
         Defenses of the update that come after the noise only take information away. Empty without DP-SGD or its noise,
-        with defenses of another kind, without public images, and where the derivative of the update by the image is too
-        large for memory.
+        with defenses of another kind, and where the derivative of the update by the image is too large for memory; no
+        `covariance` with fewer than two public images.
         """
         private = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
         others = any(part.name != "dpsgd" and part.acts_on != "update" for part in parts)
-        if not private or others or len(self.gallery) < 2:
+        if not private or others:
             return {}
         protected, number = self.protect(private), self.pixels[0, 0].size
         if number * sum(leaf.size for leaf in jax.tree.leaves(protected.params)) > MAX_ENTRIES:
@@ -121,8 +121,11 @@ class Case(NamedTuple):
         first = jax.tree.map(lambda leaf: leaf[0, :1], self.truth)
         information = pixel_information(protected.assumed_fn, protected.params, first, self.images)
         scale = private[0].settings["noise_multiplier"] * private[0].settings["norm"]
-        covariance = np.cov(self.gallery.reshape(-1, number), rowvar=False)
-        return {"information": information / scale**2, "covariance": jnp.asarray(covariance, information.dtype)}
+        bounds = {"information": information / scale**2}
+        if len(self.gallery) > 1:
+            covariance = np.cov(self.gallery.reshape(-1, number), rowvar=False)
+            bounds["covariance"] = jnp.asarray(covariance, information.dtype)
+        return bounds
 
 
 def pixel_information(client_fn: ClientFn, params: Params, batch: Batch, images: data.ImageData) -> Array:

@@ -123,9 +123,7 @@ def largest(leaves: Sequence[Array], count: int) -> list[Bool[Array, "..."]]:
     # Of those that equal the threshold, the last ones that are too many go.
     ties = [key == threshold for key in keys]
     starts = np.cumsum([0] + [leaf.size for leaf in leaves[:-1]])
-    places = [
-        jnp.int32(start) + jnp.arange(leaf.size, dtype=jnp.int32) for start, leaf in zip(starts, leaves, strict=True)
-    ]
+    places = [jnp.arange(start, start + leaf.size, dtype=jnp.int32) for start, leaf in zip(starts, leaves, strict=True)]
     excess = reached - count
     bound, _ = _bisect(
         lambda b: _count([tie & (place >= b) for tie, place in zip(ties, places, strict=True)]),

@@ -18,7 +18,7 @@ from gia_jax.lowering import Lowering, lower, lowers_to_matmul
 from gia_jax.models.functional import ApplyFn
 
 GUARD = 0.1  # added to |r_i| by the authors' code: a dead feature would divide by 0
-LANES = 64  # derivatives taken at once, of one example each
+LANES = 64  # derivatives of one example taken at once
 
 
 def soteria(
@@ -110,17 +110,18 @@ def _scores(
     apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"], lowering: Lowering
 ) -> Float[Array, " f"]:
     def scores_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, " f"]:
-        # An example's features depend on itself alone, so one cotangent for all examples gives each its own row.
-        features, pull = jax.vjp(lambda x: _features(apply_fn, classifier_fn, params, x), inputs)
+        def of_one(example: Array) -> Float[Array, " f"]:
+            features, pull = jax.vjp(lambda x: _features(apply_fn, classifier_fn, params, x[None])[0], example)
 
-        def sensitivity(i: Array) -> Float[Array, " b"]:
-            (row,) = pull(jnp.zeros_like(features).at[:, i].set(1))
-            return jnp.sqrt(jnp.sum(jnp.square(row.reshape(len(row), -1)), 1))
+            def sensitivity(i: Array) -> Float[Array, ""]:
+                (row,) = pull(jnp.zeros_like(features).at[i].set(1))
+                return jnp.linalg.norm(row)
 
-        # Each lane is a derivative of the whole batch: fewer lanes for larger batches bound the memory.
-        lanes = max(1, LANES // len(inputs))
-        rows = jax.lax.map(sensitivity, jnp.arange(features.shape[1]), batch_size=lanes)
-        return jnp.sum(rows.T / (jnp.abs(features) + GUARD), axis=0)
+            lengths = jax.lax.map(sensitivity, jnp.arange(len(features)), batch_size=LANES)
+            return lengths / (jnp.abs(features) + GUARD)
+
+        # One example after the other: memory does not grow with the batch.
+        return jnp.sum(jax.lax.map(of_one, inputs), axis=0)
 
     traced = jax.make_jaxpr(scores_fn)(params, inputs)
     closed = lower(traced) if lowers_to_matmul(lowering) else traced

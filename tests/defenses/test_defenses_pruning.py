@@ -47,6 +47,20 @@ def test_the_whole_update_keeps_what_sorting_keeps(ratio, ties, seed):
     np.testing.assert_array_equal(np.concatenate([shared["a"].ravel(), shared["b"]]), expected)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_arrays_of_every_rank(ties):
+    rng = np.random.default_rng(0)
+    shapes = ((), (2, 3, 4), (0, 3), (7,))
+    leaves = [np.asarray(rng.integers(-2, 3, s) if ties else rng.normal(size=s), np.float32) for s in shapes]
+    for leaf, shared in zip(leaves, pruned(prune(0.6), [jnp.asarray(leaf) for leaf in leaves]), strict=True):
+        kept = leaf.size - math.floor(0.6 * leaf.size)
+        np.testing.assert_array_equal(shared, np.where(by_sorting(leaf, kept), leaf, 0))
+    everywhere = pruned(prune(0.6, scope="global"), [jnp.asarray(leaf) for leaf in leaves])
+    together = np.concatenate([leaf.ravel() for leaf in leaves])
+    expected = np.where(by_sorting(together, 32 - math.floor(0.6 * 32)), together, 0)
+    np.testing.assert_array_equal(np.concatenate([leaf.ravel() for leaf in everywhere]), expected)
+
+
 @pytest.mark.parametrize(
     ("ratio", "size", "kept"), [(0.7, 10, 3), (0.9, 10, 1), (0.29, 100, 71), (0.57, 100, 43), (0.0, 5, 5)]
 )

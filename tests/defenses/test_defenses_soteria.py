@@ -40,11 +40,11 @@ def by_hand(params, inputs):
     return (lengths / (np.abs(features) + 0.1)).sum(0)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.4, 0.5, 0.9])
-def test_the_features_of_least_score_lose_their_row_and_nothing_else_changes(ratio):
-    params, inputs = two_layers(jax.random.key(0)), jax.random.normal(jax.random.key(1), (3, 5))
+@pytest.mark.parametrize(("ratio", "number"), [(0.0, 3), (0.4, 3), (0.5, 1), (0.5, 3), (0.5, 70), (0.9, 3)])
+def test_the_features_of_least_score_lose_their_row_and_nothing_else_changes(ratio, number):
+    params, inputs = two_layers(jax.random.key(0)), jax.random.normal(jax.random.key(1), (number, 5))
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-    batch = Batch(inputs, jnp.array([0, 1, 2]))
+    batch = Batch(inputs, jnp.arange(number) % 3)
     plain, shared = client_fn(params, batch), soteria(client_fn, apply_fn, HEAD, ratio=ratio)(params, batch)
     gone = np.argsort(by_hand(params, inputs))[: int(ratio * 6)]
     expected = np.asarray(plain["head"]["kernel"]).copy()
@@ -72,6 +72,17 @@ def test_scores_of_a_convolutional_net_are_those_of_its_jacobian():
     kept = kept_features(model_fn, HEAD, params, IMAGES, ratio=0.25)
     order = np.argsort(scores)
     assert set(np.flatnonzero(~np.asarray(kept))) == set(order[: len(order) // 4])
+
+
+def test_memory_does_not_grow_with_the_batch():
+    model_fn, params = LENET
+
+    def temporary(number):
+        inputs = jnp.zeros((number, 8, 8, 3))
+        program = jax.jit(lambda p, x: kept_features(model_fn, HEAD, p, x, ratio=0.5)).lower(params, inputs)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(256) < 2 * temporary(1)
 
 
 def test_dead_features_go_first_and_live_ones_are_counted():
