@@ -39,7 +39,7 @@ from gia_jax import (
 )
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import NUM_OTHERS, joined, pixel_information
+from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
@@ -256,8 +256,7 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
     """
     few = jax.tree.map(lambda leaf: leaf[:8, 0], victims.truth)
     train = data.load("cifar10", split="train", limit=10_000)
-    pixels = train.images.reshape(len(train.images), -1)
-    covariance = jnp.asarray(np.cov(pixels, rowvar=False), jnp.float32)
+    covariance = pixel_covariance(train.images)
 
     @functools.cache
     def information(norm: float | None) -> jax.Array:
@@ -440,9 +439,8 @@ def cost(args: argparse.Namespace) -> None:
         for name, make in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
             encode = jax.jit(make(CLASSES, k=min(4, batch_size)))
             whole[name][batch_size] = milliseconds(lambda encode=encode, b=batch: encode(key, b), 7)
-        scores = masks.lower(params, batch.inputs).compile()
-        call = lambda f=scores, b=batch: f(params, b.inputs)  # noqa: E731
-        whole["soteria"][batch_size] = milliseconds(call, 3 if batch_size == 1 else 1, warm=batch_size == 1)
+        scores = partial(masks.lower(params, batch.inputs).compile(), params, batch.inputs)
+        whole["soteria"][batch_size] = milliseconds(scores, 3 if batch_size == 1 else 1, warm=batch_size == 1)
     rows += [row(name, by_size) for name, by_size in whole.items()]
     record.write(
         "defenses_cost",

@@ -41,7 +41,7 @@ from gia_jax import (
     report,
 )
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import pixel_information
+from gia_jax.cases import pixel_covariance, pixel_information
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
@@ -250,7 +250,7 @@ def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps:
     row["epsilon"] = f"{epsilon(multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
     row["epsilon of one update"] = f"{epsilon(multiplier, delta=DELTA):.3g}"
     row["gamma of one update"] = f"{reconstruction_robustness(multiplier, prior=1 / CANDIDATES):.3g}"
-    covariance = jnp.asarray(np.cov(task.gallery.reshape(len(task.gallery), -1), rowvar=False), jnp.float32)
+    covariance = pixel_covariance(task.gallery)
     few = jax.tree.map(lambda leaf: leaf[:BOUND_VICTIMS], task.victims)
     for stage, params in stages.items():
         information = pixel_information(defense.protected.assumed_fn, params, few, task.test) / (multiplier * norm) ** 2

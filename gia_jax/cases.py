@@ -123,8 +123,7 @@ class Case(NamedTuple):
         scale = private[0].settings["noise_multiplier"] * private[0].settings["norm"]
         bounds = {"information": information / scale**2}
         if len(self.gallery) > 1:
-            covariance = np.cov(self.gallery.reshape(-1, number), rowvar=False)
-            bounds["covariance"] = jnp.asarray(covariance, information.dtype)
+            bounds["covariance"] = pixel_covariance(self.gallery)
         return bounds
 
 
@@ -133,6 +132,11 @@ def pixel_information(client_fn: ClientFn, params: Params, batch: Batch, images:
     found = jax.jit(lambda p, b: metrics.fisher_information(client_fn, p, b, 1.0, batch_size=256))(params, batch)
     std = jnp.broadcast_to(jnp.asarray(images.std, found.dtype), batch.inputs.shape[1:]).ravel()
     return found / std[:, None] / std
+
+
+def pixel_covariance(images: np.ndarray) -> Array:
+    """Of two images or more in [0, 1], shape (n, h, w, c): the prior of `metrics.van_trees_bound`."""
+    return jnp.asarray(np.cov(images.reshape(len(images), -1), rowvar=False))
 
 
 class Outcome(NamedTuple):
