@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import record
 from attackers import counted_steps, informed
 from flax import nnx
 from parts import run_parts
-from training import train_network
+from training import accuracy, train, train_network, uniform
 
 from gia_jax import (
     Attack,
@@ -48,18 +49,18 @@ from gia_jax.threat import observe
 
 CLASSES, THREAT = 10, ThreatModel(labels=True)
 NOISE = ("gaussian", "dpsgd")
-# Three strengths of each where it has one; noise in units of an entry of the update, clipping at a norm below LeNet's.
+# Three strengths of each where it has one; noise in units of an entry of the update, clipping at norms below LeNet's.
 DEFENSES = (
     *(f"prune:ratio={ratio}" for ratio in (0.5, 0.9, 0.99)),
     *(f"topk:ratio={ratio}" for ratio in (0.9, 0.99, 0.999)),
-    "clip:norm=1",
+    *(f"clip:norm={norm}" for norm in (1, 0.1, 0.01)),
     *(f"gaussian:scale={scale}" for scale in (1e-3, 1e-2, 1e-1)),
     *(f"laplace:scale={scale}" for scale in (1e-3, 1e-2, 1e-1)),
     *(f"dpsgd:noise_multiplier={multiplier},norm=1" for multiplier in (1e-3, 1e-2, 1e-1)),
     "sign",
     *(f"quantize:bits={bits}" for bits in (8, 4, 2)),
     *(f"soteria:ratio={ratio}" for ratio in (0.4, 0.8, 0.95)),
-    "precode",
+    *(f"precode:size={size}" for size in (64, 256, 1024)),
     *(f"mixup:k={k}" for k in (2, 4, 6)),
     *(f"instahide:k={k}" for k in (1, 2, 4)),
     "prune_mixup",
@@ -108,9 +109,8 @@ def victims_of(split: str, per_class: int) -> Victims:
 
 
 class Setting(NamedTuple):
-    """A network at a stage of its training, and its defended clients by name."""
+    """Defended clients by name, "none" among them, and at what stage of their training the networks are."""
 
-    params: Params
     protected: dict[str, Protected]
     stage: str
 
@@ -118,29 +118,48 @@ class Setting(NamedTuple):
 def setting_of(args: argparse.Namespace) -> Setting:
     make = models.LeNet if args.model == "lenet" else partial(models.GroupNormNet, width=args.width)
     module = make((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))
-    _, params = models.functional(module)
-    stage = "untrained"
-    if args.epochs:
-        _, params, train_accuracy, test_accuracy = train_network(make, "cifar10", 0, args.epochs)
-        stage = f"{args.epochs} epochs, accuracy {train_accuracy:.1%} training, {test_accuracy:.1%} test"
-    # PRECODE has parameters of its own, which were not trained.
-    names = [name for name in args.defenses if name != "precode" or not args.epochs]
-    every = {name: protect(parse(name), module, num_classes=CLASSES) for name in names}
-    return Setting(params, {"none": protect((), module, num_classes=CLASSES)} | every, stage)
+    every = {name: protect(parse(name), module, num_classes=CLASSES) for name in ("none", *args.defenses)}
+    if not args.epochs:
+        return Setting(every, "untrained")
+    _, params, train_accuracy, test_accuracy = train_network(make, "cifar10", 0, args.epochs)
+    stage = f"{args.epochs} epochs, accuracy {train_accuracy:.1%} training, {test_accuracy:.1%} test"
+    for name, protected in every.items():
+        if network(name) == "none":
+            every[name] = protected._replace(params=params)
+        else:
+            every[name], test_accuracy = trained(protected, args.epochs)
+            stage += f", {test_accuracy:.1%} with {name}"
+    return Setting(every, stage)
+
+
+def network(name: str) -> str:
+    """Of which client it has the parameters: its own where the defense is one of the model, else the undefended one."""
+    return name if any(part.acts_on == "model" for part in parse(name)) else "none"
+
+
+def trained(protected: Protected, epochs: int, size: int = 128) -> tuple[Protected, float]:
+    """The network learned under its defense, as many steps as without one, and its test accuracy."""
+    examples, test = data.load("cifar10", split="train"), data.load("cifar10")
+    steps = epochs * (len(examples.labels) // size)
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    batch = Batch(jnp.asarray(examples.normalize(examples.images)), jnp.asarray(examples.labels))
+    learn = jax.jit(partial(train, protected.client_fn, optimizer, uniform(size), num_steps=steps))
+    params = learn(protected.params, jax.random.key(0), batch)
+    inputs = jnp.asarray(test.normalize(test.images))
+    return protected._replace(params=params), accuracy(protected.apply_fn, params, inputs, test.labels)
 
 
 def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
     """What the server sees of groups of victims, each a multiple of the number of classes, under one defense."""
     protected = setting.protected[name]
-    params = protected.params if name == "precode" else setting.params
 
     def of_one(key: jax.Array, batch: Batch, others: Batch) -> Seen:
         key_encode, key_client, key_threat = jax.random.split(key, 3)
         encoding = encoded(protected.encode_fn, key_encode, batch, others)
         encoding = Batch(encoding.inputs, as_probabilities(encoding, CLASSES))
         client_fn = protected.client_fn(key_client)
-        observation = observe(key_threat, THREAT, client_fn, params, encoding, num_classes=CLASSES)
-        return Seen(observation._replace(params=()), protected.assumed_fn(params, encoding))
+        observation = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=CLASSES)
+        return Seen(observation._replace(params=()), protected.assumed_fn(protected.params, encoding))
 
     # It runs a few times: compiling it is most of what it costs.
     few = jax.jit(jax.vmap(of_one, (0, 0, None)), compiler_options=RUN_ONCE)
@@ -152,7 +171,7 @@ def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
             for i in range(0, len(victims.pixels), CLASSES)
         ]
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
-        seen.append(together._replace(observations=together.observations._replace(params=params)))
+        seen.append(together._replace(observations=together.observations._replace(params=protected.params)))
     return seen
 
 
@@ -221,11 +240,9 @@ def blind(
     One program serves all the defenses that share parameters.
     """
     found: dict[str, list[Result]] = {}
-    for own in (False, True):
-        group = [name for name in weights if (name == "precode") == own]
-        if not group:
-            continue
-        plain = setting.protected["precode" if own else "none"]
+    for own in dict.fromkeys(network(name) for name in weights):
+        group = [name for name in weights if network(name) == own]
+        plain = setting.protected[own]
         listed = [(name, weight) for name in group for weight in weights[name]]
         together = joined([seen[name].observations for name, _ in listed])
         print(f"blind, {len(group)} defenses:", flush=True)
@@ -255,17 +272,17 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
     the PSNR of that error in dB. (A mean of PSNRs may be larger.)
     """
     few = jax.tree.map(lambda leaf: leaf[:8, 0], victims.truth)
-    train = data.load("cifar10", split="train", limit=10_000)
-    covariance = pixel_covariance(train.images)
+    plain, images = setting.protected["none"], data.load("cifar10", split="train", limit=10_000)
+    covariance = pixel_covariance(images.images)
 
     @functools.cache
     def information(norm: float | None) -> jax.Array:
         """With noise of scale 1 on the gradient, clipped to a norm."""
-        client_fn = setting.protected["none"].assumed_fn
+        client_fn = plain.assumed_fn
         if norm is not None:
-            loss_fn = clients.cross_entropy(setting.protected["none"].apply_fn)
+            loss_fn = clients.cross_entropy(plain.apply_fn)
             client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=norm, noise_multiplier=0.0)
-        return pixel_information(client_fn, setting.params, few, train)
+        return pixel_information(client_fn, plain.params, few, images)
 
     def bound(part: Part) -> float:
         norm = part.settings.get("norm")
@@ -289,7 +306,7 @@ def table(args: argparse.Namespace) -> None:
     setting = setting_of(args)
     tuning, victims = victims_of("train", 1), victims_of("test", args.per_class)
     names = list(setting.protected)
-    adapting = [name for name in names if name != "none" and differs(name)]
+    adapting = [name for name in names if differs(name)]
 
     def best(results: Sequence[Result]) -> float:
         return args.weights[int(np.argmax([result.psnr.mean() for result in results]))]
@@ -306,7 +323,7 @@ def table(args: argparse.Namespace) -> None:
         weight = best(adaptive(protected, name, seen_tuning[name], tuning, args.weights, args))
         tuned_adaptive[name] = weight
         knowing[name] = adaptive(protected, name, seen[name], victims, [weight], args)[0]
-        if args.controls and name != "precode":  # whose parameters are others
+        if args.controls and network(name) == "none":
             controls[name] = adaptive(protected, name, seen["none"], victims, [weight], args)[0]
     found = blind(setting, seen, {name: [weight] for name, weight in tuned_blind.items()}, victims, args)
     plain = setting.protected["none"]
@@ -320,7 +337,7 @@ def table(args: argparse.Namespace) -> None:
 
     tuned_prior = best(guess(seen_tuning["none"], tuning, args.weights))
     prior = guess(seen["none"], victims, [tuned_prior])[0]
-    noisy = {name: part for name in names if name != "none" for part in parse(name) if part.name in NOISE}
+    noisy = {name: part for name in names for part in parse(name) if part.name in NOISE}
     bounds = dict(zip(noisy, van_trees(setting, list(noisy.values()), victims)))
 
     rows = []
@@ -348,8 +365,8 @@ def table(args: argparse.Namespace) -> None:
         )
     rows.append(dict.fromkeys(rows[0], "-") | {"defense": "prior only"} | figures("blind", prior))
     live = {
-        name: live_shares(parse(name), setting.protected[name].apply_fn, setting.params, victims.truth.inputs)
-        for name in names
+        name: live_shares(parse(name), protected.apply_fn, protected.params, victims.truth.inputs)
+        for name, protected in setting.protected.items()
         if name.startswith("soteria")
     }
     shares = ", ".join(f"{share.mean():.0%} ({name})" for name, share in live.items())

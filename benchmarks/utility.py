@@ -126,7 +126,7 @@ class Task(NamedTuple):
         """On the small ConvNet of this seed."""
         shape = self.test.images.shape[1:]
         module = models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
-        parts = () if name == "none" else parse(name)
+        parts = parse(name)
         protected = protect(parts, module, num_classes=CLASSES, key=jax.random.key(seed))
         return Defense(protected, parts)
 

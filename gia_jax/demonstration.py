@@ -28,7 +28,7 @@ def run(out: Path, seed: int) -> None:
     """Prints the tables and writes results.json and the pictures to a folder; OSError where it cannot."""
     out = console.folder(out)
     case = load_case("lenet", "photos", victims=3, seed=seed)
-    parts = {name: () if name == "none" else parse(name) for name in SHOWN}
+    parts = {name: parse(name) for name in SHOWN}
     protected = {name: case.protect(chosen) for name, chosen in parts.items()}
     console.banner(case, "lenet", protected["none"])
     print("The client sends the gradient of one photograph. What can the server see?")

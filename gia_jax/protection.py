@@ -97,14 +97,16 @@ def parse(text: str) -> tuple[Part, ...]:
     """The defenses that "NAME" or "NAME:setting=value,setting=value" means: one, or those of a combination.
 
     Args:
-        text: Such as "prune:ratio=0.99"; a name of `DEFENSES`, or of `COMBINATIONS` without settings.
+        text: Such as "prune:ratio=0.99"; a name of `DEFENSES`, of `COMBINATIONS` without settings, or "none".
 
     Returns:
-        The parts, every setting filled in.
+        The parts, every setting filled in; none of them for "none".
 
     Raises:
         ValueError: An unknown name or setting, or a value that is no number.
     """
+    if text == "none":
+        return ()
     name, _, rest = text.partition(":")
     if name in COMBINATIONS:
         if rest:

@@ -39,6 +39,7 @@ def test_a_name_has_defaults_and_settings():
     assert [str(part) for part in parse("dpsgd:norm=2")] == ["dpsgd:noise_multiplier=1,norm=2"]
     assert [str(part) for part in parse("prune_instahide")] == ["instahide:k=4", "prune:ratio=0.9"]
     assert parse("quantize:bits=3")[0].settings == {"bits": 3}
+    assert parse("none") == ()
     for name in (*DEFENSES, *COMBINATIONS):
         assert parse(name)
 
