@@ -1,7 +1,7 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--restarts N]
-        [--weights W ...] [--controls] [--defenses NAME ...]
+        [--weights W ...] [--controls] [--rescaled] [--defenses NAME ...]
 
 Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
@@ -42,6 +42,7 @@ from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.matching.adaptive import rescaled
 from gia_jax.matching.objectives import cosine
 from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
@@ -252,13 +253,19 @@ def blind(
     return found
 
 
+def objective_of(protected: Protected, args: argparse.Namespace) -> ObjectiveFn:
+    """Of the attacker that knows the defense."""
+    objective_fn = protected.adapt_fn(cosine)
+    return rescaled(objective_fn) if args.rescaled and objective_fn is not cosine else objective_fn
+
+
 def adaptive(
     protected: Protected, name: str, seen: Seen, victims: Victims, weights: Sequence[float], args: Any
 ) -> list[Result]:
     """For each weight; the attacker knows the defense."""
     together = joined([seen.observations] * len(weights))
     print(f"adaptive, {name}:", flush=True)
-    results = attack(protected.assumed_fn, protected.adapt_fn(cosine), together, victims, weights, args)
+    results = attack(protected.assumed_fn, objective_of(protected, args), together, victims, weights, args)
     return parts_of(results, len(weights))
 
 
@@ -344,7 +351,7 @@ def table(args: argparse.Namespace) -> None:
     for name in names:
         unaware = found[name][0]
         knows = knowing.get(name, unaware)
-        at_truth = jax.vmap(setting.protected[name].adapt_fn(cosine))(
+        at_truth = jax.vmap(objective_of(setting.protected[name], args))(
             seen[name].assumed, seen[name].observations.update
         )
         rows.append(
@@ -384,6 +391,7 @@ def table(args: argparse.Namespace) -> None:
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
         f"paired bootstrap interval of 95 % ('none' where it covers 0). "
+        f"{'Adaptive attackers compare updates of one length (option --rescaled). ' if args.rescaled else ''}"
         "Adaptive on no defense: that row's attacker on undefended updates (option --controls). "
         f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Guesses without a "
         f"gradient: {listed} (the nearest is chosen with the truth).\n\n"
@@ -493,6 +501,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=10)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
     parser.add_argument("--controls", action="store_true", help="each adaptive attacker on undefended updates too")
+    parser.add_argument("--rescaled", action="store_true", help="adaptive attackers compare updates of one length")
     parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:

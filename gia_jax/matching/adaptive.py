@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from gia_jax import _check
 from gia_jax.base import ObjectiveFn, Updates
-from gia_jax.matching.objectives import cosine
+from gia_jax.matching.objectives import cosine, inverse_root
 
 FLOOR = 1e-2  # a likelihood below this goes on along its tangent: a start outside of every interval has a derivative
 
@@ -126,6 +126,20 @@ def relative(objective_fn: ObjectiveFn) -> ObjectiveFn:
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         nothing = objective_fn(optax.tree.zeros_like(observed), observed)
         return objective_fn(simulated, observed) / jnp.where(nothing > 0, nothing, 1)
+
+    return objective
+
+
+def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
+    """The objective of the simulated update at the length of the observed one, both where the observed one is not 0.
+
+    It compares directions, as a cosine does. An update of an image that the network has learned is short, and those of
+    the images on the way to it are not: without this, an objective that is not a cosine leads to short updates first.
+    """
+
+    def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+        ratio = optax.tree.norm(observed) * inverse_root(_squared_norm(on_support(simulated, observed)))
+        return objective_fn(optax.tree.scale(ratio, simulated), observed)
 
     return objective
 

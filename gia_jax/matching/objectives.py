@@ -220,14 +220,14 @@ def _cosine(a: Updates, b: Updates) -> Float[Array, ""]:
     # element of the derivative is scaled by these sums, and would add up all layers again.
     products = jnp.stack([jnp.stack(row) for row in layers])
     aa, bb, ab = jnp.matmul(products, jnp.ones(products.shape[1], products.dtype), precision=highest)
-    return ab * (_inverse_root(aa) * _inverse_root(bb))
+    return ab * (inverse_root(aa) * inverse_root(bb))
 
 
 def _unit(update: Updates) -> Updates:
-    return optax.tree.scale(_inverse_root(jnp.asarray(optax.tree.norm(update, squared=True))), update)
+    return optax.tree.scale(inverse_root(jnp.asarray(optax.tree.norm(update, squared=True))), update)
 
 
-def _inverse_root(squared: Float[Array, ""]) -> Float[Array, ""]:
+def inverse_root(squared: Float[Array, ""]) -> Float[Array, ""]:
     """One over the norm; 0 where that is too small to divide by, and so is the derivative."""
     return jax.lax.rsqrt(jnp.where(squared > TINY, squared, jnp.inf))
 

@@ -29,6 +29,7 @@ OBJECTIVES = {
     "rounding_likelihood": (adaptive.rounding_likelihood(4), defenses.quantize(KEY, 4)),
     "rounding_likelihood, ternary": (adaptive.rounding_likelihood(2), defenses.ternary(KEY)),
     "relative euclidean": (adaptive.relative(euclidean), defenses.gaussian_noise(KEY, 0.1)),
+    "rescaled": (adaptive.rescaled(adaptive.relative(l1)), defenses.laplace_noise(KEY, 0.1)),
     "relative l1": (adaptive.relative(l1), defenses.laplace_noise(KEY, 0.1)),
 }
 EVERY = pytest.mark.parametrize(("objective_fn", "transformation"), OBJECTIVES.values(), ids=OBJECTIVES)
@@ -102,6 +103,14 @@ def test_relative_is_one_at_nothing():
     assert adaptive.relative(euclidean)(optax.tree.zeros_like(TRUE), observed) == pytest.approx(1, rel=1e-6)
     expected = euclidean(TRUE, observed) / euclidean(optax.tree.zeros_like(TRUE), observed)
     assert adaptive.relative(euclidean)(TRUE, observed) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_rescaled_objective_takes_updates_of_one_length_on_the_support():
+    observed = {"a": jnp.array([3.0, 0.0, -4.0])}
+    for length in (1e-3, 1.0, 1e3):
+        simulated = {"a": length * jnp.array([4.0, 2.0, -3.0])}
+        assert adaptive.rescaled(euclidean)(simulated, observed) == pytest.approx(1 + 4 + 1, rel=1e-5)
+    assert adaptive.rescaled(euclidean)({"a": jnp.zeros(3)}, observed) == pytest.approx(25)
 
 
 def test_parameters_of_the_defense_are_read_from_the_update():
