@@ -312,12 +312,22 @@ def promises(
         covariance: As for `metrics.privacy_lines`.
 
     Returns:
-        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD; that there is no
-        epsilon for noise without clipping, or without the extra `privacy`. Nothing for noise in a chain that clips.
+        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD: of encodings where
+        the client shares those, and none beside Soteria, whose choice of features is made of the images and has no
+        noise. That there is no epsilon for noise before any clipping, or without the extra `privacy`. Nothing for
+        noise after clipping, or beside DP-SGD.
     """
-    lines = []
+    lines, bounded = [], False
+    names = [part.name for part in parts]
     for part in parts:
-        if part.name == "dpsgd":
+        bounded = bounded or part.name == "clip"
+        if part.name == "dpsgd" and "soteria" in names:
+            lines += ["no epsilon: the features that Soteria leaves out depend on the images, without noise"]
+        elif part.name == "dpsgd":
+            mixes = next((other for other in parts if other.acts_on == "input"), None)
+            if mixes is not None:
+                k = mixes.settings["k"]
+                lines += [f"what follows is of one encoding: in a batch an image may be part of {k} of them"]
             try:
                 lines += metrics.privacy_lines(
                     part.settings["noise_multiplier"],
@@ -328,7 +338,7 @@ def promises(
                 )
             except ImportError as error:
                 lines += [f"no epsilon: {error}"]
-        elif part.name in ("gaussian", "laplace") and "clip" not in [one.name for one in parts]:
+        elif part.name in ("gaussian", "laplace") and not bounded and "dpsgd" not in names:
             lines += metrics.privacy_lines(None)
     return lines
 

@@ -50,8 +50,8 @@ def observations(text, keys):
     return jax.jit(jax.vmap(lambda key: observe(key, THREAT, protected.client_fn(key), protected.params, BATCH)))(keys)
 
 
-def like(key, params):
-    return optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], params))
+def like(key, params, draw_fn):
+    return optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], params), draw_fn)
 
 
 def keys_of(seed):
@@ -80,13 +80,20 @@ def test_the_victim_s_key_changes_nothing_not_even_in_the_attacker_s_hands(text)
     assert stats.ks_2samp(others, stolen, alternative="less").pvalue < 0.01
 
 
-def test_noise_without_end_leaves_the_prior_alone():
-    weak, strong = "gaussian:scale=0.001", "gaussian:scale=1000"
+@pytest.mark.parametrize(
+    ("weak", "strong", "draw_fn"),
+    [
+        ("gaussian:scale=0.001", "gaussian:scale=1000", jax.random.normal),
+        ("laplace:scale=0.001", "laplace:scale=1000", jax.random.laplace),
+        ("dpsgd:noise_multiplier=0.001,norm=1", "dpsgd:noise_multiplier=1000,norm=1", jax.random.normal),
+    ],
+)
+def test_noise_without_end_leaves_the_prior_alone(weak, strong, draw_fn):
     attack_fn = attacker(strong)
     hidden = np.asarray(attack_fn(keys_of(3), observations(strong, keys_of(1))))
     # The noise-only level: updates of that noise around nothing.
     seen = observations(strong, keys_of(1))
-    noise = jax.vmap(lambda key: jax.tree.map(lambda leaf: 1_000 * leaf, like(key, seen.params)))(keys_of(4))
+    noise = jax.vmap(lambda key: jax.tree.map(lambda leaf: 1_000 * leaf, like(key, seen.params, draw_fn)))(keys_of(4))
     nothing = np.asarray(attack_fn(keys_of(3), seen._replace(update=noise)))
     assert stats.ks_2samp(hidden, nothing).pvalue > 0.01
     seen = np.asarray(attacker(weak)(keys_of(3), observations(weak, keys_of(1))))

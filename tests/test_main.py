@@ -154,8 +154,17 @@ def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
 
 def test_what_noise_promises_is_said_beside_it() -> None:
     assert promises(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
-    assert promises((*parse("clip:norm=1"), *parse("gaussian:scale=0.1"))) == []
+    unbounded = promises(parse("gaussian:scale=0.1"))
+    clip, noise = parse("clip:norm=1"), parse("gaussian:scale=0.1")
+    assert promises((*clip, *noise)) == []
+    assert promises((*noise, *clip)) == unbounded
+    (refused,) = promises((*parse("soteria"), *parse("dpsgd")))
+    assert refused.startswith("no epsilon: the features that Soteria leaves out")
     pytest.importorskip("dp_accounting")
+    alone = promises(parse("dpsgd"))
+    assert promises((*parse("dpsgd"), *noise)) == alone
+    mixed, *rest = promises((*parse("mixup:k=3"), *parse("dpsgd")))
+    assert (mixed, rest) == ("what follows is of one encoding: in a batch an image may be part of 3 of them", alone)
     epsilon, gamma = promises(parse("dpsgd:noise_multiplier=1,norm=1"))
     assert epsilon.startswith("epsilon 9.997 at delta 1e-05 (replace_one, pld")
     assert gamma == "gamma 0.3891: the largest chance of a reconstruction, 0.1 without the release"

@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, clients, defenses, labels, models
+from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, observe, run
+from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_attack
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, protect
@@ -313,3 +314,33 @@ def test_objectives_follow_the_defenses_of_the_update():
     truth = precode.assumed_fn(precode.params, BATCH)
     spoiled = truth | {"encoder": optax.tree.zeros_like(truth["encoder"])}
     assert precode.adapt_fn(cosine)(truth, spoiled) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["prune:ratio=0.5", "gaussian", "dpsgd", "mixup:k=2", "soteria:ratio=0.5"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in INVERTIBLE])
+def test_every_attack_takes_the_defended_client(name, text):
+    """With the client and the objective of an attacker that knows the defense; what it finds is of what it sees."""
+    protected = protected_by(text)
+    low, high = jnp.full(3, -3.0), jnp.full(3, 3.0)
+    target = Target(
+        protected.assumed_fn, labels.dense("head"), 4, 4, (low, high), protected.apply_fn, adapt_fn=protected.adapt_fn
+    )
+    if name == "gias":
+        decoder = {"kernel": jax.random.normal(KEYS[0], (5, 8 * 8 * 3))}
+        target = target._replace(
+            generator=Generator(lambda p, z: (z @ p["kernel"]).reshape(-1, 8, 8, 3), decoder, (5,), 1)
+        )
+    attack = make_attack(name, target, labels="known", solver="paper", num_steps=3)
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def found(key):
+        batch = protected.encode_fn(key, BATCH._replace(inputs=jax.random.normal(key, BATCH.inputs.shape)))
+        seen = observe(key, ThreatModel(labels=True), protected.client_fn(key), protected.params, batch, num_classes=4)
+        return run(attack, KEYS[0], seen, num_steps=3)[0]
+
+    first, second = (found(key) for key in KEYS[:2])
+    for one in (first, second):
+        assert one.batch.inputs.shape == BATCH.inputs.shape
+        assert np.isfinite(one.batch.inputs).all()
+        assert one.is_finite
+    assert distance(first.batch.inputs, second.batch.inputs) > 1e-5

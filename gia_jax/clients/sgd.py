@@ -17,10 +17,18 @@ def cross_entropy(apply_fn) -> LossFn:
         apply_fn: `(params, inputs) -> logits` of shape (b, c).
 
     Returns:
-        `(params, batch) -> ` mean loss in nats, for class indices (b,) or class probabilities (b, c).
+        `(params, batch) -> ` mean loss in nats, for class indices (b,) or class probabilities (b, c). It raises
+        ValueError for rows of integers, such as zeros and a one.
     """
 
-    return lambda params, batch: classification_loss(apply_fn(params, batch.inputs), batch.labels)
+    def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
+        labels = batch.labels
+        if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.integer):
+            got = f"{labels.dtype} of shape {labels.shape}"
+            raise ValueError(f"labels must be class indices (b,) or probabilities (b, c), got {got}")
+        return classification_loss(apply_fn(params, batch.inputs), labels)
+
+    return loss_fn
 
 
 def classification_loss(

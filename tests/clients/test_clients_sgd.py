@@ -57,6 +57,12 @@ def test_cross_entropy_in_closed_form(problem):
     np.testing.assert_allclose(loss_fn(params, uniform), -log_probabilities.mean(), rtol=1e-5)
 
 
+def test_integer_rows_are_no_probabilities():
+    rows = jnp.array([[0, 1], [1, 0]])
+    with pytest.raises(ValueError, match=r"labels must be class indices \(b,\) or probabilities \(b, c\), got int32"):
+        cross_entropy(lambda params, inputs: inputs)(None, Batch(jnp.zeros((2, 2)), rows))
+
+
 @pytest.mark.parametrize("lowering", ["matmul", "native", "auto"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_federated_sgd_shares_the_gradient(problem, lowering, soft):

@@ -93,6 +93,20 @@ def test_one_example_moves_the_sum_by_no_more_than_the_norm():
         np.testing.assert_allclose(moved, norm, rtol=1e-4)
 
 
+def test_a_replaced_example_moves_the_sum_by_no_more_than_twice_the_norm():
+    norm = 0.2
+    client_fn = dp_sgd(LOSS, KEY, norm=norm, noise_multiplier=0.0)
+    moved = []
+    for seed in range(5):
+        batch, other = batch_of(5, seed), batch_of(5, seed + 100)
+        replaced = Batch(*(a.at[0].set(b[0]) for a, b in zip(batch, other, strict=True)))
+        difference = jax.tree.map(lambda a, b: 5 * (a - b), client_fn(PARAMS, batch), client_fn(PARAMS, replaced))
+        moved.append(float(optax.tree.norm(difference)))
+    assert max(moved) <= 2 * norm * (1 + 1e-5)
+    # More than an example added or removed moves it.
+    assert max(moved) > norm
+
+
 def test_the_whole_batch_clipped_at_once_is_another_thing():
     batch = batch_of(8)
     inside = dp_sgd(LOSS, KEY, norm=0.2, noise_multiplier=0.0)(PARAMS, batch)

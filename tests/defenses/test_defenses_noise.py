@@ -57,18 +57,23 @@ def test_stochastic_rounding_is_unbiased(bits):
     values = jax.random.normal(jax.random.key(0), (40,))
     keys = jax.random.split(jax.random.key(1), 4_000)
     drawn = np.asarray(jax.vmap(lambda key: shared(quantize(key, bits), values))(keys), np.float64)
-    error = drawn.mean(0) - np.asarray(values, np.float64)
+    true = np.asarray(values, np.float64)
     spread = drawn.std(0) / np.sqrt(len(keys))
     varies = spread > 1e-6
-    # One z for all entries together: they are drawn independently.
-    z = error[varies].sum() / np.sqrt(np.sum(spread[varies] ** 2))
-    assert abs(z) < 4
     assert varies.sum() >= 39
-    assert np.abs(error[~varies]).max() < 1e-5
-    # A case it must refuse: rounding to nearest is biased.
-    step = np.abs(values).max() / (2 ** (bits - 1) - 1)
-    biased = np.round(np.asarray(values) / step) * step - np.asarray(values)
-    assert np.sum(biased**2) > 20 * np.sum(error**2)
+    assert np.abs((drawn.mean(0) - true)[~varies]).max() < 1e-5
+
+    def pooled(drawn, direction):
+        """One z for all entries together: they are drawn independently."""
+        error = direction * (drawn.mean(0) - true)
+        return error[varies].sum() / np.sqrt(np.sum(spread[varies] ** 2))
+
+    # Away from 0, and upwards.
+    for direction in (np.sign(true), np.ones_like(true)):
+        assert abs(pooled(drawn, direction)) < 4
+    # Cases it must refuse: values that shrink by a thirtieth, and a shift.
+    assert pooled(0.97 * drawn, np.sign(true)) < -4
+    assert pooled(drawn + 0.03 * np.abs(true).max(), np.ones_like(true)) > 4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 16])
