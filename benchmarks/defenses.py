@@ -138,9 +138,10 @@ def network(name: str) -> str:
     return name if any(part.acts_on == "model" for part in parse(name)) else "none"
 
 
-def trained(protected: Protected, epochs: int, size: int = 128) -> tuple[Protected, float]:
+def trained(protected: Protected, epochs: int) -> tuple[Protected, float]:
     """The network learned under its defense, as many steps as without one, and its test accuracy."""
     examples, test = data.load("cifar10", split="train"), data.load("cifar10")
+    size = 128
     steps = epochs * (len(examples.labels) // size)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     batch = Batch(jnp.asarray(examples.normalize(examples.images)), jnp.asarray(examples.labels))
@@ -380,6 +381,7 @@ def table(args: argparse.Namespace) -> None:
     guesses = report.baselines(victims.pixels, data.load("cifar10", split="train", limit=10_000).images)
     listed = ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
+    stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
     record.write(
         args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[:k=v,k=v]",
-        help=f"of the client; repeat it for several, in this order: {', '.join([*DEFENSES, *COMBINATIONS])}",
+        help=f"of the client; repeat it for several, in this order: {', '.join(['none', *DEFENSES, *COMBINATIONS])}",
     )
     single.add_argument("--adaptive", action="store_true", help="the attacker knows the defenses, but not their keys")
     single.add_argument("--aggregation", help=f"of the updates of --clients, run for real: {', '.join(AGGREGATIONS)}")

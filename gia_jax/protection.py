@@ -113,7 +113,8 @@ def parse(text: str) -> tuple[Part, ...]:
             raise ValueError(f"defense {name} takes no settings, got {rest!r}")
         return tuple(part for one in COMBINATIONS[name] for part in parse(one))
     if name not in DEFENSES:
-        raise ValueError(f"defense must be one of {', '.join([*DEFENSES, *COMBINATIONS])}, got {name!r}")
+        known = ", ".join(["none", *DEFENSES, *COMBINATIONS])
+        raise ValueError(f"defense must be one of {known}, got {name!r}")
     settings = dict(DEFENSES[name].settings)
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
@@ -312,34 +313,31 @@ def promises(
         covariance: As for `metrics.privacy_lines`.
 
     Returns:
-        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD: of encodings where
-        the client shares those, and none beside Soteria, whose choice of features is made of the images and has no
-        noise. That there is no epsilon for noise before any clipping, or without the extra `privacy`. Nothing for
-        noise after clipping, or beside DP-SGD.
+        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD; of encodings where
+        the client shares those. That there is no epsilon: for noise without clipping before it, for DP-SGD beside
+        Soteria, which chooses features by the images, and without the extra `privacy`. Nothing for other noise after
+        clipping, whose epsilon is not computed.
     """
-    lines, bounded = [], False
     names = [part.name for part in parts]
-    for part in parts:
-        bounded = bounded or part.name == "clip"
-        if part.name == "dpsgd" and "soteria" in names:
-            lines += ["no epsilon: the features that Soteria leaves out depend on the images, without noise"]
-        elif part.name == "dpsgd":
-            mixes = next((other for other in parts if other.acts_on == "input"), None)
-            if mixes is not None:
-                k = mixes.settings["k"]
-                lines += [f"what follows is of one encoding: in a batch an image may be part of {k} of them"]
-            try:
-                lines += metrics.privacy_lines(
-                    part.settings["noise_multiplier"],
-                    relation="replace_one",
-                    prior=1 / CANDIDATES,
-                    information=information,
-                    covariance=covariance,
-                )
-            except ImportError as error:
-                lines += [f"no epsilon: {error}"]
-        elif part.name in ("gaussian", "laplace") and not bounded and "dpsgd" not in names:
-            lines += metrics.privacy_lines(None)
+    noise = [i for i, name in enumerate(names) if name in ("gaussian", "laplace")]
+    private = next((part for part in parts if part.name == "dpsgd"), None)
+    if private is None:
+        clipped = "clip" in names and any(i > names.index("clip") for i in noise)
+        return metrics.privacy_lines(None) if noise and not clipped else []
+    if any(part.name == "soteria" and part.settings["ratio"] > 0 for part in parts):
+        return ["no epsilon is computed: Soteria chooses the features it leaves out by the images"]
+    multiplier = private.settings["noise_multiplier"]
+    if multiplier == 0 and noise:
+        return []
+    lines = []
+    if multiplier > 0 and any(part.acts_on == "input" and part.settings["k"] > 1 for part in parts):
+        lines += ["what follows is of one encoding, and an image may be part of every one of the batch"]
+    try:
+        lines += metrics.privacy_lines(
+            multiplier, relation="replace_one", prior=1 / CANDIDATES, information=information, covariance=covariance
+        )
+    except ImportError as error:
+        lines += [f"no epsilon: {error}"]
     return lines
 
 

@@ -158,13 +158,19 @@ def test_what_noise_promises_is_said_beside_it() -> None:
     clip, noise = parse("clip:norm=1"), parse("gaussian:scale=0.1")
     assert promises((*clip, *noise)) == []
     assert promises((*noise, *clip)) == unbounded
-    (refused,) = promises((*parse("soteria"), *parse("dpsgd")))
-    assert refused.startswith("no epsilon: the features that Soteria leaves out")
+    assert promises((*noise, *parse("laplace"))) == unbounded
+    assert promises((*noise, *clip, *noise)) == []
+    assert promises((*parse("dpsgd:noise_multiplier=0"), *noise)) == []
+    assert promises((*parse("soteria"), *parse("dpsgd"))) == [
+        "no epsilon is computed: Soteria chooses the features it leaves out by the images"
+    ]
     pytest.importorskip("dp_accounting")
     alone = promises(parse("dpsgd"))
     assert promises((*parse("dpsgd"), *noise)) == alone
     mixed, *rest = promises((*parse("mixup:k=3"), *parse("dpsgd")))
-    assert (mixed, rest) == ("what follows is of one encoding: in a batch an image may be part of 3 of them", alone)
+    assert mixed == "what follows is of one encoding, and an image may be part of every one of the batch"
+    assert rest == promises((*parse("instahide:k=1"), *parse("dpsgd"))) == alone
+    assert promises((*parse("soteria:ratio=0"), *parse("dpsgd"))) == alone
     epsilon, gamma = promises(parse("dpsgd:noise_multiplier=1,norm=1"))
     assert epsilon.startswith("epsilon 9.997 at delta 1e-05 (replace_one, pld")
     assert gamma == "gamma 0.3891: the largest chance of a reconstruction, 0.1 without the release"
@@ -345,7 +351,10 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--local-steps", "2", "--local-learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
         (["--attack", "linear", "--model", "lenet"], "--attack linear needs one of the models linear, mlp, got"),
         (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
-        (["--defense", "magic"], f"defense must be one of {', '.join([*DEFENSES, *COMBINATIONS])}, got 'magic'"),
+        (
+            ["--defense", "magic"],
+            f"defense must be one of {', '.join(['none', *DEFENSES, *COMBINATIONS])}, got 'magic'",
+        ),
         (["--defense", "prune:ratio=2"], "ratio must be in [0, 1), got 2.0"),
         (["--defense", "dpsgd", "--local-steps", "2"], "defense dpsgd is for one step on the whole batch"),
         (["--adaptive"], "--adaptive needs a --defense that the attacker could know, got none"),

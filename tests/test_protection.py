@@ -48,7 +48,7 @@ def test_a_name_has_defaults_and_settings():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shield", "defense must be one of prune, topk, .*prune_instahide, got 'shield'"),
+        ("shield", "defense must be one of none, prune, topk, .*prune_instahide, got 'shield'"),
         ("prune:share=0.9", "defense prune can be set ratio, got 'share=0.9'"),
         ("sign:scale=1", "defense sign can be set nothing, got 'scale=1'"),
         ("prune:ratio=much", "defense prune needs a number for ratio, got 'much'"),
@@ -322,15 +322,16 @@ def test_every_attack_takes_the_defended_client(name, text):
     """With the client and the objective of an attacker that knows the defense; what it finds is of what it sees."""
     protected = protected_by(text)
     low, high = jnp.full(3, -3.0), jnp.full(3, 3.0)
-    target = Target(
-        protected.assumed_fn, labels.dense("head"), 4, 4, (low, high), protected.apply_fn, adapt_fn=protected.adapt_fn
-    )
+    target = Target(protected.assumed_fn, labels.dense("head"), 4, 4, (low, high), protected.apply_fn)
     if name == "gias":
         decoder = {"kernel": jax.random.normal(KEYS[0], (5, 8 * 8 * 3))}
         target = target._replace(
             generator=Generator(lambda p, z: (z @ p["kernel"]).reshape(-1, 8, 8, 3), decoder, (5,), 1)
         )
+    adapted = []
+    target = target._replace(adapt_fn=lambda fn: adapted.append(fn) or protected.adapt_fn(fn))
     attack = make_attack(name, target, labels="known", solver="paper", num_steps=3)
+    assert len(adapted) == 1
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def found(key):

@@ -17,25 +17,25 @@ def cross_entropy(apply_fn) -> LossFn:
         apply_fn: `(params, inputs) -> logits` of shape (b, c).
 
     Returns:
-        `(params, batch) -> ` mean loss in nats, for class indices (b,) or class probabilities (b, c). It raises
-        ValueError for rows of integers, such as zeros and a one.
+        `(params, batch) -> ` mean loss in nats, for class indices (b,) or class probabilities (b, c); see
+        `classification_loss`.
     """
 
-    def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
-        labels = batch.labels
-        if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.integer):
-            got = f"{labels.dtype} of shape {labels.shape}"
-            raise ValueError(f"labels must be class indices (b,) or probabilities (b, c), got {got}")
-        return classification_loss(apply_fn(params, batch.inputs), labels)
-
-    return loss_fn
+    return lambda params, batch: classification_loss(apply_fn(params, batch.inputs), batch.labels)
 
 
 def classification_loss(
-    logits: Float[Array, "b c"], labels: Int[Array, " b"] | Float[Array, "b c"]
+    logits: Float[Array, "b c"], labels: Int[Array, "b *c"] | Float[Array, "b c"]
 ) -> Float[Array, ""]:
-    """The mean softmax cross-entropy in nats, for class indices (b,) or class probabilities (b, c)."""
+    """The mean softmax cross-entropy in nats, for class indices (b,) or class probabilities (b, c).
+
+    Raises:
+        ValueError: Rows of integers, such as zeros and a one.
+    """
     if jnp.issubdtype(labels.dtype, jnp.integer):
+        if labels.ndim > 1:
+            got = f"{labels.dtype} of shape {labels.shape}"
+            raise ValueError(f"labels must be class indices (b,) or probabilities (b, c), got {got}")
         return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
     return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels))
 

@@ -135,6 +135,14 @@ def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
 
     It compares directions, as a cosine does. An update of an image that the network has learned is short, and those of
     the images on the way to it are not: without this, an objective that is not a cosine leads to short updates first.
+    `euclidean` becomes a multiple of the cosine, and behind noise the observed length is also the noise's, so that the
+    truth is no longer the least.
+
+    Args:
+        objective_fn: Of two updates.
+
+    Returns:
+        The objective; the same for every positive multiple of a simulated update.
     """
 
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
