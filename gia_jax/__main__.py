@@ -16,7 +16,7 @@ from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, Named, Part, Protected, live_shares, parse, promises
+from gia_jax.protection import COMBINATIONS, DEFENSES, NAMES, Named, Part, Protected, live_shares, parse, promises
 
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[:k=v,k=v]",
-        help=f"of the client; repeat it for several, in this order: {', '.join(['none', *DEFENSES, *COMBINATIONS])}",
+        help=f"of the client; repeat it for several, in this order: {', '.join(NAMES)}",
     )
     single.add_argument("--adaptive", action="store_true", help="the attacker knows the defenses, but not their keys")
     single.add_argument("--aggregation", help=f"of the updates of --clients, run for real: {', '.join(AGGREGATIONS)}")

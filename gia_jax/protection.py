@@ -65,6 +65,7 @@ COMBINATIONS = {
     "prune_mixup": ("mixup:k=4", "prune:ratio=0.9"),
     "prune_instahide": ("instahide:k=4", "prune:ratio=0.9"),
 }
+NAMES = ("none", *DEFENSES, *COMBINATIONS)
 INTEGERS = ("bits", "k", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
 CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
@@ -97,7 +98,7 @@ def parse(text: str) -> tuple[Part, ...]:
     """The defenses that "NAME" or "NAME:setting=value,setting=value" means: one, or those of a combination.
 
     Args:
-        text: Such as "prune:ratio=0.99"; a name of `DEFENSES`, of `COMBINATIONS` without settings, or "none".
+        text: Such as "prune:ratio=0.99"; a name of `NAMES`, those of `COMBINATIONS` and "none" without settings.
 
     Returns:
         The parts, every setting filled in; none of them for "none".
@@ -113,8 +114,7 @@ def parse(text: str) -> tuple[Part, ...]:
             raise ValueError(f"defense {name} takes no settings, got {rest!r}")
         return tuple(part for one in COMBINATIONS[name] for part in parse(one))
     if name not in DEFENSES:
-        known = ", ".join(["none", *DEFENSES, *COMBINATIONS])
-        raise ValueError(f"defense must be one of {known}, got {name!r}")
+        raise ValueError(f"defense must be one of {', '.join(NAMES)}, got {name!r}")
     settings = dict(DEFENSES[name].settings)
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")

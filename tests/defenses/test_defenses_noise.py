@@ -71,7 +71,10 @@ def test_stochastic_rounding_is_unbiased(bits):
     # Away from 0, and upwards.
     for direction in (np.sign(true), np.ones_like(true)):
         assert abs(pooled(drawn, direction)) < 4
-    # Cases it must refuse: values that shrink by a thirtieth, and a shift.
+    # Cases it must refuse: rounding to nearest, values that shrink by a thirtieth, and a shift.
+    step = np.abs(values).max() / (2 ** (bits - 1) - 1)
+    biased = np.round(np.asarray(values) / step) * step - np.asarray(values)
+    assert np.sum(biased**2) > 20 * np.sum((drawn.mean(0) - true) ** 2)
     assert pooled(0.97 * drawn, np.sign(true)) < -4
     assert pooled(drawn + 0.03 * np.abs(true).max(), np.ones_like(true)) > 4
 
