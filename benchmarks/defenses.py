@@ -1,7 +1,7 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--restarts N]
-        [--weights W ...] [--controls] [--rescaled] [--defenses NAME ...]
+        [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
 
 Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
@@ -33,6 +33,7 @@ from gia_jax import (
     clients,
     data,
     defenses,
+    keep_best,
     labels,
     metrics,
     models,
@@ -44,6 +45,7 @@ from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_informatio
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.adaptive import rescaled
 from gia_jax.matching.objectives import cosine
+from gia_jax.matching.optimizers import step_schedule
 from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
 from gia_jax.threat import observe
@@ -182,10 +184,19 @@ def attack(
 ) -> Result:
     """The attack on all observations, which repeat the list of victims with one weight of total variation each time.
 
-    An objective other than the blind attacker's takes over after half of the steps.
+    An objective other than the blind attacker's takes over after half of the steps; from the start where the attack
+    starts near the truth, and walks in small steps.
     """
     low, high = victims.images.bounds()
-    number = len(victims.pixels)
+    number, times = len(victims.pixels), len(weights)
+    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
+    near = args.near is not None
+    weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
+    given = {"weight": weight}
+    if near:
+        noise = 10 ** (-args.near / 20) * jax.random.normal(jax.random.key(11), victims.truth.inputs.shape)
+        given["start"] = truth.inputs + jnp.concatenate([noise] * times) / jnp.asarray(victims.images.std, jnp.float32)
+    observations = observations._replace(extra=observations.extra | given)
 
     def of(observation: Observation) -> Attack:
         def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
@@ -196,22 +207,22 @@ def attack(
                 # The weight is a lane's own, so that one program serves them all.
                 total_variation_weight=observation.extra["weight"],
                 objective_fn=objective_fn,
+                init_fn=(lambda key, observation: observation.extra["start"]) if near else None,
+                optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, num_steps)))
+                if near
+                else None,
             )
 
-        return informed(stage, objective_fn, args.steps)
+        return keep_best(stage(objective_fn, args.steps)) if near else informed(stage, objective_fn, args.steps)
 
     ig = Attack(
         init=lambda key, observation: of(observation).init(key, observation),
         step=lambda key, state, observation: of(observation).step(key, state, observation),
         finalize=lambda candidate, observation: of(observation).finalize(candidate, observation),
     )
-    weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
-    observations = observations._replace(extra=observations.extra | {"weight": weight})
-    counted = counted_steps(objective_fn, args.steps)
+    counted = args.steps if near else counted_steps(objective_fn, args.steps)
     key, restarts = jax.random.key(0), args.restarts
     found = study(ig, key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
-    times = len(weights)
-    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
     gallery, places = jnp.asarray(victims.images.images), jnp.tile(victims.places, times)
     rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
@@ -257,7 +268,7 @@ def blind(
 def objective_of(protected: Protected, args: argparse.Namespace) -> ObjectiveFn:
     """Of the attacker that knows the defense."""
     objective_fn = protected.adapt_fn(cosine)
-    return rescaled(objective_fn) if args.rescaled and objective_fn is not cosine else objective_fn
+    return rescaled(objective_fn) if args.rescaled else objective_fn
 
 
 def adaptive(
@@ -382,14 +393,20 @@ def table(args: argparse.Namespace) -> None:
     listed = ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
+    stage += "_near" * (args.near is not None)
+    schedule = (
+        "an adaptive attacker with an objective of its own uses the blind one's for the first half"
+        if args.near is None
+        else f"of .01 in place of .1, started from the truth with noise of {args.near:g} dB, which no attacker has: a "
+        "control of what the objectives are worth where the search is no part of it"
+    )
     record.write(
         args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{len(victims.pixels)} CIFAR-10 test images, the first {args.per_class} of each class by id, batch 1; model, "
         f"client and attack seed 0, {args.restarts} restart{'s' * (args.restarts > 1)} (the lowest loss is kept), "
-        f"{args.steps} steps; an adaptive attacker with an objective of its own "
-        f"uses the blind one's for the first half. Both attackers tuned the weight of total variation "
+        f"{args.steps} steps; {schedule}. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
         f"paired bootstrap interval of 95 % ('none' where it covers 0). "
@@ -504,6 +521,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
     parser.add_argument("--controls", action="store_true", help="each adaptive attacker on undefended updates too")
     parser.add_argument("--rescaled", action="store_true", help="adaptive attackers compare updates of one length")
+    parser.add_argument("--near", type=float, help="PSNR in dB of the truth with noise that attacks start from")
     parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
-from gia_jax.protection import CANDIDATES, Part, Protected, parse, protect
+from gia_jax.protection import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
 
 THREAT = ThreatModel(labels=True)
@@ -93,6 +93,11 @@ class Defense(NamedTuple):
     def private(self) -> Part | None:
         """DP-SGD, where it is one of the parts: the client has an epsilon, and training takes Poisson samples."""
         return next((part for part in self.parts if part.name == "dpsgd"), None)
+
+    @property
+    def prunes_features(self) -> bool:
+        """Whether Soteria is one of the parts."""
+        return any(part.name == "soteria" for part in self.parts)
 
     @property
     def encodes(self) -> bool:
@@ -248,7 +253,7 @@ def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps:
     multiplier, norm = (defense.private.settings[name] for name in ("noise_multiplier", "norm"))
     rate = BATCH / len(task.train.labels)
     row["epsilon"] = f"{epsilon(multiplier, delta=DELTA, num_rounds=num_steps, sampling_rate=rate):.3g}"
-    row["epsilon of one update"] = f"{epsilon(multiplier, delta=DELTA):.3g}"
+    row["epsilon of one update"] = f"{epsilon(multiplier, delta=DELTA, relation='replace_one'):.3g}"
     row["gamma of one update"] = f"{reconstruction_robustness(multiplier, prior=1 / CANDIDATES):.3g}"
     covariance = pixel_covariance(task.gallery)
     few = jax.tree.map(lambda leaf: leaf[:BOUND_VICTIMS], task.victims)
@@ -283,7 +288,10 @@ def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> dic
     stages = {"untrained": defense.protected.params, "trained": networks[0]}
     for stage, params in stages.items():
         found = leakage(defense, task, params, args.attack_steps, f"{defense_name}, {stage}")
-        row |= columns(stage, found, defense.encodes)
+        row |= columns(stage, found, defense.encodes) | {f"live features pruned {stage}": "-"}
+        if defense.prunes_features:
+            shares = live_shares(defense.parts, apply_fn, params, task.victims.inputs[:, None])
+            row[f"live features pruned {stage}"] = f"{shares.mean():.0%}"
     row |= promised(defense, task, stages, args.steps) | {"training s": f"{seconds:.0f}"}
     print(row, flush=True)
     return row
@@ -318,7 +326,8 @@ Accuracy: of {len(task.test.labels):,} test images, mean and standard deviation 
 the batches and the defense), after {args.steps} steps of Adam at {LEARNING_RATE:g} on batches of {BATCH} of \
 {len(task.train.labels):,} training images, a GroupNormNet of width {WIDTH}; nothing is tuned for a defense, and the \
 optimizer rescales whatever the defense scales. MixUp and InstaHide train on encodings and are tested on plain images. \
-Training s: of all seeds, without compiling.
+Training s: of all seeds, without compiling. Live features pruned: of the victims' features that are not 0, the share \
+that Soteria prunes.
 
 Leakage: mean PSNR in dB and its standard error over {len(task.victims.labels)} test images, the first of every class \
 in turn, each alone in its batch; share of 20 dB or more. Untrained: the network of seed 0 before training; trained: \
@@ -335,13 +344,14 @@ other, the labels known are those of the encoding, and PSNR is against the priva
 against what was sent); for InstaHide the attacker's box and total variation are those of magnitudes. Decoding \
 encodings of several epochs is not in this table: one encoding is the least that such a client gives away.
 
-Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed (in the whole paragraph), for \
+Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for \
 an adversary that sees every update and not the sample: real Poisson samples at rate {
             BATCH
             / len(
                 task.train.labels
-            ):.3g}. Of one update: the one attacked, which is not sampled; no attack tells it from \
-{CANDIDATES - 1} equally likely others with a chance above gamma ({1 / CANDIDATES:g} without the update). Van Trees: \
+            ):.3g}. Of one update: the one attacked, a batch of known size which is not sampled, so one example is \
+replaced; no attack tells it from {CANDIDATES - 1} equally likely others with a chance above gamma \
+({1 / CANDIDATES:g} without the update). Van Trees: \
 the PSNR in dB of the least mean squared error of any attacker on one update, in expectation over a Gaussian with \
 the covariance of {len(task.gallery):,} training images ({BOUND_VICTIMS} victims' Fisher information); Fisher: the \
 same for unbiased estimators only, no ceiling for these attacks. A mean of PSNRs may be above the PSNR of a mean \

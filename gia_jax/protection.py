@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         """As it is written on the command line."""
-        return self.name + (":" + ",".join(f"{k}={v:g}" for k, v in self.settings.items()) if self.settings else "")
+        return self.name + (":" + ",".join(f"{k}={v:.15g}" for k, v in self.settings.items()) if self.settings else "")
 
 
 class Named(NamedTuple):
@@ -151,9 +151,11 @@ def protect(
     * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
       the attack is that of an attacker that does not know of it.
 
-    Where a modelled chain clips, the attacker clips its own update too. In a sum with other noise, that of rounding is
-    taken for Gaussian. Noise and rounding hide the zeros of Soteria: the last layer is then left out. A ratio or a
-    scale of 0 is no defense, and changes neither the update nor the attacker.
+    Where a chain clips, prunes or takes signs only, the attacker does not know the norm of clipping: it compares
+    updates of the observed length (`adaptive.rescaled`). Behind noise and rounding, which lengthen the update, it is
+    given the norm, as it is DP-SGD's. In a sum with other noise, that of rounding is taken for Gaussian. Noise and
+    rounding hide the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no defense, and
+    changes neither the update nor the attacker.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
@@ -264,15 +266,19 @@ def _reading(parts: Sequence[Part]) -> _Reading | None:
     """As in the docstring of `protect`; None for a chain that is not modelled."""
     drawn_first = [part for part in parts if part.name == "dpsgd"]
     chain = drawn_first + [part for part in parts if part.acts_on == "update"]
-    clips = [part for part in chain if part.name == "clip"]
     names = {part.name for part in chain}
+
+    def of_directions(adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]) -> _Reading:
+        clips = "clip" in names
+        return _Reading((), lambda fn: adaptive.rescaled(adapt_fn(fn)) if clips else adapt_fn(fn))
+
     if "sign" in names:
-        return None if names.intersection(NOISE) else _Reading(clips, lambda _: adaptive.sign_hinge())
+        return None if names.intersection(NOISE) else of_directions(lambda _: adaptive.sign_hinge())
     first = next((i for i, part in enumerate(chain) if part.name in UNBIASED), len(chain))
     drawn = {part.name for part in chain[first:]}
     if not drawn:
         # The support is read from the update: a pruning of its own would hide entries that are to grow.
-        return _Reading(clips, adaptive.pruned if names.intersection(("prune", "topk")) else _unchanged)
+        return of_directions(adaptive.pruned if names.intersection(("prune", "topk")) else _unchanged)
     if not drawn.issubset(UNBIASED):
         return None
     if drawn == {"laplace"}:

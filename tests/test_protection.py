@@ -37,6 +37,7 @@ def distance(a, b):
 
 def test_a_name_has_defaults_and_settings():
     assert [str(part) for part in parse("prune")] == ["prune:ratio=0.9"]
+    assert [str(part) for part in parse("prune:ratio=0.9999999")] == ["prune:ratio=0.9999999"]
     assert [str(part) for part in parse("dpsgd:norm=2")] == ["dpsgd:noise_multiplier=1,norm=2"]
     assert [str(part) for part in parse("prune_instahide")] == ["instahide:k=4", "prune:ratio=0.9"]
     assert parse("quantize:bits=3")[0].settings == {"bits": 3}
@@ -72,6 +73,7 @@ def test_what_cannot_be_parsed_is_named(text, message):
         ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
         ("precode:size=0", "size must be positive, got 0"),
         ("dpsgd:noise_multiplier=-1", r"noise_multiplier must not be negative, got -1\.0"),
+        ("dpsgd:noise_multiplier=inf", "noise_multiplier must be finite, got inf"),
     ],
 )
 def test_a_bad_setting_is_refused_when_the_client_is_built(text, message):
@@ -165,13 +167,14 @@ def test_every_defense_goes_before_another_of_the_update(name):
 
 
 @pytest.mark.parametrize("name", [name for name in DEFENSES if name != "precode"])
-def test_the_attacker_s_client_is_the_undefended_one_or_clips(name):
-    clips = {"clip": "clip:norm=0.1", "dpsgd": "dpsgd:noise_multiplier=0,norm=0.1"}
-    protected = protected_by(clips.get(name, name).replace("noise_multiplier=0", "noise_multiplier=1"))
+def test_the_attacker_s_client_is_the_undefended_one_or_clips_examples(name):
+    private = name == "dpsgd"
+    protected = protected_by("dpsgd:noise_multiplier=1,norm=0.1" if private else name)
     assumed, plain = protected.assumed_fn(protected.params, BATCH), update_of(protected_by(), KEYS[0])
-    if name in clips:
-        assert distance(update_of(protected_by(clips[name]), KEYS[0]), assumed) < 1e-5
-    assert (distance(assumed, plain) < 1e-5) == (name not in clips)
+    if private:
+        noiseless = update_of(protected_by("dpsgd:noise_multiplier=0,norm=0.1"), KEYS[0])
+        assert distance(noiseless, assumed) < 1e-5
+    assert (distance(assumed, plain) < 1e-5) != private
 
 
 @pytest.mark.parametrize(
@@ -270,8 +273,24 @@ def test_no_pair_of_defenses_drives_the_attacker_that_knows_it_from_the_truth(fi
         assert both.assumed_fn(LONG, BATCH) is LONG
 
 
-@pytest.mark.parametrize("rest", [("prune", "gaussian"), ("prune",), ("gaussian",), ("topk", "laplace"), ("quantize",)])
-def test_what_is_clipped_is_clipped_by_the_attacker_too(rest):
+@pytest.mark.parametrize("rest", [("prune",), ("topk",), ("sign",), ("prune", "sign")])
+def test_the_attacker_does_not_know_the_norm_of_clipping(rest):
+    """Of one update it makes the same under every norm, and of the truth as little as without clipping."""
+    texts = [CHAINED[name] for name in rest]
+    narrow, wide, without = (chained(*clip, *texts) for clip in (["clip:norm=0.1"], ["clip:norm=7"], []))
+
+    def loss(assumed, update):
+        return float(assumed.adapt_fn(euclidean)(assumed.assumed_fn(LONG, BATCH), update))
+
+    short, long = (client.client_fn(KEYS[0])(LONG, BATCH) for client in (narrow, without))
+    assert loss(narrow, short) == loss(wide, short)
+    # Signs of one scale in a tensor are shorter than what they were taken of: the hinge's margin is a little larger.
+    assert loss(narrow, short) == pytest.approx(loss(without, long), rel=0.3 if "sign" in rest else 1e-4, abs=1e-6)
+    assert loss(narrow, optax.tree.scale(-1, short)) > 2 * loss(narrow, short)
+
+
+@pytest.mark.parametrize("rest", [("prune", "gaussian"), ("gaussian",), ("topk", "laplace"), ("quantize",)])
+def test_behind_noise_the_attacker_clips_too(rest):
     """The clipped gradient under the same defenses, without clipping, is what the attacker takes it for."""
     texts = [CHAINED[name] for name in rest]
     with_clip = chained("clip:norm=0.1", *texts)

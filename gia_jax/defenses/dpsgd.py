@@ -39,7 +39,7 @@ def dp_sgd(
         key: Of this client and this round, never the attacker's. A key used twice draws the same noise, which the
             difference of the two updates cancels. `vmap` over clients, each with a key of its own.
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
-        noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0.
+        noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0 and finite.
         microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
         lowering: As for `clients.federated_sgd`.
 
@@ -47,8 +47,8 @@ def dp_sgd(
         `(params, batch) -> update`, with one noise for each key: the same in every call.
 
     Raises:
-        ValueError: If `norm` is not positive and finite, `noise_multiplier` is negative, `microbatch_size` is no
-            positive integer, or a batch is empty or its size no multiple of `microbatch_size`.
+        ValueError: If `norm` is not positive and finite, `noise_multiplier` negative or not finite, `microbatch_size`
+            no positive integer, or a batch is empty or its size no multiple of `microbatch_size`.
 
     Formal Guarantees:
         In exact arithmetic (rounding adds to it; bfloat16 visibly) adding or removing one example changes the sum by at
@@ -59,6 +59,7 @@ def dp_sgd(
     _check.positive(norm=norm)
     _check.finite("norm", norm)
     _check.not_negative(noise_multiplier=noise_multiplier)
+    _check.finite("noise_multiplier", noise_multiplier)
     if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
         raise ValueError(f"microbatch_size must be a positive integer, got {microbatch_size}")
     noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))

@@ -88,8 +88,7 @@ def rounding_likelihood(bits: int) -> ObjectiveFn:
     Stochastic rounding between levels d apart gives o from g with probability 1 - |g - o| / d, and 0 beyond d. Below a
     probability of 1e-2 the logarithm goes on along its tangent.
 
-    `protection` compares with the expectation instead, by the attack's own objective: with weights of the prior that
-    suit a cosine this one has found less.
+    `protection` compares with the expectation instead, by the attack's own objective.
 
     Args:
         bits: An integer in [2, 16], as the defense's.
@@ -133,20 +132,22 @@ def relative(objective_fn: ObjectiveFn) -> ObjectiveFn:
 def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
     """The objective of the simulated update at the length of the observed one, both where the observed one is not 0.
 
-    It compares directions, as a cosine does. An update of an image that the network has learned is short, and those of
-    the images on the way to it are not: without this, an objective that is not a cosine leads to short updates first.
-    `euclidean` becomes a multiple of the cosine, and behind noise the observed length is also the noise's, so that the
-    truth is no longer the least.
+    It compares directions, as a cosine does, and need not know a norm of clipping. An update of an image that the
+    network has learned is short, and those of the images on the way to it are not: without this, an objective that is
+    not a cosine leads to short updates first. `euclidean` becomes a multiple of the cosine, and behind noise the
+    observed length is also the noise's, so that the truth is no longer the least.
 
     Args:
-        objective_fn: Of two updates.
+        objective_fn: Of two updates; the cosine is that already, and comes back as it is.
 
     Returns:
         The objective; the same for every positive multiple of a simulated update.
     """
+    if objective_fn is cosine:
+        return cosine
 
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
-        ratio = optax.tree.norm(observed) * inverse_root(_squared_norm(on_support(simulated, observed)))
+        ratio = estimated_norm(observed) * inverse_root(_squared_norm(on_support(simulated, observed)))
         return objective_fn(optax.tree.scale(ratio, simulated), observed)
 
     return objective
