@@ -284,8 +284,7 @@ def test_the_attacker_does_not_know_the_norm_of_clipping(rest):
 
     short, long = (client.client_fn(KEYS[0])(LONG, BATCH) for client in (narrow, without))
     assert loss(narrow, short) == loss(wide, short)
-    # Signs of one scale in a tensor are shorter than what they were taken of: the hinge's margin is a little larger.
-    assert loss(narrow, short) == pytest.approx(loss(without, long), rel=0.3 if "sign" in rest else 1e-4, abs=1e-6)
+    assert loss(narrow, short) == pytest.approx(loss(without, long), rel=1e-4, abs=1e-6)
     assert loss(narrow, optax.tree.scale(-1, short)) > 2 * loss(narrow, short)
 
 
@@ -324,7 +323,7 @@ def test_objectives_follow_the_defenses_of_the_update():
     both = protected_by("prune", "sign")
     signs, plain = update_of(both, KEYS[0]), both.assumed_fn(both.params, BATCH)
     assert both.adapt_fn(cosine)(plain, signs) < 0.02
-    assert both.adapt_fn(cosine)(optax.tree.scale(-1, plain), signs) > 0.5
+    assert both.adapt_fn(cosine)(optax.tree.scale(-1, plain), signs) > 0.3
     update = update_of(protected_by("soteria:ratio=0.5"), KEYS[0])
     plain = protected_by().assumed_fn(protected_by().params, BATCH)
     assert cosine(plain, update) > 1e-4

@@ -57,29 +57,40 @@ def supported(objective_fn: ObjectiveFn = cosine) -> ObjectiveFn:
     return lambda simulated, observed: objective_fn(on_support(simulated, observed), observed)
 
 
-def sign_hinge(*, margin: float = 0.01) -> ObjectiveFn:
-    """For signs: the sum over tensors of the mean of max(0, margin - sign(o_i) g_i / m), m the tensor's mean |o|.
+def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn:
+    """For signs: the mean over all entries, m the mean |g| of the entry's tensor, of
 
-    `defenses.sign` shares the mean magnitude of the tensor as its scale, so g / m is of order one. At the truth almost
-    nothing is left of it, where a cosine with the signs is far from its least value, which lies elsewhere.
+        max(0, margin - sign(o_i) g_i / m)  where o_i is not 0,  and  zero_weight |g_i| / m  where it is.
+
+    At the truth almost nothing is left of it, where a cosine with the signs is far from its least value, which lies
+    elsewhere. It does not depend on the length of any tensor of g: what it is after is signs, not the scale of a tensor
+    that `defenses.sign` shares beside them.
 
     Args:
-        margin: > 0, in units of the tensor's mean magnitude; a large one asks more of an entry than its sign.
+        margin: > 0; a large one asks more of an entry than its sign.
+        zero_weight: >= 0. A gradient that is exactly 0, as of a feature that is not active, shares 0; 0 for a client
+            that makes zeros of its own before it takes signs.
 
     Returns:
         The objective; 0 where every sign agrees by the margin.
 
     Raises:
-        ValueError: If `margin` is not positive.
+        ValueError: If `margin` is not positive, or `zero_weight` negative.
     """
     _check.positive(margin=margin)
+    _check.not_negative(zero_weight=zero_weight)
 
     def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
-        mean = jnp.mean(jnp.abs(o))
-        scaled = jnp.sign(o) * s / jnp.where(mean > 0, mean, 1)
-        return jnp.mean(jnp.where(o != 0, jax.nn.relu(margin - scaled), 0))
+        mean = jnp.mean(jnp.abs(s))
+        scaled = s / jnp.where(mean > 0, mean, 1)
+        wrong = jax.nn.relu(margin - jnp.sign(o) * scaled)
+        return jnp.sum(jnp.where(o != 0, wrong, zero_weight * jnp.abs(scaled)))
 
-    return lambda simulated, observed: jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
+    def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
+        total = jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
+        return total / sum(leaf.size for leaf in jax.tree.leaves(observed))
+
+    return objective
 
 
 def rounding_likelihood(bits: int) -> ObjectiveFn:

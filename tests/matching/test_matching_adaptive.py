@@ -75,10 +75,22 @@ def test_a_threshold_that_the_truth_keeps_costs_nothing():
         assert adaptive.pruned(euclidean)(TRUE, observed) == 0
 
 
-def test_signs_cost_by_their_margin():
-    observed = {"a": jnp.array([2.0, -2.0, 0.0])}
-    simulated = {"a": jnp.array([1.0, 1.0, 5.0])}  # right by 0.75, wrong by 0.75 in units of 4 / 3
-    assert adaptive.sign_hinge(margin=0.5)(simulated, observed) == pytest.approx((0 + 1.25 + 0) / 3)
+def test_signs_cost_by_their_margin_and_zeros_by_what_is_there():
+    observed = {"a": jnp.array([2.0, -2.0, 0.0]), "b": jnp.array([-3.0])}
+    # In units of the tensor's mean: right by 1, wrong by 1, not 0 by 1; right by 1.
+    simulated = {"a": jnp.array([5.0, 5.0, -5.0]), "b": jnp.array([-0.1])}
+    assert adaptive.sign_hinge(margin=0.5)(simulated, observed) == pytest.approx((0 + 1.5 + 1 + 0) / 4)
+    assert adaptive.sign_hinge(margin=1.5, zero_weight=0.0)(simulated, observed) == pytest.approx((0.5 + 2.5 + 0.5) / 4)
+    # The scales of tensors are not what it is after.
+    longer = {"a": 7 * simulated["a"], "b": simulated["b"]}
+    assert adaptive.sign_hinge()(longer, observed) == pytest.approx(adaptive.sign_hinge()(simulated, observed))
+
+
+def test_signs_have_a_derivative_where_a_whole_tensor_is_zero():
+    observed = shared(defenses.sign())
+    for simulated in (optax.tree.zeros_like(TRUE), TRUE | {"a": 0 * TRUE["a"]}):
+        gradient = jax.grad(adaptive.sign_hinge())(simulated, observed)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_rounding_is_a_likelihood():
@@ -150,5 +162,7 @@ def test_bad_settings_are_named():
         adaptive.pruned(weight=-1.0)
     with pytest.raises(ValueError, match=r"margin must be positive, got 0\.0"):
         adaptive.sign_hinge(margin=0.0)
+    with pytest.raises(ValueError, match=r"zero_weight must not be negative, got -1\.0"):
+        adaptive.sign_hinge(zero_weight=-1.0)
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got 1"):
         adaptive.rounding_likelihood(1)
