@@ -57,7 +57,9 @@ DEFENSES = {
     ),
     "mixup": Named("mixed images and labels, Zhang et al. 2018", {"k": 4}, "input"),
     "instahide": Named("mixed images with random signs, Huang et al. 2020", {"k": 4}, "input"),
-    "soteria": Named("last layer without revealing features, Sun et al. 2021", {"ratio": 0.8}, "client"),
+    "soteria": Named(
+        "last layer without revealing features, Sun et al. 2021", {"ratio": 0.8, "num_probes": 0}, "client"
+    ),
     "precode": Named("variational bottleneck, Scheliga et al. 2022", {"size": 256}, "model"),
 }
 # Of Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
@@ -66,7 +68,7 @@ COMBINATIONS = {
     "prune_instahide": ("instahide:k=4", "prune:ratio=0.9"),
 }
 NAMES = ("none", *DEFENSES, *COMBINATIONS)
-INTEGERS = ("bits", "k", "size")
+INTEGERS = ("bits", "k", "num_probes", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
 CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
 UNBIASED = (*NOISE, "ternary", "quantize")  # their expectation is what enters them
@@ -364,12 +366,12 @@ def live_shares(
     Raises:
         ValueError: No Soteria among `parts`.
     """
-    ratios = [part.settings["ratio"] for part in parts if part.name == "soteria"]
-    if not ratios:
+    found = [part.settings for part in parts if part.name == "soteria"]
+    if not found:
         raise ValueError(f"parts must have soteria, got {[part.name for part in parts]}")
 
     def of_one(inputs: Float[Array, "b *d"]) -> Float[Array, ""]:
-        return defenses.live_share_pruned(apply_fn, dense(head), params, inputs, ratio=ratios[0])
+        return defenses.live_share_pruned(apply_fn, dense(head), params, inputs, **found[0])
 
     return jax.lax.map(of_one, inputs)
 

@@ -71,6 +71,7 @@ def test_what_cannot_be_parsed_is_named(text, message):
         ("mixup:k=0", "k must be a positive integer, got 0"),
         ("quantize:bits=1", "bits must be an integer from 2 to 16, got 1"),
         ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
+        ("soteria:num_probes=-1", "num_probes must not be negative, got -1"),
         ("precode:size=0", "size must be positive, got 0"),
         ("dpsgd:noise_multiplier=-1", r"noise_multiplier must not be negative, got -1\.0"),
         ("dpsgd:noise_multiplier=inf", "noise_multiplier must be finite, got inf"),

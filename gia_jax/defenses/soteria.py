@@ -4,13 +4,16 @@ Sun et al., Soteria: Provable Defense against Privacy Leakage in Federated Learn
 CVPR 2021, algorithm 1; scores as in the authors' code.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jaxtyping import Array, Bool, Float
 
+from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, Params, Updates
 from gia_jax.defenses.pruning import checked_ratio, largest
 from gia_jax.labels.classifier import ClassifierFn
@@ -22,7 +25,13 @@ LANES = 64  # derivatives of one example taken at once
 
 
 def soteria(
-    client_fn: ClientFn, apply_fn: ApplyFn, classifier_fn: ClassifierFn, *, ratio: float, lowering: Lowering = "auto"
+    client_fn: ClientFn,
+    apply_fn: ApplyFn,
+    classifier_fn: ClassifierFn,
+    *,
+    ratio: float,
+    num_probes: int = 0,
+    lowering: Lowering = "auto",
 ) -> ClientFn:
     """The client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
 
@@ -32,6 +41,10 @@ def soteria(
     Of a batch the scores add up. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned first, although its
     row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
 
+    Departure, if asked for: the lengths of f derivatives cost f passes for every example; from m directions v of
+    independent normal entries, always the same, |dr_i / dx|^2 is the mean of (dr_i / dx . v)^2, of all features at once
+    and with a relative standard error of sqrt(2 / m) at most.
+
     An attacker that knows the defense attacks the undefended client on what it sees not to be zero:
     `matching.adaptive.supported`; or `selected` without the last layer.
 
@@ -40,20 +53,23 @@ def soteria(
         apply_fn: `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
         classifier_fn: Picks that layer from the parameters and from an update.
         ratio: Share of the features, in [0, 1); the paper prunes 0.01 to 0.8.
+        num_probes: m >= 0; 0 for the lengths themselves, as in the paper.
         lowering: As for `clients.federated_sgd`.
 
     Returns:
         `(params, batch) -> update`.
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1).
+        ValueError: If `ratio` is outside [0, 1), or `num_probes` negative.
     """
     checked_ratio(ratio)
+    _check.not_negative(num_probes=num_probes)
 
     def client(params: Params, batch: Batch) -> Updates:
         update = client_fn(params, batch)
         kernel = classifier_fn(update).kernel
-        kept = kept_features(apply_fn, classifier_fn, params, batch.inputs, ratio=ratio, lowering=lowering)
+        options = {"ratio": ratio, "num_probes": num_probes, "lowering": lowering}
+        kept = kept_features(apply_fn, classifier_fn, params, batch.inputs, **options)
         return jax.tree.map(lambda leaf: jnp.where(kept[:, None], leaf, 0) if leaf is kernel else leaf, update)
 
     return client
@@ -66,10 +82,11 @@ def kept_features(
     inputs: Float[Array, "b *d"],
     *,
     ratio: float,
+    num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> Bool[Array, " f"]:
     """The features Soteria keeps: all but the floor(ratio * f) of least score, the first of equal ones."""
-    scores = _scores(apply_fn, classifier_fn, params, inputs, lowering)
+    scores = _scores(apply_fn, classifier_fn, params, inputs, num_probes, lowering)
     size = len(scores)
     return largest([scores], size - math.floor(checked_ratio(ratio) * size))[0]
 
@@ -81,13 +98,15 @@ def live_share_pruned(
     inputs: Float[Array, "b *d"],
     *,
     ratio: float,
+    num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> Float[Array, ""]:
     """Of the features that are not 0 for every example of the batch, the share that Soteria prunes, in [0, 1].
 
     Where it is 0, the update is the undefended one. 0 also where no feature is alive.
     """
-    kept = kept_features(apply_fn, classifier_fn, params, inputs, ratio=ratio, lowering=lowering)
+    options = {"ratio": ratio, "num_probes": num_probes, "lowering": lowering}
+    kept = kept_features(apply_fn, classifier_fn, params, inputs, **options)
     live = jnp.any(_features(apply_fn, classifier_fn, params, inputs) != 0, axis=0)
     return jnp.sum(live & ~kept) / jnp.maximum(jnp.sum(live), 1)
 
@@ -107,17 +126,20 @@ def _features(
 
 
 def _scores(
-    apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"], lowering: Lowering
+    apply_fn: ApplyFn,
+    classifier_fn: ClassifierFn,
+    params: Params,
+    inputs: Float[Array, "b *d"],
+    num_probes: int,
+    lowering: Lowering,
 ) -> Float[Array, " f"]:
     def scores_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, " f"]:
         def of_one(example: Array) -> Float[Array, " f"]:
-            features, pull = jax.vjp(lambda x: _features(apply_fn, classifier_fn, params, x[None])[0], example)
+            def features_fn(x: Array) -> Float[Array, " f"]:
+                return _features(apply_fn, classifier_fn, params, x[None])[0]
 
-            def sensitivity(i: Array) -> Float[Array, ""]:
-                (row,) = pull(jnp.zeros_like(features).at[i].set(1))
-                return jnp.linalg.norm(row)
-
-            lengths = jax.lax.map(sensitivity, jnp.arange(len(features)), batch_size=LANES)
+            lengths_fn = functools.partial(_estimated_lengths, num_probes=num_probes) if num_probes else _lengths
+            features, lengths = lengths_fn(features_fn, example)
             return lengths / (jnp.abs(features) + GUARD)
 
         # One example after the other: memory does not grow with the batch.
@@ -126,3 +148,25 @@ def _scores(
     traced = jax.make_jaxpr(scores_fn)(params, inputs)
     closed = lower(traced) if lowers_to_matmul(lowering) else traced
     return jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, inputs)))[0]
+
+
+def _lengths(
+    features_fn: Callable[[Array], Array], example: Float[Array, "*d"]
+) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
+    """The features and |dr_i / dx|, one derivative after the other."""
+    features, pull = jax.vjp(features_fn, example)
+
+    def length(i: Array) -> Float[Array, ""]:
+        (row,) = pull(jnp.zeros_like(features).at[i].set(1))
+        return jnp.linalg.norm(row)
+
+    return features, jax.lax.map(length, jnp.arange(len(features)), batch_size=LANES)
+
+
+def _estimated_lengths(
+    features_fn: Callable[[Array], Array], example: Float[Array, "*d"], *, num_probes: int
+) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
+    """The same from derivatives of all features along random directions."""
+    features, push = jax.linearize(features_fn, example)
+    directions = jax.random.normal(jax.random.key(0), (num_probes, *example.shape), example.dtype)
+    return features, jnp.sqrt(jnp.mean(jnp.square(jax.lax.map(push, directions, batch_size=LANES)), axis=0))

@@ -74,6 +74,24 @@ def test_scores_of_a_convolutional_net_are_those_of_its_jacobian():
     assert set(np.flatnonzero(~np.asarray(kept))) == set(order[: len(order) // 4])
 
 
+def test_random_directions_estimate_the_scores():
+    """The length of one row from m directions has a relative standard error of sqrt(1 / 2m)."""
+    kernel = jnp.diag(jnp.array([1.0, 1.1, 1.2, 0.5, 2.0, -3.0]))[:5]
+    params = two_layers(jax.random.key(0)) | {"first": {"kernel": kernel, "bias": jnp.ones(6)}}
+    # Scores .92, 1.00, 1.09, .45, 1.82 and, without a derivative, 0: the nearest are 8 % apart, ten standard errors.
+    inputs = jnp.zeros((1, 5)).at[0, 0].set(-0.01)
+    for ratio in (0.2, 0.4, 0.6, 0.9):
+        exact, estimated = (
+            kept_features(apply_fn, HEAD, params, inputs, ratio=ratio, num_probes=m) for m in (0, 8_192)
+        )
+        np.testing.assert_array_equal(estimated, exact)
+    model_fn, weights = LENET
+    exact, few, many = (kept_features(model_fn, HEAD, weights, IMAGES, ratio=0.5, num_probes=m) for m in (0, 8, 512))
+    assert jnp.sum(few) == jnp.sum(many) == jnp.sum(exact)
+    assert jnp.mean(few == exact) < jnp.mean(many == exact)
+    assert jnp.mean(many == exact) > 0.9
+
+
 def test_memory_does_not_grow_with_the_batch():
     model_fn, params = LENET
 
@@ -120,3 +138,8 @@ def test_masked_matching_is_blind_to_what_soteria_hides():
 def test_a_bad_ratio_is_named(ratio):
     with pytest.raises(ValueError, match=f"ratio must be in \\[0, 1\\), got {ratio}"):
         soteria(lambda params, batch: params, apply_fn, HEAD, ratio=ratio)
+
+
+def test_a_bad_number_of_directions_is_named():
+    with pytest.raises(ValueError, match="num_probes must not be negative, got -1"):
+        soteria(lambda params, batch: params, apply_fn, HEAD, ratio=0.5, num_probes=-1)
