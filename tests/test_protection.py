@@ -188,6 +188,15 @@ def test_strength_nothing_is_the_undefended_client_and_attacker(text):
     assert weakest.adapt_fn(cosine) is cosine
 
 
+@pytest.mark.parametrize(
+    "text", ["clip:norm=1e9", "dpsgd:noise_multiplier=0,norm=1e9", "mixup:k=1", "quantize:bits=16"]
+)
+def test_the_weakest_of_the_rest_leaves_the_update_to_rounding(text):
+    weakest, plain = protected_by(text), protected_by()
+    batch = weakest.encode_fn(KEYS[1], BATCH)
+    assert distance(update_of(weakest, KEYS[0], batch), update_of(plain, KEYS[0])) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["gaussian", "ternary", "quantize"])
 def test_what_the_attacker_assumes_is_the_expectation(name):
     protected = protected_by(name)
