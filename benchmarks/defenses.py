@@ -394,19 +394,20 @@ def table(args: argparse.Namespace) -> None:
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
     stage += "_near" * (args.near is not None)
-    schedule = (
-        "an adaptive attacker with an objective of its own uses the blind one's for the first half"
-        if args.near is None
-        else f"of .01 in place of .1, started from the truth with noise of {args.near:g} dB, which no attacker has: a "
-        "control of what the objectives are worth where the search is no part of it"
-    )
+    schedule = "; an adaptive attacker with an objective of its own uses the blind one's for the first half"
+    if args.near is not None:
+        schedule = (
+            f" of .01 in place of .1. A control, of what the objectives say beside the truth: every attack, that on "
+            f"random updates too, starts from the truth with noise of {args.near:g} dB, a start that no attacker has, "
+            "and is to be compared with the attack on random updates, which takes away noise by its prior alone"
+        )
     record.write(
         args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{len(victims.pixels)} CIFAR-10 test images, the first {args.per_class} of each class by id, batch 1; model, "
         f"client and attack seed 0, {args.restarts} restart{'s' * (args.restarts > 1)} (the lowest loss is kept), "
-        f"{args.steps} steps; {schedule}. Both attackers tuned the weight of total variation "
+        f"{args.steps} steps{schedule}. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
         f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
         f"paired bootstrap interval of 95 % ('none' where it covers 0). "
@@ -421,7 +422,8 @@ def table(args: argparse.Namespace) -> None:
         "attacker's mean squared error is less, in expectation over a Gaussian with the data's covariance (8 victims' "
         "Fisher information); it is to be compared with 'mean error', the PSNR of the adaptive attacker's mean squared "
         "error, not with means of PSNRs.\n\n"
-        f"Threat model: {THREAT.describe()}; the adaptive attacker knows the defense and its strength, not its key.",
+        f"Threat model: {THREAT.describe()}; the adaptive attacker knows the defense, its strength where it makes use "
+        "of it, not its key.",
     )
 
 

@@ -357,7 +357,7 @@ the covariance of {len(task.gallery):,} training images ({BOUND_VICTIMS} victims
 same for unbiased estimators only, no ceiling for these attacks. A mean of PSNRs may be above the PSNR of a mean \
 error.
 
-Threat model: {THREAT.describe()}; the attacker knows the defense and its strength. The \
+Threat model: {THREAT.describe()}; the attacker knows the defense, and its strength where it makes use of it. The \
 whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} workers.""",
     )
 
@@ -382,8 +382,8 @@ def digits(args: argparse.Namespace) -> None:
 
 def cifar10(args: argparse.Namespace) -> None:
     """CIFAR-10."""
-    estimated = [name + ",num_probes=32" if name.startswith("soteria") else name for name in DEFENSES]
-    table("cifar10", args.defenses or estimated, args)
+    few = [name + ",num_probes=32" if name.startswith("soteria") else name for name in args.defenses or DEFENSES]
+    table("cifar10", few, args)
 
 
 def main() -> None:

@@ -146,19 +146,18 @@ def protect(
     What an attacker does that knows the chain of the update's defenses, DP-SGD's noise being drawn before all of them:
 
     * signs, with anything but noise: `adaptive.sign_hinge`, as nothing else turns a sign; a zero is one of the gradient
-      where nothing prunes or rounds;
-    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned;
+      where nothing prunes or rounds, Soteria included;
+    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned; where it is clipped,
+      between updates of the observed length (`adaptive.rescaled`), as the attacker does not know the norm;
     * clipping and pruning, then noise or stochastic rounding: it clips and prunes its own update, which is then the
       expectation, and takes `relative(l1)` for Laplace noise alone, `relative(euclidean)` for Gaussian noise or a sum
-      of noises, the given objective for rounding and for DP-SGD, whose clipping leaves little but a direction;
+      of noises, the given objective for rounding and for DP-SGD, whose clipping leaves little but a direction. The
+      norms are given: noise lengthens the update;
     * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
       the attack is that of an attacker that does not know of it.
 
-    Where a chain clips and prunes only, the attacker does not know the norm of clipping: it compares updates of the
-    observed length (`adaptive.rescaled`). Behind noise and rounding, which lengthen the update, it is
-    given the norm, as it is DP-SGD's. In a sum with other noise, that of rounding is taken for Gaussian. Noise and
-    rounding hide the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no defense, and
-    changes neither the update nor the attacker.
+    In a sum with other noise, that of rounding is taken for Gaussian. Noise and rounding hide the zeros of Soteria: the
+    last layer is then left out. A ratio or a scale of 0 is no defense, and changes neither the update nor the attacker.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
@@ -271,15 +270,21 @@ def _reading(parts: Sequence[Part]) -> _Reading | None:
     chain = drawn_first + [part for part in parts if part.acts_on == "update"]
     names = {part.name for part in chain}
     if "sign" in names:
-        zeros_are_kept = names.issubset(("sign", "clip"))
-        hinge = adaptive.sign_hinge(zero_weight=1.0 if zeros_are_kept else 0.0)
-        return None if names.intersection(NOISE) else _Reading((), lambda _: hinge)
+        if names.intersection(NOISE):
+            return None
+        zeros_are_true = {part.name for part in parts if part.acts_on in ("update", "client")}.issubset(
+            ("sign", "clip")
+        )
+        hinge = adaptive.sign_hinge(zero_weight=1.0 if zeros_are_true else 0.0)
+        return _Reading((), lambda _: hinge)
     first = next((i for i, part in enumerate(chain) if part.name in UNBIASED), len(chain))
     drawn = {part.name for part in chain[first:]}
     if not drawn:
         # The support is read from the update: a pruning of its own would hide entries that are to grow.
         adapt_fn = adaptive.pruned if names.intersection(("prune", "topk")) else _unchanged
-        return _Reading((), (lambda fn: adaptive.rescaled(adapt_fn(fn))) if "clip" in names else adapt_fn)
+        if "clip" in names:
+            return _Reading((), lambda objective_fn: adaptive.rescaled(adapt_fn(objective_fn)))
+        return _Reading((), adapt_fn)
     if not drawn.issubset(UNBIASED):
         return None
     if drawn == {"laplace"}:

@@ -41,9 +41,9 @@ def soteria(
     Of a batch the scores add up. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned first, although its
     row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
 
-    Departure, if asked for: the lengths of f derivatives cost f passes for every example; from m directions v of
-    independent normal entries, always the same, |dr_i / dx|^2 is the mean of (dr_i / dx . v)^2, of all features at once
-    and with a relative standard error of sqrt(2 / m) at most.
+    Departure, if asked for: the lengths of f derivatives cost f passes for every example. From m directions v of
+    independent normal entries, the same for all examples, |dr_i / dx|^2 is the mean of (dr_i / dx . v)^2, of all
+    features at once; the length has a relative standard error of about sqrt(1 / 2m).
 
     An attacker that knows the defense attacks the undefended client on what it sees not to be zero:
     `matching.adaptive.supported`; or `selected` without the last layer.

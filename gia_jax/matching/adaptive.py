@@ -14,6 +14,7 @@ from gia_jax import _check
 from gia_jax.base import ObjectiveFn, Updates
 from gia_jax.matching.objectives import cosine, inverse_root
 
+LEAST_MEAN = 1e-15  # of a tensor: the derivative of one over it is a number in float32
 FLOOR = 1e-2  # a likelihood below this goes on along its tangent: a start outside of every interval has a derivative
 
 
@@ -58,21 +59,22 @@ def supported(objective_fn: ObjectiveFn = cosine) -> ObjectiveFn:
 
 
 def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn:
-    """For signs: the mean over all entries, m the mean |g| of the entry's tensor, of
+    """For signs: the mean over the entries that count, m the mean |g| of the entry's tensor, of
 
         max(0, margin - sign(o_i) g_i / m)  where o_i is not 0,  and  zero_weight |g_i| / m  where it is.
 
-    At the truth almost nothing is left of it, where a cosine with the signs is far from its least value, which lies
-    elsewhere. It does not depend on the length of any tensor of g: what it is after is signs, not the scale of a tensor
-    that `defenses.sign` shares beside them.
+    Little is left of it at the truth, whose entries below the margin are charged, and a cosine with the signs is far
+    from its least value there, which lies elsewhere. It does not depend on the length of any tensor of g: what it is
+    after is signs, not the scale of a tensor that `defenses.sign` shares beside them. A tensor that is all 0 has every
+    sign wrong, at 1 each.
 
     Args:
         margin: > 0; a large one asks more of an entry than its sign.
         zero_weight: >= 0. A gradient that is exactly 0, as of a feature that is not active, shares 0; 0 for a client
-            that makes zeros of its own before it takes signs.
+            that makes zeros of its own before it takes signs, and they do not count.
 
     Returns:
-        The objective; 0 where every sign agrees by the margin.
+        The objective; 0 where every sign agrees by the margin, and nothing is where a zero was seen.
 
     Raises:
         ValueError: If `margin` is not positive, or `zero_weight` negative.
@@ -82,13 +84,18 @@ def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn
 
     def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
         mean = jnp.mean(jnp.abs(s))
-        scaled = s / jnp.where(mean > 0, mean, 1)
-        wrong = jax.nn.relu(margin - jnp.sign(o) * scaled)
+        exists = mean > LEAST_MEAN
+        scaled = jnp.where(exists, s, 0) / jnp.where(exists, mean, 1)
+        wrong = jnp.where(exists, jax.nn.relu(margin - jnp.sign(o) * scaled), 1)
         return jnp.sum(jnp.where(o != 0, wrong, zero_weight * jnp.abs(scaled)))
+
+    def counted(o: Array) -> Float[Array, ""]:
+        return jnp.sum(jnp.where(o != 0, 1.0, zero_weight))
 
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         total = jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
-        return total / sum(leaf.size for leaf in jax.tree.leaves(observed))
+        number = jnp.asarray(optax.tree.sum(jax.tree.map(counted, observed)))
+        return total / jnp.maximum(number, 1).astype(total.dtype)
 
     return objective
 

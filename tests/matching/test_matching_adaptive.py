@@ -80,17 +80,20 @@ def test_signs_cost_by_their_margin_and_zeros_by_what_is_there():
     # In units of the tensor's mean: right by 1, wrong by 1, not 0 by 1; right by 1.
     simulated = {"a": jnp.array([5.0, 5.0, -5.0]), "b": jnp.array([-0.1])}
     assert adaptive.sign_hinge(margin=0.5)(simulated, observed) == pytest.approx((0 + 1.5 + 1 + 0) / 4)
-    assert adaptive.sign_hinge(margin=1.5, zero_weight=0.0)(simulated, observed) == pytest.approx((0.5 + 2.5 + 0.5) / 4)
+    assert adaptive.sign_hinge(margin=1.5, zero_weight=0.0)(simulated, observed) == pytest.approx((0.5 + 2.5 + 0.5) / 3)
     # The scales of tensors are not what it is after.
     longer = {"a": 7 * simulated["a"], "b": simulated["b"]}
     assert adaptive.sign_hinge()(longer, observed) == pytest.approx(adaptive.sign_hinge()(simulated, observed))
 
 
-def test_signs_have_a_derivative_where_a_whole_tensor_is_zero():
+def test_signs_of_a_tensor_that_is_zero_or_nearly_are_wrong():
     observed = shared(defenses.sign())
-    for simulated in (optax.tree.zeros_like(TRUE), TRUE | {"a": 0 * TRUE["a"]}):
-        gradient = jax.grad(adaptive.sign_hinge())(simulated, observed)
+    for size in (0.0, 1e-30, 1e-20, 1e-14):
+        simulated = TRUE | {"a": size * TRUE["a"]}
+        loss, gradient = jax.value_and_grad(adaptive.sign_hinge())(simulated, observed)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+        assert (loss < 0.01) == (size > 1e-15)
+    assert adaptive.sign_hinge()(optax.tree.zeros_like(TRUE), observed) == 1
 
 
 def test_rounding_is_a_likelihood():
