@@ -382,8 +382,13 @@ def digits(args: argparse.Namespace) -> None:
 
 def cifar10(args: argparse.Namespace) -> None:
     """CIFAR-10."""
-    few = [name + ",num_probes=32" if name.startswith("soteria") else name for name in args.defenses or DEFENSES]
-    table("cifar10", few, args)
+
+    def feasible(name: str) -> str:
+        if not name.startswith("soteria") or "num_probes" in name:
+            return name
+        return f"{name}{',' if ':' in name else ':'}num_probes=32"
+
+    table("cifar10", [feasible(name) for name in args.defenses or DEFENSES], args)
 
 
 def main() -> None:
