@@ -191,11 +191,13 @@ def attack(
     number, times = len(victims.pixels), len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
     near = args.near is not None
-    weight = jnp.repeat(jnp.asarray(weights, jnp.float32), number)
-    given = {"weight": weight}
+    given = {"weight": jnp.repeat(jnp.asarray(weights, jnp.float32), number)}
+    options: dict[str, Any] = {}
     if near:
         noise = 10 ** (-args.near / 20) * jax.random.normal(jax.random.key(11), victims.truth.inputs.shape)
         given["start"] = truth.inputs + jnp.concatenate([noise] * times) / jnp.asarray(victims.images.std, jnp.float32)
+        small_steps = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, args.steps)))
+        options = {"init_fn": lambda key, observation: observation.extra["start"], "optimizer": small_steps}
     observations = observations._replace(extra=observations.extra | given)
 
     def of(observation: Observation) -> Attack:
@@ -207,10 +209,7 @@ def attack(
                 # The weight is a lane's own, so that one program serves them all.
                 total_variation_weight=observation.extra["weight"],
                 objective_fn=objective_fn,
-                init_fn=(lambda key, observation: observation.extra["start"]) if near else None,
-                optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, num_steps)))
-                if near
-                else None,
+                **options,
             )
 
         return keep_best(stage(objective_fn, args.steps)) if near else informed(stage, objective_fn, args.steps)

@@ -72,6 +72,7 @@ INTEGERS = ("bits", "k", "num_probes", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
 CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
 UNBIASED = (*NOISE, "ternary", "quantize")  # their expectation is what enters them
+ZEROING = ("prune", "topk", "ternary", "quantize", "soteria")  # a zero they share need not be one of the gradient
 
 
 class Protected(NamedTuple):
@@ -272,10 +273,8 @@ def _reading(parts: Sequence[Part]) -> _Reading | None:
     if "sign" in names:
         if names.intersection(NOISE):
             return None
-        zeros_are_true = {part.name for part in parts if part.acts_on in ("update", "client")}.issubset(
-            ("sign", "clip")
-        )
-        hinge = adaptive.sign_hinge(zero_weight=1.0 if zeros_are_true else 0.0)
+        makes_zeros = any(part.name in ZEROING for part in parts)
+        hinge = adaptive.sign_hinge(zero_weight=0.0 if makes_zeros else 1.0)
         return _Reading((), lambda _: hinge)
     first = next((i for i, part in enumerate(chain) if part.name in UNBIASED), len(chain))
     drawn = {part.name for part in chain[first:]}
