@@ -1,9 +1,13 @@
-"""The attacker of the tables of defenses: it starts as one that knows no defense."""
+"""The attackers of the tables of defenses: one that starts as if it knew no defense, and one that only draws."""
 
 from collections.abc import Callable
+from typing import Any
 
-from gia_jax import Attack, keep_best
-from gia_jax.base import ObjectiveFn
+import optax
+from jaxtyping import Array
+
+from gia_jax import Attack, Observation, keep_best
+from gia_jax.base import InitFn, ObjectiveFn
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
 
@@ -23,3 +27,13 @@ def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: Objectiv
 def counted_steps(objective_fn: ObjectiveFn, num_steps: int) -> int:
     """Of `informed`, those that are not in its start."""
     return num_steps if objective_fn is cosine else num_steps - num_steps // 2
+
+
+def redrawn(draw_fn: InitFn) -> optax.GradientTransformationExtraArgs:
+    """In place of an optimizer: the next candidate is drawn like the first, which makes an attack a random search."""
+
+    def update(updates: Any, state: Any, params: Array, *, key: Array, **_: Any) -> tuple[Any, Any]:
+        del updates
+        return draw_fn(key, Observation((), (), {"inputs_like": params})) - params, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -1,7 +1,7 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
-    python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--per-class N] [--steps N] [--restarts N]
-        [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
+    python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--splits NAME ...] [--per-class N] [--steps N]
+        [--restarts N] [--rounds N] [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
 
 Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import counted_steps, informed
+from attackers import counted_steps, informed, redrawn
 from flax import nnx
 from parts import run_parts
 from training import accuracy, train, train_network, uniform
@@ -40,10 +40,11 @@ from gia_jax import (
     report,
 )
 from gia_jax.attacks import inverting_gradients
-from gia_jax.base import ObjectiveFn, Params
+from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.adaptive import rescaled
+from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
@@ -51,6 +52,8 @@ from gia_jax.study import RUN_ONCE, study
 from gia_jax.threat import observe
 
 CLASSES, THREAT = 10, ThreatModel(labels=True)
+# Of a network: a step of an attack, counted as eight, costs as much as this many updates, counted as three.
+DRAWS_A_STEP = 8 / 3
 NOISE = ("gaussian", "dpsgd")
 # Three strengths of each where it has one; noise in units of an entry of the update, clipping at norms below LeNet's.
 DEFENSES = (
@@ -97,11 +100,11 @@ class Result(NamedTuple):
     objective: np.ndarray
 
 
-def victims_of(split: str, per_class: int) -> Victims:
-    """The first images of each class by their ids; the next ones are the clients' others."""
+def victims_of(split: str, per_class: int, *, first: int = 0) -> Victims:
+    """Images of each class by their ids, from the `first` on; the next ones are the clients' others."""
     images = data.load("cifar10", split=split, limit=10_000)
     places = [np.flatnonzero(images.labels == c) for c in range(CLASSES)]
-    chosen = np.sort(np.concatenate([place[:per_class] for place in places]))
+    chosen = np.sort(np.concatenate([place[first : first + per_class] for place in places]))
     rest = np.setdiff1d(np.arange(len(images.labels)), chosen)[:NUM_OTHERS]
 
     def batch(index: np.ndarray) -> Batch:
@@ -153,7 +156,25 @@ def trained(protected: Protected, epochs: int) -> tuple[Protected, float]:
     return protected._replace(params=params), accuracy(protected.apply_fn, params, inputs, test.labels)
 
 
-def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
+def averaged(client_fn: Callable[[jax.Array], ClientFn], key: jax.Array, rounds: int) -> ClientFn:
+    """The mean of what a client answers in several rounds on one batch, where the server sends it the same parameters
+    each time: all that it draws, it draws anew.
+    """
+    if rounds == 1:
+        return client_fn(key)
+    keys = jax.random.split(key, rounds)
+
+    def mean_fn(params: Params, batch: Batch) -> Params:
+        def add(total: Params, key: jax.Array) -> tuple[Params, None]:
+            return optax.tree.add(total, client_fn(key)(params, batch)), None
+
+        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), keys)
+        return optax.tree.scale(1 / rounds, total)
+
+    return mean_fn
+
+
+def see(setting: Setting, name: str, rounds: int, *groups: Victims) -> list[Seen]:
     """What the server sees of groups of victims, each a multiple of the number of classes, under one defense."""
     protected = setting.protected[name]
 
@@ -161,7 +182,7 @@ def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
         key_encode, key_client, key_threat = jax.random.split(key, 3)
         encoding = encoded(protected.encode_fn, key_encode, batch, others)
         encoding = Batch(encoding.inputs, as_probabilities(encoding, CLASSES))
-        client_fn = protected.client_fn(key_client)
+        client_fn = averaged(protected.client_fn, key_client, rounds)
         observation = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=CLASSES)
         return Seen(observation._replace(params=()), protected.assumed_fn(protected.params, encoding))
 
@@ -180,23 +201,32 @@ def see(setting: Setting, name: str, *groups: Victims) -> list[Seen]:
 
 
 def attack(
-    client_fn: Any, objective_fn: Any, observations: Observation, victims: Victims, weights: Sequence[float], args: Any
+    client_fn: Any,
+    objective_fn: Any,
+    observations: Observation,
+    victims: Victims,
+    weights: Sequence[float],
+    args: Any,
+    draw_fn: InitFn | None = None,
 ) -> Result:
     """The attack on all observations, which repeat the list of victims with one weight of total variation each time.
 
     An objective other than the blind attacker's takes over after half of the steps; from the start where the attack
-    starts near the truth, and walks in small steps.
+    starts near the truth, and walks in small steps. With `draw_fn` there is no walk: it keeps the best of as many draws
+    as cost what the steps do.
     """
     low, high = victims.images.bounds()
     number, times = len(victims.pixels), len(weights)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
-    near = args.near is not None
+    steps = args.steps
     given = {"weight": jnp.repeat(jnp.asarray(weights, jnp.float32), number)}
     options: dict[str, Any] = {}
-    if near:
+    if draw_fn is not None:
+        options, steps = {"init_fn": draw_fn, "optimizer": redrawn(draw_fn)}, round(DRAWS_A_STEP * args.steps)
+    elif args.near is not None:
         noise = 10 ** (-args.near / 20) * jax.random.normal(jax.random.key(11), victims.truth.inputs.shape)
         given["start"] = truth.inputs + jnp.concatenate([noise] * times) / jnp.asarray(victims.images.std, jnp.float32)
-        small_steps = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, args.steps)))
+        small_steps = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, steps)))
         options = {"init_fn": lambda key, observation: observation.extra["start"], "optimizer": small_steps}
     observations = observations._replace(extra=observations.extra | given)
 
@@ -212,14 +242,14 @@ def attack(
                 **options,
             )
 
-        return keep_best(stage(objective_fn, args.steps)) if near else informed(stage, objective_fn, args.steps)
+        return keep_best(stage(objective_fn, steps)) if options else informed(stage, objective_fn, steps)
 
     ig = Attack(
         init=lambda key, observation: of(observation).init(key, observation),
         step=lambda key, state, observation: of(observation).step(key, state, observation),
         finalize=lambda candidate, observation: of(observation).finalize(candidate, observation),
     )
-    counted = args.steps if near else counted_steps(objective_fn, args.steps)
+    counted = steps if options else counted_steps(objective_fn, steps)
     key, restarts = jax.random.key(0), args.restarts
     found = study(ig, key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
@@ -285,7 +315,7 @@ def differs(name: str) -> bool:
     return not all(part.name in ("clip", "quantize", "ternary", "mixup", "instahide") for part in parse(name))
 
 
-def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list[float]:
+def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims, rounds: int) -> list[float]:
     """For each defense by noise the least mean squared error of any attacker, in expectation over a Gaussian prior, as
     the PSNR of that error in dB. (A mean of PSNRs may be larger.)
     """
@@ -305,7 +335,7 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims) -> list
     def bound(part: Part) -> float:
         norm = part.settings.get("norm")
         scale = part.settings["scale"] if norm is None else part.settings["noise_multiplier"] * norm
-        return float(-10 * jnp.log10(metrics.van_trees_bound(information(norm) / scale**2, covariance)))
+        return float(-10 * jnp.log10(metrics.van_trees_bound(rounds * information(norm) / scale**2, covariance)))
 
     return [bound(part) for part in parts]
 
@@ -319,10 +349,28 @@ def figures(name: str, result: Result) -> dict[str, str]:
     }
 
 
+class Found(NamedTuple):
+    """What the attacks found on the victims of one split, by the defense's name, and with no update to see at all."""
+
+    victims: Victims
+    seen: dict[str, Seen]
+    blind: dict[str, Result]
+    adaptive: dict[str, Result]
+    controls: dict[str, Result]
+    blindfold: dict[str, Result]
+
+    def knowing(self, name: str) -> Result:
+        """Of the attacker that knows the defense, where that is another attack."""
+        return self.adaptive.get(name, self.blind[name])
+
+
 def table(args: argparse.Namespace) -> None:
     """Blind, adaptive and prior-only attackers for every defense."""
+    if args.rounds > 1 and any(part.acts_on == "input" for name in args.defenses for part in parse(name)):
+        raise ValueError(f"rounds must be 1 with encodings, whose batch is another in every round, got {args.rounds}")
     setting = setting_of(args)
-    tuning, victims = victims_of("train", 1), victims_of("test", args.per_class)
+    tuning = victims_of("train", 1)
+    groups = {split: victims_of(split, args.per_class, first=int(split == "train")) for split in args.splits}
     names = list(setting.protected)
     adapting = [name for name in names if differs(name)]
 
@@ -330,20 +378,23 @@ def table(args: argparse.Namespace) -> None:
         return args.weights[int(np.argmax([result.psnr.mean() for result in results]))]
 
     print("what the server sees:", flush=True)
-    seen_tuning, seen = {}, {}
+    seen_tuning: dict[str, Seen] = {}
+    founds = {split: Found(victims, {}, {}, {}, {}, {}) for split, victims in groups.items()}
     for name in names:
-        seen_tuning[name], seen[name] = see(setting, name, tuning, victims)
+        seen_tuning[name], *every = see(setting, name, args.rounds, tuning, *groups.values())
+        for found, seen in zip(founds.values(), every):
+            found.seen[name] = seen
     weights = dict.fromkeys(names, args.weights)
     tuned_blind = {name: best(results) for name, results in blind(setting, seen_tuning, weights, tuning, args).items()}
-    tuned_adaptive, knowing, controls = {}, {}, {}
+    tuned_adaptive = {}
     for name in adapting:
         protected = setting.protected[name]
-        weight = best(adaptive(protected, name, seen_tuning[name], tuning, args.weights, args))
-        tuned_adaptive[name] = weight
-        knowing[name] = adaptive(protected, name, seen[name], victims, [weight], args)[0]
-        if args.controls and network(name) == "none":
-            controls[name] = adaptive(protected, name, seen["none"], victims, [weight], args)[0]
-    found = blind(setting, seen, {name: [weight] for name, weight in tuned_blind.items()}, victims, args)
+        tuned_adaptive[name] = best(adaptive(protected, name, seen_tuning[name], tuning, args.weights, args))
+        for found in founds.values():
+            of = partial(adaptive, protected, name, victims=found.victims, weights=[tuned_adaptive[name]], args=args)
+            found.adaptive[name] = of(found.seen[name])[0]
+            if args.controls and network(name) == "none":
+                found.controls[name] = of(found.seen["none"])[0]
     plain = setting.protected["none"]
 
     def guess(seen: Seen, victims: Victims, weights: Sequence[float]) -> list[Result]:
@@ -354,45 +405,113 @@ def table(args: argparse.Namespace) -> None:
         return parts_of(results, len(weights))
 
     tuned_prior = best(guess(seen_tuning["none"], tuning, args.weights))
-    prior = guess(seen["none"], victims, [tuned_prior])[0]
-    noisy = {name: part for name in names for part in parse(name) if part.name in NOISE}
-    bounds = dict(zip(noisy, van_trees(setting, list(noisy.values()), victims)))
+    for found in founds.values():
+        frozen = {name: [weight] for name, weight in tuned_blind.items()}
+        every = blind(setting, found.seen, frozen, found.victims, args)
+        found.blind.update((name, results[0]) for name, results in every.items())
+        found.blindfold["prior only"] = guess(found.seen["none"], found.victims, [tuned_prior])[0]
+        public = jnp.asarray(found.victims.images.normalize(public_images(found.victims).images))
+        draws: dict[str, InitFn] = {
+            "random search, noise": normal(),
+            "random search, public images": lambda key, _, public=public: jax.random.choice(key, public, (1,)),
+        }
+        for search, draw_fn in draws.items():
+            print(f"{search}:", flush=True)
+            shared = found.seen["none"].observations
+            drawn = attack(plain.assumed_fn, cosine, shared, found.victims, frozen["none"], args, draw_fn)
+            found.blindfold[search] = drawn
+    write_table(args, setting, founds, tuned_blind, tuned_adaptive, tuned_prior)
 
-    rows = []
-    for name in names:
-        unaware = found[name][0]
-        knows = knowing.get(name, unaware)
-        at_truth = jax.vmap(objective_of(setting.protected[name], args))(
-            seen[name].assumed, seen[name].observations.update
-        )
-        rows.append(
-            {"defense": name}
-            | figures("blind", unaware)
-            | figures("adaptive", knows)
-            | {
-                "adaptive - blind, dB": record.gain(knows.psnr - unaware.psnr) if name in adapting else "same attack",
-                "adaptive on no defense": f"{controls[name].psnr.mean():.2f}" if name in controls else "-",
-                "blind - prior only, dB": record.gain(unaware.psnr - prior.psnr),
-                "adaptive - prior only, dB": record.gain(knows.psnr - prior.psnr),
-                "adaptive objective": f"{knows.objective.mean():.3f}",
-                "at the truth": f"{at_truth.mean():.3f}",
-                "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in adapting else ""),
-                "mean error, dB": f"{-10 * np.log10(np.mean(10 ** (-knows.psnr / 10))):.2f}",
-                "van Trees, dB": f"{bounds[name]:.1f}" if name in bounds else "-",
-            }
-        )
-    rows.append(dict.fromkeys(rows[0], "-") | {"defense": "prior only"} | figures("blind", prior))
-    live = {
-        name: live_shares(parse(name), protected.apply_fn, protected.params, victims.truth.inputs)
-        for name, protected in setting.protected.items()
-        if name.startswith("soteria")
-    }
-    shares = ", ".join(f"{share.mean():.0%} ({name})" for name, share in live.items())
-    guesses = report.baselines(victims.pixels, data.load("cifar10", split="train", limit=10_000).images)
-    listed = ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items())
+
+def public_images(victims: Victims) -> data.ImageData:
+    """The first training images by their ids but the victims."""
+    images = data.load("cifar10", split="train", limit=10_000)
+    if images.name != victims.images.name:
+        return images
+    kept = np.setdiff1d(np.arange(len(images.labels)), victims.places)
+    return images._replace(images=images.images[kept], labels=images.labels[kept])
+
+
+def classified(protected: Protected, victims: Victims) -> np.ndarray:
+    """Whether the network names a victim's class, shape (v,)."""
+    logits = protected.apply_fn(protected.params, victims.truth.inputs[:, 0])
+    return np.asarray(jnp.argmax(logits, -1) == victims.truth.labels[:, 0])
+
+
+def write_table(
+    args: argparse.Namespace,
+    setting: Setting,
+    founds: dict[str, Found],
+    tuned_blind: dict[str, float],
+    tuned_adaptive: dict[str, float],
+    tuned_prior: float,
+) -> None:
+    """The table of defenses, and the PSNR of every victim in a file of its own."""
+    names = list(setting.protected)
+    differences = {}
+    for split, found in founds.items():
+        prior = found.blindfold["prior only"].psnr
+        for name in names:
+            differences[split, name, "blind - prior only, dB"] = found.blind[name].psnr - prior
+            if name in tuned_adaptive:
+                gained = found.adaptive[name].psnr - found.blind[name].psnr
+                differences[split, name, "adaptive - blind, dB"] = gained
+                differences[split, name, "adaptive - prior only, dB"] = found.adaptive[name].psnr - prior
+    gains = record.gains(differences)
+    noisy = {name: part for name in names for part in parse(name) if part.name in NOISE}
+    rows, of_victims, guessed, live = [], [], [], {}
+    for split, found in founds.items():
+        victims = found.victims
+        bounds = dict(zip(noisy, van_trees(setting, list(noisy.values()), victims, args.rounds)))
+        rightly = {name: classified(setting.protected[name], victims) for name in names}
+
+        def by_class(name: str, chosen: np.ndarray, found: Found = found) -> str:
+            if not chosen.any():
+                return "0"
+            means = f"{found.blind[name].psnr[chosen].mean():.2f}, {found.knowing(name).psnr[chosen].mean():.2f}"
+            return f"{chosen.sum()}: {means}"
+
+        for name in names:
+            seen, knows = found.seen[name], found.knowing(name)
+            at_truth = jax.vmap(objective_of(setting.protected[name], args))(seen.assumed, seen.observations.update)
+            row = {"defense": name, "victims": split} | figures("blind", found.blind[name]) | figures("adaptive", knows)
+            row["adaptive - blind, dB"] = gains.get((split, name, "adaptive - blind, dB"), "same attack")
+            row["adaptive on no defense"] = f"{found.controls[name].psnr.mean():.2f}" if name in found.controls else "-"
+            row["blind - prior only, dB"] = gains[split, name, "blind - prior only, dB"]
+            row["adaptive - prior only, dB"] = gains.get((split, name, "adaptive - prior only, dB"), "same attack")
+            if args.epochs:
+                row["classified rightly: blind, adaptive"] = by_class(name, rightly[name])
+                row["wrongly"] = by_class(name, ~rightly[name])
+            rows.append(
+                row
+                | {
+                    "adaptive objective": f"{knows.objective.mean():.3f}",
+                    "at the truth": f"{at_truth.mean():.3f}",
+                    "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in tuned_adaptive else ""),
+                    "mean error, dB": f"{-10 * np.log10(np.mean(10 ** (-knows.psnr / 10))):.2f}",
+                    "van Trees, dB": f"{bounds[name]:.1f}" if name in bounds else "-",
+                }
+            )
+            if name.startswith("soteria"):
+                protected = setting.protected[name]
+                shares = live_shares(parse(name), protected.apply_fn, protected.params, victims.truth.inputs)
+                live[f"{name}, {split}"] = shares.mean()
+        for name, result in found.blindfold.items():
+            rows.append(dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split} | figures("blind", result))
+        public = public_images(victims)
+        labels = {"labels": victims.truth.labels, "gallery_labels": public.labels}
+        guesses = report.baselines(victims.pixels, public.images, **labels)
+        guessed.append(f"{split}: " + ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items()))
+        for i, place in enumerate(victims.places):
+            one = {"victims": split, "id": victims.images.ids[place], "label": victims.images.labels[place]}
+            one["classified rightly"] = rightly["none"][i]
+            results = {f"{name}, blind": result for name, result in found.blind.items()}
+            results |= {f"{name}, adaptive": result for name, result in found.adaptive.items()} | found.blindfold
+            of_victims.append(one | {name: f"{result.psnr[i]:.2f}" for name, result in results.items()})
+    shares = ", ".join(f"{share:.0%} ({name})" for name, share in live.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
-    stage += "_near" * (args.near is not None)
+    stage += "_near" * (args.near is not None) + f"_{args.rounds}_rounds" * (args.rounds > 1)
     schedule = "; an adaptive attacker with an objective of its own uses the blind one's for the first half"
     if args.near is not None:
         schedule = (
@@ -400,20 +519,27 @@ def table(args: argparse.Namespace) -> None:
             f"random updates too, starts from the truth with noise of {args.near:g} dB, a start that no attacker has, "
             "and is to be compared with the attack on random updates, which takes away noise by its prior alone"
         )
+    number = len(next(iter(founds.values())).victims.pixels)
+    sees = "one round" if args.rounds == 1 else f"the mean of {args.rounds} rounds on the same batch and parameters"
     record.write(
         args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
-        f"{len(victims.pixels)} CIFAR-10 test images, the first {args.per_class} of each class by id, batch 1; model, "
+        f"{number} CIFAR-10 images of each split ({', '.join(founds)}), the first {args.per_class} of each class by id "
+        "(of training images those after the one that is tuned on), batch 1; model, "
         f"client and attack seed 0, {args.restarts} restart{'s' * (args.restarts > 1)} (the lowest loss is kept), "
         f"{args.steps} steps{schedule}. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
-        f"(means), rank of the true image among the 10,000 test images (median; chance 5,000), differences with a "
-        f"paired bootstrap interval of 95 % ('none' where it covers 0). "
+        "(means), rank of the true image among 10,000 images of its split (median; chance 5,000), differences with a "
+        "paired bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a test that turns the signs "
+        f"of differences at random, corrected by Holm over the {len(differences)} differences of this table. "
         f"{'Adaptive attackers compare updates of one length (option --rescaled). ' if args.rescaled else ''}"
         "Adaptive on no defense: that row's attacker on undefended updates (option --controls). "
-        f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Guesses without a "
-        f"gradient: {listed} (the nearest is chosen with the truth).\n\n"
+        f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Random search: of "
+        f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
+        "steps, the one of the lowest loss on the undefended update. Public images: training images that are no "
+        f"victims. Guesses without a gradient: {'; '.join(guessed)} (the nearest are chosen with the truth, those of "
+        "the class with the label).\n\n"
         "Of mixed images the true one is that of "
         "the largest expected coefficient, and each is attacked from one encoding; decoding several is another table. "
         f"Of the features that are not 0 Soteria prunes: {shares or 'not in this table'}. "
@@ -421,8 +547,9 @@ def table(args: argparse.Namespace) -> None:
         "attacker's mean squared error is less, in expectation over a Gaussian with the data's covariance (8 victims' "
         "Fisher information); it is to be compared with 'mean error', the PSNR of the adaptive attacker's mean squared "
         "error, not with means of PSNRs.\n\n"
-        f"Threat model: {THREAT.describe()}; the adaptive attacker knows the defense, its strength where it makes use "
-        "of it, not its key.",
+        f"Threat model: {THREAT.describe()}; it sees {sees}; the adaptive attacker knows the defense, its strength "
+        "where it makes use of it, not its key.",
+        victims=of_victims,
     )
 
 
@@ -519,9 +646,11 @@ def main() -> None:
     parser.add_argument("--model", choices=["lenet", "groupnorm_net"], default="lenet")
     parser.add_argument("--width", type=int, default=8, help="of groupnorm_net")
     parser.add_argument("--epochs", type=int, default=0, help="of training before the attack")
+    parser.add_argument("--splits", nargs="+", choices=["test", "train"], default=["test"], help="that victims are of")
     parser.add_argument("--per-class", type=int, default=7, help="victims of each class")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--restarts", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="on one batch, whose mean the server sees")
     parser.add_argument("--lanes", type=int, default=10)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
     parser.add_argument("--controls", action="store_true", help="each adaptive attacker on undefended updates too")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -15,6 +15,7 @@ from scipy import stats
 from gia_jax import report
 
 RESULTS = Path(__file__).parent / "results"
+Key = TypeVar("Key")
 
 
 def commit() -> str:
@@ -31,7 +32,15 @@ def commit() -> str:
         return "unknown"
 
 
-def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = "", **more_versions: str) -> None:
+def write(
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    notes: str = "",
+    *,
+    victims: Sequence[dict[str, Any]] = (),
+    **more_versions: str,
+) -> None:
     """Writes `results/<name>.csv`, a row with its provenance each, and `results/<name>.md`, and prints the table.
 
     Args:
@@ -39,6 +48,7 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
         title: The table's heading.
         rows: Columns to values; every row has the same columns.
         notes: Markdown below the table: what the figures mean.
+        victims: What the table is the mean of, a row each, for `results/<name>_victims.csv`; none for no such file.
         **more_versions: Of packages beside the library's own.
     """
     script = Path(sys.argv[0]).name
@@ -55,6 +65,11 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], notes: str = ""
         writer = csv.DictWriter(file, [*rows[0], *provenance])
         writer.writeheader()
         writer.writerows({**row, **provenance} for row in rows)
+    if victims:
+        with (RESULTS / f"{name}_victims.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(victims[0]))
+            writer.writeheader()
+            writer.writerows(victims)
 
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
@@ -89,6 +104,34 @@ def gain(differences: np.ndarray) -> str:
         return f"{differences.mean():+.2f}"
     low, high = _bounds(differences, np.mean)
     return interval(differences, np.mean, "+.2f") + (": none" if low <= 0 <= high else "")
+
+
+def gains(differences: dict[Key, np.ndarray]) -> dict[Key, str]:
+    """`gain` of each, with its p-value: of a test that turns the signs of the differences at random, corrected over all
+    of them by Holm (1979).
+
+    Args:
+        differences: As for `gain`, two victims or more.
+    """
+
+    def p_value(values: np.ndarray) -> float:
+        if not np.any(values):
+            return 1.0
+        rng = np.random.default_rng(0)
+        return stats.permutation_test((values,), np.mean, permutation_type="samples", rng=rng).pvalue
+
+    corrected = holm([p_value(values) for values in differences.values()])
+    return {key: f"{gain(values)}, p {p:.2g}" for (key, values), p in zip(differences.items(), corrected)}
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's (1979) step-down correction: below a level is what can be claimed together at that level."""
+    values = np.asarray(p_values)
+    order = np.argsort(values)
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected
 
 
 def _bounds(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> tuple[float, float]:

@@ -53,16 +53,27 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
     return Scores(psnr, np.asarray(scores.ssim), mse, np.asarray(labels), np.asarray(images))
 
 
-def baselines(truth: np.ndarray, gallery: np.ndarray) -> dict[str, np.ndarray]:
+def baselines(
+    truth: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    gallery_labels: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """PSNR in dB of guesses that use no gradient, each of the shape of `truth` without its image axes.
 
     Args:
         truth: Pixels in [0, 1], shape (..., h, w, c).
         gallery: Public images of the same kind, none of them a victim, shape (n, h, w, c).
+        labels: The class of each true image, shape (...); None where it is not known.
+        gallery_labels: The class of each public image, shape (n,); with `labels` only.
 
     Returns:
         "grey" (0.5 everywhere), "data mean" (the gallery's mean image) and "nearest image" (the gallery's closest
-        to the truth: an oracle).
+        to the truth: an oracle); with labels "class mean" and "nearest of the class" (an oracle too).
+
+    Raises:
+        ValueError: Labels of one kind only, of another shape than their images, or of a class that no public image has.
     """
     flat = truth.reshape(-1, *truth.shape[-3:])
     guesses = {
@@ -70,6 +81,22 @@ def baselines(truth: np.ndarray, gallery: np.ndarray) -> dict[str, np.ndarray]:
         "data mean": np.broadcast_to(gallery.mean(0), flat.shape),
         "nearest image": np.asarray(nearest(jnp.asarray(flat), jnp.asarray(gallery))),
     }
+    if (labels is None) != (gallery_labels is None):
+        raise ValueError(f"labels and gallery_labels must be given together, got {labels} and {gallery_labels}")
+    if labels is not None and gallery_labels is not None:
+        labels, gallery_labels = np.asarray(labels), np.asarray(gallery_labels)
+        for name, given, images in (("labels", labels, truth), ("gallery_labels", gallery_labels, gallery)):
+            if given.shape != images.shape[:-3]:
+                raise ValueError(f"{name} must have the shape {images.shape[:-3]}, got {given.shape}")
+        missing = np.setdiff1d(labels, gallery_labels)
+        if missing.size:
+            raise ValueError(f"gallery_labels must have every class of labels, got none of {missing.tolist()}")
+        mean, closest = np.empty_like(flat), np.empty_like(flat)
+        for one in np.unique(labels):
+            members, own = gallery[gallery_labels == one], labels.ravel() == one
+            mean[own] = members.mean(0)
+            closest[own] = nearest(jnp.asarray(flat[own]), jnp.asarray(members))
+        guesses |= {"class mean": mean, "nearest of the class": closest}
     with np.errstate(divide="ignore"):
         return {
             name: -10 * np.log10(np.mean((guess - flat) ** 2, (1, 2, 3))).reshape(truth.shape[:-3])
