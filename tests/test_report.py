@@ -114,6 +114,36 @@ def test_baselines_are_the_mean_squared_errors_of_their_guesses(data: ImageData)
     np.testing.assert_allclose(found["nearest image"][0, 1], 40, rtol=1e-2)  # an error of 0.01
 
 
+def test_guesses_that_know_the_class_are_of_its_public_images_only(data: ImageData) -> None:
+    truth = data.images[:4].reshape(2, 2, 12, 12, 3)
+    gallery = np.concatenate([data.images[4:], data.images[1:2] + np.float32(0.01)])
+    labels, gallery_labels = np.asarray([[0, 1], [1, 0]]), np.asarray([0, 1, 1])
+    found = report.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels)
+    for place, label in np.ndenumerate(labels):
+        members = gallery[gallery_labels == label]
+        mean = -10 * np.log10(np.mean((members.mean(0) - truth[place]) ** 2))
+        closest = -10 * np.log10(np.mean((members - truth[place]) ** 2, (1, 2, 3)).min())
+        np.testing.assert_allclose(found["class mean"][place], mean, rtol=1e-5)
+        np.testing.assert_allclose(found["nearest of the class"][place], closest, rtol=1e-5)
+    np.testing.assert_allclose(found["nearest of the class"][0, 1], 40, rtol=1e-2)
+    # The oracle of all classes is at least as good, and no worse for knowing labels.
+    assert np.all(found["nearest image"] >= found["nearest of the class"])
+    np.testing.assert_array_equal(found["nearest image"], report.baselines(truth, gallery)["nearest image"])
+
+
+def test_labels_of_guesses_are_refused_where_they_say_nothing(data: ImageData) -> None:
+    truth, gallery = data.images[:2], data.images[2:]
+    labels, gallery_labels = np.asarray([0, 1]), np.asarray([0, 0, 0, 1])
+    with pytest.raises(ValueError, match="labels and gallery_labels must be given together"):
+        report.baselines(truth, gallery, labels=labels)
+    with pytest.raises(ValueError, match=r"^labels must have the shape \(2,\), got \(1,\)"):
+        report.baselines(truth, gallery, labels=labels[:1], gallery_labels=gallery_labels)
+    with pytest.raises(ValueError, match=r"gallery_labels must have the shape \(4,\), got \(3,\)"):
+        report.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels[:3])
+    with pytest.raises(ValueError, match=r"gallery_labels must have every class of labels, got none of \[1\]"):
+        report.baselines(truth, gallery, labels=labels, gallery_labels=np.zeros(4, int))
+
+
 def _observations() -> Observation:
     params = {"kernel": jnp.zeros((20, 30)), "bias": jnp.zeros(30)}
     keys = jax.random.split(jax.random.key(0), 2)
