@@ -52,8 +52,8 @@ def main() -> None:
         "What stays of the gains of attackers that know, corrected over all tables",
         rows,
         f"The {len(means)} differences of the column '{COLUMN}' of every table of defenses as one family, corrected "
-        f"by Holm (1979) at {LEVEL:.0%}; p-values from the bootstrap intervals of 95 %, as of a normal distribution. Alone "
-        f"{alone.sum()} intervals leave out 0, after the correction {kept.sum()} differences are not 0.",
+        f"by Holm (1979) at {LEVEL:.0%}; p-values from the bootstrap intervals of 95 %, as of a normal distribution. "
+        f"Alone {alone.sum()} intervals leave out 0, after the correction {kept.sum()} differences are not 0.",
     )
 
 
