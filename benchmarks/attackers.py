@@ -1,15 +1,71 @@
-"""The attackers of the tables of defenses: one that starts as if it knew no defense, and one that only draws."""
+"""What the server sees in the tables of defenses, and its attackers: one that starts as if it knew no defense, and one
+that only draws.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
-from gia_jax import Attack, Observation, keep_best
-from gia_jax.base import InitFn, ObjectiveFn
+from gia_jax import Attack, Batch, Observation, ThreatModel, keep_best
+from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
+from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
+from gia_jax.protection import Protected, encoded
+from gia_jax.threat import observe
+
+THREAT = ThreatModel(labels=True)
+# In passes through the network a step of an attack is counted as eight, and an update as three.
+DRAWS_A_STEP = 8 / 3
+
+
+class Seen(NamedTuple):
+    """What the server sees of a victim, and what the assumed client would have sent of the same encoding."""
+
+    observation: Observation
+    assumed: Params
+
+
+def see(
+    protected: Protected, key: PRNGKeyArray, batch: Batch, others: Batch, *, num_classes: int, rounds: int = 1
+) -> Seen:
+    """Of one victim, without the parameters, which are everyone's; of several rounds the mean."""
+    key_encode, key_client, key_threat = jax.random.split(key, 3)
+    encoding = encoded(protected.encode_fn, key_encode, batch, others)
+    encoding = Batch(encoding.inputs, as_probabilities(encoding, num_classes))
+    client_fn = averaged(protected.client_fn, key_client, rounds)
+    observation = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=num_classes)
+    return Seen(observation._replace(params=()), protected.assumed_fn(protected.params, encoding))
+
+
+def averaged(client_fn: Callable[[PRNGKeyArray], ClientFn], key: PRNGKeyArray, rounds: int) -> ClientFn:
+    """The mean of what a client answers in several rounds on one batch, where the server sends it the same parameters
+    each time: all that it draws, it draws anew.
+    """
+    if rounds == 1:
+        return client_fn(key)
+    keys = jax.random.split(key, rounds)
+
+    def mean_fn(params: Params, batch: Batch) -> Params:
+        def add(total: Params, key: PRNGKeyArray) -> tuple[Params, None]:
+            return optax.tree.add(total, client_fn(key)(params, batch)), None
+
+        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), keys)
+        return optax.tree.scale(1 / rounds, total)
+
+    return mean_fn
+
+
+def of_each(make: Callable[[Observation], Attack]) -> Attack:
+    """An attack whose settings are a lane's own, in `observation.extra`: one program serves them all."""
+    return Attack(
+        init=lambda key, observation: make(observation).init(key, observation),
+        step=lambda key, state, observation: make(observation).step(key, state, observation),
+        finalize=lambda candidate, observation: make(observation).finalize(candidate, observation),
+    )
 
 
 def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: ObjectiveFn, num_steps: int) -> Attack:

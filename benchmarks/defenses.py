@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import attackers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import counted_steps, informed, redrawn
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, informed, of_each, redrawn
 from flax import nnx
 from parts import run_parts
 from training import accuracy, train, train_network, uniform
@@ -29,7 +30,6 @@ from gia_jax import (
     Attack,
     Batch,
     Observation,
-    ThreatModel,
     clients,
     data,
     defenses,
@@ -40,20 +40,16 @@ from gia_jax import (
     report,
 )
 from gia_jax.attacks import inverting_gradients
-from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
+from gia_jax.base import InitFn, ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
-from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.adaptive import rescaled
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.protection import Part, Protected, encoded, live_shares, parse, protect
+from gia_jax.protection import Part, Protected, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
-from gia_jax.threat import observe
 
-CLASSES, THREAT = 10, ThreatModel(labels=True)
-# Of a network: a step of an attack, counted as eight, costs as much as this many updates, counted as three.
-DRAWS_A_STEP = 8 / 3
+CLASSES = 10
 NOISE = ("gaussian", "dpsgd")
 # Three strengths of each where it has one; noise in units of an entry of the update, clipping at norms below LeNet's.
 DEFENSES = (
@@ -82,13 +78,6 @@ class Victims(NamedTuple):
     others: Batch
     images: data.ImageData
     places: np.ndarray  # of the victims among the images
-
-
-class Seen(NamedTuple):
-    """What the server sees of victims, and what the assumed client would have sent of the same encodings."""
-
-    observations: Observation
-    assumed: Params
 
 
 class Result(NamedTuple):
@@ -156,36 +145,10 @@ def trained(protected: Protected, epochs: int) -> tuple[Protected, float]:
     return protected._replace(params=params), accuracy(protected.apply_fn, params, inputs, test.labels)
 
 
-def averaged(client_fn: Callable[[jax.Array], ClientFn], key: jax.Array, rounds: int) -> ClientFn:
-    """The mean of what a client answers in several rounds on one batch, where the server sends it the same parameters
-    each time: all that it draws, it draws anew.
-    """
-    if rounds == 1:
-        return client_fn(key)
-    keys = jax.random.split(key, rounds)
-
-    def mean_fn(params: Params, batch: Batch) -> Params:
-        def add(total: Params, key: jax.Array) -> tuple[Params, None]:
-            return optax.tree.add(total, client_fn(key)(params, batch)), None
-
-        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), keys)
-        return optax.tree.scale(1 / rounds, total)
-
-    return mean_fn
-
-
 def see(setting: Setting, name: str, rounds: int, *groups: Victims) -> list[Seen]:
     """What the server sees of groups of victims, each a multiple of the number of classes, under one defense."""
     protected = setting.protected[name]
-
-    def of_one(key: jax.Array, batch: Batch, others: Batch) -> Seen:
-        key_encode, key_client, key_threat = jax.random.split(key, 3)
-        encoding = encoded(protected.encode_fn, key_encode, batch, others)
-        encoding = Batch(encoding.inputs, as_probabilities(encoding, CLASSES))
-        client_fn = averaged(protected.client_fn, key_client, rounds)
-        observation = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=CLASSES)
-        return Seen(observation._replace(params=()), protected.assumed_fn(protected.params, encoding))
-
+    of_one = partial(attackers.see, protected, num_classes=CLASSES, rounds=rounds)
     # It runs a few times: compiling it is most of what it costs.
     few = jax.jit(jax.vmap(of_one, (0, 0, None)), compiler_options=RUN_ONCE)
     seen = []
@@ -196,7 +159,7 @@ def see(setting: Setting, name: str, rounds: int, *groups: Victims) -> list[Seen
             for i in range(0, len(victims.pixels), CLASSES)
         ]
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
-        seen.append(together._replace(observations=together.observations._replace(params=protected.params)))
+        seen.append(together._replace(observation=together.observation._replace(params=protected.params)))
     return seen
 
 
@@ -244,14 +207,9 @@ def attack(
 
         return keep_best(stage(objective_fn, steps)) if options else informed(stage, objective_fn, steps)
 
-    ig = Attack(
-        init=lambda key, observation: of(observation).init(key, observation),
-        step=lambda key, state, observation: of(observation).step(key, state, observation),
-        finalize=lambda candidate, observation: of(observation).finalize(candidate, observation),
-    )
     counted = steps if options else counted_steps(objective_fn, steps)
     key, restarts = jax.random.key(0), args.restarts
-    found = study(ig, key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
+    found = study(of_each(of), key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
     scores = report.score(found.reconstruction.batch, truth, victims.images)
     gallery, places = jnp.asarray(victims.images.images), jnp.tile(victims.places, times)
     rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
@@ -286,7 +244,7 @@ def blind(
         group = [name for name in weights if network(name) == own]
         plain = setting.protected[own]
         listed = [(name, weight) for name in group for weight in weights[name]]
-        together = joined([seen[name].observations for name, _ in listed])
+        together = joined([seen[name].observation for name, _ in listed])
         print(f"blind, {len(group)} defenses:", flush=True)
         results = attack(plain.assumed_fn, cosine, together, victims, [weight for _, weight in listed], args)
         for (name, _), result in zip(listed, parts_of(results, len(listed))):
@@ -304,7 +262,7 @@ def adaptive(
     protected: Protected, name: str, seen: Seen, victims: Victims, weights: Sequence[float], args: Any
 ) -> list[Result]:
     """For each weight; the attacker knows the defense."""
-    together = joined([seen.observations] * len(weights))
+    together = joined([seen.observation] * len(weights))
     print(f"adaptive, {name}:", flush=True)
     results = attack(protected.assumed_fn, objective_of(protected, args), together, victims, weights, args)
     return parts_of(results, len(weights))
@@ -399,7 +357,7 @@ def table(args: argparse.Namespace) -> None:
 
     def guess(seen: Seen, victims: Victims, weights: Sequence[float]) -> list[Result]:
         """The same attack on random updates."""
-        noise = report.random_updates(jax.random.key(5), seen.observations)
+        noise = report.random_updates(jax.random.key(5), seen.observation)
         print("prior only:", flush=True)
         results = attack(plain.assumed_fn, cosine, joined([noise] * len(weights)), victims, weights, args)
         return parts_of(results, len(weights))
@@ -417,7 +375,7 @@ def table(args: argparse.Namespace) -> None:
         }
         for search, draw_fn in draws.items():
             print(f"{search}:", flush=True)
-            shared = found.seen["none"].observations
+            shared = found.seen["none"].observation
             drawn = attack(plain.assumed_fn, cosine, shared, found.victims, frozen["none"], args, draw_fn)
             found.blindfold[search] = drawn
     write_table(args, setting, founds, tuned_blind, tuned_adaptive, tuned_prior)
@@ -473,7 +431,7 @@ def write_table(
 
         for name in names:
             seen, knows = found.seen[name], found.knowing(name)
-            at_truth = jax.vmap(objective_of(setting.protected[name], args))(seen.assumed, seen.observations.update)
+            at_truth = jax.vmap(objective_of(setting.protected[name], args))(seen.assumed, seen.observation.update)
             row = {"defense": name, "victims": split} | figures("blind", found.blind[name]) | figures("adaptive", knows)
             row["adaptive - blind, dB"] = gains.get((split, name, "adaptive - blind, dB"), "same attack")
             row["adaptive on no defense"] = f"{found.controls[name].psnr.mean():.2f}" if name in found.controls else "-"

@@ -15,30 +15,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import attackers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import counted_steps, informed
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, informed, of_each, redrawn
 from flax import nnx
 from jaxtyping import Array
 from parts import run_parts
 from training import accuracy, train, uniform
 
-from gia_jax import Attack, Batch, Observation, ThreatModel, gradient_matching, models, report
-from gia_jax.base import ClientFn, ObjectiveFn
+from gia_jax import Attack, Batch, Observation, gradient_matching, models, report
+from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cases import joined
-from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
-from gia_jax.protection import Protected, encoded, parse, protect
+from gia_jax.protection import Protected, parse, protect
 from gia_jax.study import study
-from gia_jax.threat import observe
 
 NUMBERS = (0, 2, 4, 10, 11, 12)  # columns of the file: age, weight, years of education, gains, losses, hours
 CATEGORIES = (1, 3, 5, 6, 7, 8, 9, 13)
 TOLERANCE = 0.1  # standard deviations within which a number counts as right
-THREAT, CLASSES, NUM_OTHERS = ThreatModel(labels=True), 2, 15
+CLASSES, NUM_OTHERS, GALLERY = 2, 15, 10_000
 RATES = (0.3, 0.1, 0.03)
 DEFENSES = (
     "clip:norm=1",
@@ -83,6 +83,26 @@ class Adult(NamedTuple):
         ends = np.cumsum([len(NUMBERS), *self.sizes])
         return [rows[..., start:end] for start, end in zip([0, *ends], ends)]
 
+    def free(self, rows: np.ndarray) -> np.ndarray:
+        """Free entries that `decode` makes these rows of, categories to within 1e-9."""
+        return np.concatenate([rows[:, : len(NUMBERS)], 30 * rows[:, len(NUMBERS) :]], 1)
+
+    def guesses(self, victims: "Victims", known: Rows) -> dict[str, np.ndarray]:
+        """Rows that use no gradient: medians and commonest categories of public rows, and the nearest of them."""
+
+        def commonest(rows: np.ndarray) -> np.ndarray:
+            numbers, *categories = self.fields(rows)
+            return np.concatenate([np.median(numbers, 0), *(part.mean(0) for part in categories)])
+
+        truth, labels = np.asarray(victims.truth.inputs[:, 0]), np.asarray(victims.truth.labels[:, 0])
+        by_class = np.stack([commonest(known.inputs[known.labels == c]) for c in range(CLASSES)])
+        nearest = np.stack([known.inputs[np.argmin(np.square(known.inputs - one).sum(1))] for one in truth])
+        return {
+            "commonest values": np.broadcast_to(commonest(known.inputs), truth.shape),
+            "of the class": by_class[labels],
+            "nearest row (chosen with the truth)": nearest,
+        }
+
     def right(self, rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """The share of fields that are right, shape (n,)."""
         (numbers, *found), (true_numbers, *true) = self.fields(rows), self.fields(truth)
@@ -113,10 +133,11 @@ def adult() -> Adult:
 
 
 class Victims(NamedTuple):
-    """Rows of a split, batch 1, and others of the same client."""
+    """Rows of a split, batch 1, others of the same client, and the first rows of the split, victims among them."""
 
     truth: Batch
     others: Batch
+    gallery: np.ndarray
     places: np.ndarray
 
 
@@ -126,56 +147,109 @@ def victims_of(rows: Rows, per_class: int, *, first: int = 0) -> Victims:
     rest = np.setdiff1d(np.arange(len(rows.labels)), chosen)[:NUM_OTHERS]
     every = Batch(jnp.asarray(rows.inputs), jnp.asarray(rows.labels))
     truth, others = (jax.tree.map(lambda leaf, index=index: leaf[index], every) for index in (chosen, rest))
-    return Victims(jax.tree.map(lambda leaf: leaf[:, None], truth), others, chosen)
+    return Victims(jax.tree.map(lambda leaf: leaf[:, None], truth), others, rows.inputs[:GALLERY], chosen)
 
 
-def see(protected: Protected, victims: Victims) -> Observation:
+def see(protected: Protected, victims: Victims) -> Seen:
     """What the server sees of every victim."""
-
-    def of_one(key: Array, batch: Batch) -> Observation:
-        key_encode, key_client, key_threat = jax.random.split(key, 3)
-        encoding = encoded(protected.encode_fn, key_encode, batch, victims.others)
-        encoding = Batch(encoding.inputs, as_probabilities(encoding, CLASSES))
-        client_fn = protected.client_fn(key_client)
-        seen = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=CLASSES)
-        return seen._replace(params=())
-
+    of_one = partial(attackers.see, protected, num_classes=CLASSES)
     keys = jax.random.split(jax.random.key(7), len(victims.places))
-    return jax.jit(jax.vmap(of_one))(keys, victims.truth)._replace(params=protected.params)
+    seen = jax.jit(jax.vmap(of_one, (0, 0, None)))(keys, victims.truth, victims.others)
+    return seen._replace(observation=seen.observation._replace(params=protected.params))
 
 
-def attack(
-    data: Adult,
-    client_fn: ClientFn,
-    objective_fn: ObjectiveFn,
-    seen: Observation,
-    rates: Sequence[float],
-    num_steps: int,
-) -> list[np.ndarray]:
-    """For each rate the rows that the attack finds, shape (v, d)."""
-    number = len(seen.extra["labels"])
-    together = joined([seen] * len(rates))
-    # The rate is a lane's own, so that one program serves them all.
-    together = together._replace(extra=together.extra | {"rate": jnp.repeat(jnp.asarray(rates, jnp.float32), number)})
+class Clients(NamedTuple):
+    """Defended clients by name, "none" among them, and at what stage of their training the networks are."""
 
-    def of(observation: Observation) -> Attack:
-        def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
-            return gradient_matching(
-                client_fn,
-                objective_fn=objective_fn,
-                decode_fn=lambda free, labels: Batch(data.decode(free), labels),
-                optimizer=optax.adam(optax.cosine_decay_schedule(observation.extra["rate"], num_steps)),
-            )
+    protected: dict[str, Protected]
+    stage: str
 
-        return informed(stage, objective_fn, num_steps)
 
-    matching = Attack(
-        init=lambda key, observation: of(observation).init(key, observation),
-        step=lambda key, state, observation: of(observation).step(key, state, observation),
-        finalize=lambda candidate, observation: of(observation).finalize(candidate, observation),
+def clients_of(data: Adult, epochs: int, names: Sequence[str]) -> Clients:
+    """Defenses of the model learn under themselves; all others have the network that learned without one."""
+    module = models.MLP((data.train.inputs.shape[1],), CLASSES, hidden=(100, 100), rngs=nnx.Rngs(0))
+    every = {name: protect(parse(name), module, num_classes=CLASSES) for name in ("none", *names)}
+    if not epochs:
+        return Clients(every, "untrained")
+    steps = epochs * (len(data.train.labels) // 128)
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    examples = Batch(jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels))
+    learned: dict[Any, Params] = {}
+    for name, protected in every.items():
+        tree = jax.tree.structure(protected.params)
+        if tree not in learned:
+            learn = jax.jit(partial(train, protected.client_fn, optimizer, uniform(128), num_steps=steps))
+            learned[tree] = learn(protected.params, jax.random.key(0), examples)
+        every[name] = protected._replace(params=learned[tree])
+    plain = every["none"]
+    seen, unseen = (
+        accuracy(plain.apply_fn, plain.params, jnp.asarray(rows.inputs), rows.labels)
+        for rows in (data.train, data.test)
     )
-    found = study(matching, jax.random.key(0), together, num_steps=counted_steps(objective_fn, num_steps), lanes=10)
-    return np.split(np.asarray(found.reconstruction.batch.inputs[:, 0]), len(rates))
+    return Clients(every, f"{epochs} epoch{'s' * (epochs > 1)}, accuracy {seen:.1%} training, {unseen:.1%} test")
+
+
+class Result(NamedTuple):
+    """Of every victim: the row found, the share of its fields that are right, its rank among the rows of its split and
+    the attacker's objective.
+    """
+
+    rows: np.ndarray
+    right: np.ndarray
+    rank: np.ndarray
+    objective: np.ndarray
+
+
+class Attacker(NamedTuple):
+    """One that assumes a client and compares updates; with `draw_fn` it only draws rows, as many as cost the same."""
+
+    data: Adult
+    client_fn: ClientFn
+    objective_fn: ObjectiveFn
+    num_steps: int
+    draw_fn: InitFn | None = None
+
+    def __call__(self, seen: Observation, victims: Victims, rates: Sequence[float]) -> list[Result]:
+        """For each learning rate, in lanes of one program."""
+        number, steps = len(victims.places), self.num_steps
+        together = joined([seen] * len(rates))
+        extra = together.extra | {"rate": jnp.repeat(jnp.asarray(rates, jnp.float32), number)}
+        together = together._replace(extra=extra)
+        if self.draw_fn is not None:
+            steps = round(DRAWS_A_STEP * steps)
+
+        def of(observation: Observation) -> Attack:
+            def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+                descent = optax.adam(optax.cosine_decay_schedule(observation.extra["rate"], num_steps))
+                return gradient_matching(
+                    self.client_fn,
+                    init_fn=self.draw_fn,
+                    objective_fn=objective_fn,
+                    decode_fn=lambda free, labels: Batch(self.data.decode(free), labels),
+                    optimizer=descent if self.draw_fn is None else redrawn(self.draw_fn),
+                )
+
+            return informed(stage, self.objective_fn, steps)
+
+        counted = counted_steps(self.objective_fn, steps)
+        found = study(of_each(of), jax.random.key(0), together, num_steps=counted, lanes=10).reconstruction
+
+        def match(batch: Batch, update: Params) -> Array:
+            return self.objective_fn(self.client_fn(seen.params, batch), update)
+
+        objective = jax.jit(jax.vmap(match))(found.batch, together.update)
+        rows = np.asarray(found.batch.inputs[:, 0])
+        truth, places = np.asarray(victims.truth.inputs[:, 0]), np.tile(victims.places, len(rates))
+        right = self.data.right(rows, np.tile(truth, (len(rates), 1)))
+        distances = np.square(victims.gallery[None] - rows[:, None]).sum(-1)
+        rank = 1 + np.sum(distances < distances[np.arange(len(rows)), places][:, None], 1)
+        split = [np.split(field, len(rates)) for field in (rows, right, rank, np.asarray(objective))]
+        return [Result(*fields) for fields in zip(*split)]
+
+
+def best(results: Sequence[Result]) -> float:
+    """The learning rate of the best of results on the tuning rows."""
+    return RATES[int(np.argmax([result.right.mean() for result in results]))]
 
 
 def table(args: argparse.Namespace) -> None:
@@ -186,133 +260,132 @@ def table(args: argparse.Namespace) -> None:
 
 
 def table_of(data: Adult, epochs: int, args: argparse.Namespace) -> None:
-    module = models.MLP((data.train.inputs.shape[1],), CLASSES, hidden=(100, 100), rngs=nnx.Rngs(0))
-    clients = {name: protect(parse(name), module, num_classes=CLASSES) for name in ("none", *args.defenses)}
-    examples = Batch(jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels))
-    stage, steps = "untrained", epochs * (len(data.train.labels) // 128)
-    trained: dict[Any, Any] = {}
-    for name, protected in clients.items():
-        # Defenses of the model learn under themselves; the others attack the undefended network.
-        shape = jax.tree.structure(protected.params)
-        if epochs and shape not in trained:
-            optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-            learn = jax.jit(partial(train, protected.client_fn, optimizer, uniform(128), num_steps=steps))
-            trained[shape] = learn(protected.params, jax.random.key(0), examples)
-        clients[name] = protected._replace(params=trained.get(shape, protected.params))
+    """At one stage."""
+    clients, stage = clients_of(data, epochs, args.defenses)
     plain = clients["none"]
-    if epochs:
-        scores = [
-            accuracy(plain.apply_fn, plain.params, jnp.asarray(rows.inputs), rows.labels)
-            for rows in (data.train, data.test)
-        ]
-        stage = f"{epochs} epoch{'s' * (epochs > 1)}, accuracy {scores[0]:.1%} training, {scores[1]:.1%} test"
-
     tuning = victims_of(data.train, 5)
     groups = {"test": victims_of(data.test, args.per_class), "train": victims_of(data.train, args.per_class, first=5)}
-    truths = {split: np.asarray(victims.truth.inputs[:, 0]) for split, victims in groups.items()}
-    tuning_truth = np.asarray(tuning.truth.inputs[:, 0])
+    public = np.setdiff1d(np.arange(GALLERY), groups["train"].places)
+    known = Rows(data.train.inputs[public], data.train.labels[public])
+    found: dict[tuple[str, str, str], Result] = {}  # by split, defense or guess, and attacker
+    rates: dict[str, str] = {}
+    at_truth = {}
 
-    def both(client_fn: ClientFn, objective_fn: ObjectiveFn, seen: Sequence[Observation]) -> tuple[float, Any]:
-        """The rate that is best on the first observations, the tuning ones, and what is found in the others with it."""
-        run = partial(attack, data, client_fn, objective_fn, num_steps=args.steps)
-        rate = RATES[int(np.argmax([data.right(rows, tuning_truth).mean() for rows in run(seen[0], RATES)]))]
-        (rows,) = run(joined(seen[1:]), (rate,))
-        return rate, dict(zip(groups, np.split(rows, len(groups))))
+    def attack(
+        attacker: Attacker, name: str, who: str, seen: Sequence[Observation], rate: float | None = None
+    ) -> float:
+        """With the rate that is best on the first observations, the tuning ones, or the one given."""
+        rate = best(attacker(seen[0], tuning, RATES)) if rate is None else rate
+        for (split, victims), observation in zip(groups.items(), seen[1:]):
+            (found[split, name, who],) = attacker(observation, victims, (rate,))
+        return rate
 
-    blind, adaptive, rates = {}, {}, {}
     for name, protected in clients.items():
         print(name, flush=True)
-        seen = [see(protected, victims) for victims in (tuning, *groups.values())]
+        every = [see(protected, victims) for victims in (tuning, *groups.values())]
+        seen = [one.observation for one in every]
         unaware = protected if name == "precode" else plain
         objective_fn = protected.adapt_fn(cosine)
-        rate, blind[name] = both(unaware.assumed_fn, cosine, seen)
+        blind = Attacker(data, unaware.assumed_fn, cosine, args.steps)
+        rate = attack(blind, name, "blind", seen)
         rates[name] = f"{rate:g}"
-        if objective_fn is not cosine or "dpsgd" in name:
-            rate, adaptive[name] = both(protected.assumed_fn, objective_fn, seen)
-            rates[name] += f", {rate:g}"
+        if objective_fn is not cosine or name.startswith("dpsgd"):
+            knowing = Attacker(data, protected.assumed_fn, objective_fn, args.steps)
+            rates[name] += f", {attack(knowing, name, 'adaptive', seen):g}"
+        for split, one in zip(groups, every[1:]):
+            at_truth[split, name] = jax.vmap(objective_fn)(one.assumed, one.observation.update).mean()
         if name == "none":
             noise = [report.random_updates(jax.random.key(5), one) for one in seen]
-            _, prior = both(plain.assumed_fn, cosine, noise)
+            attack(blind, "prior only", "blind", noise)
+            free = jnp.asarray(data.free(known.inputs))
+            draws = {
+                "random search, noise": normal(),
+                "random search, public rows": lambda key, _, free=free: jax.random.choice(key, free, (1,)),
+            }
+            for search, draw_fn in draws.items():
+                attack(blind._replace(draw_fn=draw_fn), search, "blind", seen, rate)
+    write(data, epochs, stage, clients, groups, known, found, rates, at_truth, args)
 
-    def right(split: str, rows: np.ndarray) -> np.ndarray:
-        return data.right(rows, truths[split])
+
+def write(
+    data: Adult,
+    epochs: int,
+    stage: str,
+    clients: dict[str, Protected],
+    groups: dict[str, Victims],
+    known: Rows,
+    found: dict[tuple[str, str, str], Result],
+    rates: dict[str, str],
+    at_truth: dict[tuple[str, str], Array],
+    args: argparse.Namespace,
+) -> None:
+    """The table, and the fields of every victim in a file of its own."""
+
+    def knowing(split: str, name: str) -> Result:
+        return found.get((split, name, "adaptive"), found[split, name, "blind"])
 
     differences = {}
     for split in groups:
-        guess = right(split, prior[split])
+        prior = found[split, "prior only", "blind"].right
         for name in clients:
-            unaware = right(split, blind[name][split])
-            differences[split, name, "blind - prior only"] = 100 * (unaware - guess)
-            if name in adaptive:
-                knows = right(split, adaptive[name][split])
-                differences[split, name, "adaptive - blind"] = 100 * (knows - unaware)
-                differences[split, name, "adaptive - prior only"] = 100 * (knows - guess)
+            blind, knows = found[split, name, "blind"].right, knowing(split, name).right
+            differences[split, name, "blind - prior only"] = 100 * (blind - prior)
+            if (split, name, "adaptive") in found:
+                differences[split, name, "adaptive - blind"] = 100 * (knows - blind)
+                differences[split, name, "adaptive - prior only"] = 100 * (knows - prior)
     gains = record.gains(differences)
     rows, of_victims, guessed = [], [], []
     for split, victims in groups.items():
-        gallery = getattr(data, split).inputs[: max(10_000, victims.places.max() + 1)]
         labels = np.asarray(victims.truth.labels[:, 0])
 
-        def rank(found: np.ndarray, gallery: np.ndarray = gallery, victims: Victims = victims) -> str:
-            distances = np.square(gallery[None] - found[:, None]).sum(-1)
-            own = distances[np.arange(len(found)), victims.places]
-            return f"{np.median(1 + (distances < own[:, None]).sum(1)):.0f}"
+        def figures(who: str, result: Result, rightly: np.ndarray | None) -> dict[str, str]:
+            row = {
+                f"{who}, fields %": f"{100 * result.right.mean():.1f}",
+                f"{who}, all right": f"{np.mean(result.right == 1):.0%}",
+                f"{who}, rank": f"{np.median(result.rank):.0f}",
+            }
+            if epochs and rightly is not None:
+                parts = [result.right[chosen] for chosen in (rightly, ~rightly)]
+                shown = [f"{len(part)}: {100 * part.mean():.1f}" if len(part) else "0" for part in parts]
+                row[f"{who}, classified rightly; wrongly"] = "; ".join(shown)
+            return row
 
         for name, protected in clients.items():
-            knows = adaptive.get(name, blind[name])[split]
             logits = protected.apply_fn(protected.params, victims.truth.inputs[:, 0])
-            correct = np.asarray(jnp.argmax(logits, -1)) == labels
+            rightly, knows = np.asarray(jnp.argmax(logits, -1)) == labels, knowing(split, name)
             row = {"defense": name, "victims": split}
-            for who, found in (("blind", blind[name][split]), ("adaptive", knows)):
-                fields = right(split, found)
-                row |= {f"{who}, fields %": f"{100 * fields.mean():.1f}", f"{who} rank": rank(found)}
-                row[f"{who}, all right"] = f"{np.mean(fields == 1):.0%}"
-                if epochs:
-                    means = (
-                        f"{100 * fields[c].mean():.1f} ({c.sum()})" if c.any() else "0" for c in (correct, ~correct)
-                    )
-                    row[f"{who}, classified rightly / wrongly"] = " / ".join(means)
+            row |= figures("blind", found[split, name, "blind"], rightly) | figures("adaptive", knows, rightly)
             for column in ("adaptive - blind", "blind - prior only", "adaptive - prior only"):
                 row[column] = gains.get((split, name, column), "same attack")
-            rows.append(row | {"rate": rates[name]})
-        last = dict.fromkeys(rows[0], "-") | {"defense": "prior only", "victims": split}
-        last["blind, fields %"] = f"{100 * right(split, prior[split]).mean():.1f}"
-        rows.append(last | {"blind rank": rank(prior[split])})
-
-        public = np.setdiff1d(np.arange(10_000), groups["train"].places)
-        known, known_labels = data.train.inputs[public], data.train.labels[public]
-
-        def commonest(rows: np.ndarray) -> np.ndarray:
-            numbers, *categories = data.fields(rows)
-            # A median is within the tolerance more often than a mean.
-            return np.concatenate([np.median(numbers, 0), *(part.mean(0) for part in categories)])
-
-        truth = truths[split]
-        by_class = np.stack([commonest(known[known_labels == c]) for c in range(CLASSES)])
-        nearest = np.stack([known[np.argmin(np.square(known - one).sum(1))] for one in truth])
-        guesses = {"commonest values": np.broadcast_to(commonest(known), truth.shape), "of the class": by_class[labels]}
-        guesses["nearest row, chosen with the truth"] = nearest
-        guessed += [f"{name}, {split} {100 * right(split, found).mean():.1f}" for name, found in guesses.items()]
+            row["adaptive objective"] = f"{knows.objective.mean():.3f}"
+            rows.append(row | {"at the truth": f"{at_truth[split, name]:.3f}", "rate": rates[name]})
+        guesses = [name for own, name, _ in found if own == split and name not in clients]
+        for name in guesses:
+            row = dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split}
+            rows.append(row | figures("blind", found[split, name, "blind"], None))
+        for name, guess in data.guesses(victims, known).items():
+            share = data.right(guess, np.asarray(victims.truth.inputs[:, 0])).mean()
+            guessed.append(f"{name}, {split} {100 * share:.1f}")
         for i, place in enumerate(victims.places):
-            found = {f"{name}, blind": found for name, found in blind.items()}
-            found |= {f"{name}, adaptive": one for name, one in adaptive.items()} | {"prior only": prior}
-            shares = {name: f"{100 * right(split, one[split])[i]:.1f}" for name, one in found.items()}
-            of_victims.append({"victims": split, "row": place, "label": labels[i]} | shares)
+            own = {f"{name}, {who}": f"{100 * r.right[i]:.1f}" for (s, name, who), r in found.items() if s == split}
+            of_victims.append({"victims": split, "row": place, "label": labels[i]} | own)
     record.write(
         f"tabular_adult_{epochs}_epochs" if epochs else "tabular_adult_untrained",
         f"Defenses on Adult, {stage}: attackers that do not and that do know the defense",
         rows,
-        f"{2 * args.per_class} rows of each split, {args.per_class} of each class in the order of the file, batch 1; "
-        "MLP of two hidden layers of 100, ReLU; model, client and attack seed 0, 1 restart, "
-        f"{args.steps} steps of Adam; "
-        "an adaptive attacker with an objective of its own uses the blind one's for the first half. Both know the "
-        "schema: categories are searched as probabilities. Both tuned the learning rate among "
+        f"{CLASSES * args.per_class} rows of each split, {args.per_class} of each class in the order of the file, "
+        "batch 1; MLP of two hidden layers of 100, ReLU; model, client and attack seed 0, 1 restart, "
+        f"{args.steps} steps of Adam; an adaptive attacker with an objective of its own uses the blind one's for the "
+        "first half. All know the schema: categories are searched as probabilities. Both tuned the learning rate among "
         f"{', '.join(f'{rate:g}' for rate in RATES)} on 10 other training rows. Fields %: the share of the 14 fields "
-        f"that are right, a number within {TOLERANCE} standard deviations; rank of the true row among the first 10,000 "
-        "of its split by squared distance (median; chance 5,000). Differences in percentage points with a paired "
-        "bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a test that turns the signs of "
-        f"differences at random, corrected by Holm over the {len(differences)} differences of this table. Guesses "
-        f"without a gradient, fields %, from 10,000 training rows: {', '.join(guessed)}. Of mixed rows the true one is "
+        f"that are right, a number within {TOLERANCE} standard deviations; rank of the true row among the first "
+        f"{GALLERY:,} of its split by squared distance (median; chance {GALLERY // 2:,}). Differences in percentage "
+        "points with a paired bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a test that "
+        f"turns the signs of differences at random, corrected by Holm over the {len(differences)} differences of this "
+        "table. Prior only: the undefended attack on random updates, tuned alike. Random search: of "
+        f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
+        "steps, the one of the lowest loss on the undefended update. Public rows: the first training rows that are no "
+        f"victims. Guesses from them without a gradient, fields %: {'; '.join(guessed)}. Of mixed rows the true one is "
         "that of the largest expected coefficient.\n\n"
         f"Threat model: {THREAT.describe()}; it sees one round; the adaptive attacker knows the defense, its strength "
         "where it makes use of it, not its key.",
