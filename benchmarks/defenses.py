@@ -3,7 +3,7 @@
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--splits NAME ...] [--per-class N] [--steps N]
         [--restarts N] [--rounds N] [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
 
-Needs the extras `demo` and `data` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
+Needs the extras `demo`, `data` and `privacy` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
 total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
 """
 
@@ -49,7 +49,7 @@ from gia_jax.matching.optimizers import step_schedule
 from gia_jax.protection import Part, Protected, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
 
-CLASSES = 10
+CLASSES, DELTA = 10, 1e-5
 NOISE = ("gaussian", "dpsgd")
 # Three strengths of each where it has one; noise in units of an entry of the update, clipping at norms below LeNet's.
 DEFENSES = (
@@ -396,6 +396,15 @@ def classified(protected: Protected, victims: Victims) -> np.ndarray:
     return np.asarray(jnp.argmax(logits, -1) == victims.truth.labels[:, 0])
 
 
+def epsilon(name: str, rounds: int) -> str:
+    """Of DP-SGD, after one round and after all of them, without sampling."""
+    private = [part.settings["noise_multiplier"] for part in parse(name) if part.name == "dpsgd"]
+    if not private:
+        return "-"
+    of = partial(metrics.epsilon, private[0], delta=DELTA, relation="replace_one")
+    return ", ".join(f"{of(num_rounds=number):.4g}" for number in sorted({1, rounds}))
+
+
 def write_table(
     args: argparse.Namespace,
     setting: Setting,
@@ -448,6 +457,7 @@ def write_table(
                     "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in tuned_adaptive else ""),
                     "mean error, dB": f"{-10 * np.log10(np.mean(10 ** (-knows.psnr / 10))):.2f}",
                     "van Trees, dB": f"{bounds[name]:.1f}" if name in bounds else "-",
+                    "epsilon": epsilon(name, args.rounds),
                 }
             )
             if name.startswith("soteria"):
@@ -504,7 +514,8 @@ def write_table(
         "The objective of the attacker that knows, found and at the truth, is without its prior. 'van Trees': no "
         "attacker's mean squared error is less, in expectation over a Gaussian with the data's covariance (8 victims' "
         "Fisher information); it is to be compared with 'mean error', the PSNR of the adaptive attacker's mean squared "
-        "error, not with means of PSNRs.\n\n"
+        f"error, not with means of PSNRs. Epsilon: at delta {DELTA:g}, one example replaced, after one round"
+        f"{'' if args.rounds == 1 else f' and after {args.rounds}'}.\n\n"
         f"Threat model: {THREAT.describe()}; it sees {sees}; the adaptive attacker knows the defense, its strength "
         "where it makes use of it, not its key.",
         victims=of_victims,
