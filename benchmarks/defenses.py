@@ -3,8 +3,9 @@
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--splits NAME ...] [--per-class N] [--steps N]
         [--restarts N] [--rounds N] [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
 
-Needs the extras `demo`, `data` and `privacy` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose one weight of
-total variation for each defense, of the same list, on training images; it is frozen before the victims are seen.
+Needs the extras `demo`, `data` and `privacy` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose
+one weight of total variation for each defense, of the same list, on training images; it is frozen before the victims
+are seen.
 """
 
 import argparse
