@@ -14,12 +14,26 @@ from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
-from gia_jax.protection import Protected, encoded
+from gia_jax.protection import Protected, encoded, parse
 from gia_jax.threat import observe
 
 THREAT = ThreatModel(labels=True)
 # In passes through the network a step of an attack is counted as eight, and an update as three.
 DRAWS_A_STEP = 8 / 3
+
+
+# Of the attacks here, on one example, knowing these alone changes none: a scale, an expectation or an encoding.
+UNCHANGING = ("clip", "dpsgd", "quantize", "ternary", "mixup", "instahide")
+
+
+def network(name: str) -> str:
+    """Of which client it has the parameters: its own where the defense is one of the model, else the undefended one."""
+    return name if any(part.acts_on == "model" for part in parse(name)) else "none"
+
+
+def differs(name: str) -> bool:
+    """Whether knowing the defense changes the attack."""
+    return not all(part.name in UNCHANGING for part in parse(name))
 
 
 class Seen(NamedTuple):

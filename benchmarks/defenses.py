@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, informed, of_each, redrawn
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, of_each, redrawn
 from flax import nnx
 from parts import run_parts
 from training import accuracy, train, train_network, uniform
@@ -41,7 +41,7 @@ from gia_jax import (
     report,
 )
 from gia_jax.attacks import inverting_gradients
-from gia_jax.base import InitFn, ObjectiveFn, Params
+from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
 from gia_jax.matching.adaptive import rescaled
 from gia_jax.matching.initializations import normal
@@ -91,11 +91,12 @@ class Result(NamedTuple):
 
 
 def victims_of(split: str, per_class: int, *, first: int = 0) -> Victims:
-    """Images of each class by their ids, from the `first` on; the next ones are the clients' others."""
+    """Images of each class by their ids, from the `first` on; the last images are the clients' others."""
     images = data.load("cifar10", split=split, limit=10_000)
     places = [np.flatnonzero(images.labels == c) for c in range(CLASSES)]
     chosen = np.sort(np.concatenate([place[first : first + per_class] for place in places]))
-    rest = np.setdiff1d(np.arange(len(images.labels)), chosen)[:NUM_OTHERS]
+    # Far from the victims of all lists, so that nothing is tuned on encodings that hold them.
+    rest = np.arange(len(images.labels))[-NUM_OTHERS:]
 
     def batch(index: np.ndarray) -> Batch:
         return Batch(jnp.asarray(images.normalize(images.images[index])), jnp.asarray(images.labels[index]))
@@ -126,11 +127,6 @@ def setting_of(args: argparse.Namespace) -> Setting:
             every[name], test_accuracy = trained(protected, args.epochs)
             stage += f", {test_accuracy:.1%} with {name}"
     return Setting(every, stage)
-
-
-def network(name: str) -> str:
-    """Of which client it has the parameters: its own where the defense is one of the model, else the undefended one."""
-    return name if any(part.acts_on == "model" for part in parse(name)) else "none"
 
 
 def trained(protected: Protected, epochs: int) -> tuple[Protected, float]:
@@ -165,12 +161,12 @@ def see(setting: Setting, name: str, rounds: int, *groups: Victims) -> list[Seen
 
 
 def attack(
-    client_fn: Any,
-    objective_fn: Any,
+    client_fn: ClientFn,
+    objective_fn: ObjectiveFn,
     observations: Observation,
     victims: Victims,
     weights: Sequence[float],
-    args: Any,
+    args: argparse.Namespace,
     draw_fn: InitFn | None = None,
 ) -> Result:
     """The attack on all observations, which repeat the list of victims with one weight of total variation each time.
@@ -269,15 +265,13 @@ def adaptive(
     return parts_of(results, len(weights))
 
 
-def differs(name: str) -> bool:
-    """Whether knowing the defense changes the attack: it does not for clipping, rounding and mixing alone."""
-    return not all(part.name in ("clip", "quantize", "ternary", "mixup", "instahide") for part in parse(name))
-
-
-def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims, rounds: int) -> list[float]:
+def van_trees(setting: Setting, victims: Victims, rounds: int) -> dict[str, float]:
     """For each defense by noise the least mean squared error of any attacker, in expectation over a Gaussian prior, as
     the PSNR of that error in dB. (A mean of PSNRs may be larger.)
     """
+    noisy = {name: part for name in setting.protected for part in parse(name) if part.name in NOISE and scale(part) > 0}
+    if not noisy:
+        return {}
     few = jax.tree.map(lambda leaf: leaf[:8, 0], victims.truth)
     plain, images = setting.protected["none"], data.load("cifar10", split="train", limit=10_000)
     covariance = pixel_covariance(images.images)
@@ -292,11 +286,16 @@ def van_trees(setting: Setting, parts: Sequence[Part], victims: Victims, rounds:
         return pixel_information(client_fn, plain.params, few, images)
 
     def bound(part: Part) -> float:
-        norm = part.settings.get("norm")
-        scale = part.settings["scale"] if norm is None else part.settings["noise_multiplier"] * norm
-        return float(-10 * jnp.log10(metrics.van_trees_bound(rounds * information(norm) / scale**2, covariance)))
+        found = rounds * information(part.settings.get("norm")) / scale(part) ** 2
+        return float(-10 * jnp.log10(metrics.van_trees_bound(found, covariance)))
 
-    return [bound(part) for part in parts]
+    return {name: bound(part) for name, part in noisy.items()}
+
+
+def scale(part: Part) -> float:
+    """Standard deviation of a defense's Gaussian noise."""
+    norm = part.settings.get("norm")
+    return part.settings["scale"] if norm is None else part.settings["noise_multiplier"] * norm
 
 
 def figures(name: str, result: Result) -> dict[str, str]:
@@ -309,14 +308,17 @@ def figures(name: str, result: Result) -> dict[str, str]:
 
 
 class Found(NamedTuple):
-    """What the attacks found on the victims of one split, by the defense's name, and with no update to see at all."""
+    """What the attacks found on the victims of one split, by the defense's name; and others that see no defended
+    update: attacks on noise, random searches, and the PSNR of guesses.
+    """
 
     victims: Victims
     seen: dict[str, Seen]
     blind: dict[str, Result]
     adaptive: dict[str, Result]
     controls: dict[str, Result]
-    blindfold: dict[str, Result]
+    others: dict[str, Result]
+    guesses: dict[str, np.ndarray]
 
     def knowing(self, name: str) -> Result:
         """Of the attacker that knows the defense, where that is another attack."""
@@ -338,7 +340,9 @@ def table(args: argparse.Namespace) -> None:
 
     print("what the server sees:", flush=True)
     seen_tuning: dict[str, Seen] = {}
-    founds = {split: Found(victims, {}, {}, {}, {}, {}) for split, victims in groups.items()}
+    founds = {split: Found(victims, {}, {}, {}, {}, {}, guesses_of(victims)) for split, victims in groups.items()}
+    # What cannot be computed is refused here, and not after the attacks.
+    bounds = {split: van_trees(setting, victims, args.rounds) for split, victims in groups.items()}
     for name in names:
         seen_tuning[name], *every = see(setting, name, args.rounds, tuning, *groups.values())
         for found, seen in zip(founds.values(), every):
@@ -368,7 +372,7 @@ def table(args: argparse.Namespace) -> None:
         frozen = {name: [weight] for name, weight in tuned_blind.items()}
         every = blind(setting, found.seen, frozen, found.victims, args)
         found.blind.update((name, results[0]) for name, results in every.items())
-        found.blindfold["prior only"] = guess(found.seen["none"], found.victims, [tuned_prior])[0]
+        found.others["prior only"] = guess(found.seen["none"], found.victims, [tuned_prior])[0]
         public = jnp.asarray(found.victims.images.normalize(public_images(found.victims).images))
         draws: dict[str, InitFn] = {
             "random search, noise": normal(),
@@ -378,8 +382,8 @@ def table(args: argparse.Namespace) -> None:
             print(f"{search}:", flush=True)
             shared = found.seen["none"].observation
             drawn = attack(plain.assumed_fn, cosine, shared, found.victims, frozen["none"], args, draw_fn)
-            found.blindfold[search] = drawn
-    write_table(args, setting, founds, tuned_blind, tuned_adaptive, tuned_prior)
+            found.others[search] = drawn
+    write_table(args, setting, founds, bounds, tuned_blind, tuned_adaptive, tuned_prior)
 
 
 def public_images(victims: Victims) -> data.ImageData:
@@ -389,6 +393,13 @@ def public_images(victims: Victims) -> data.ImageData:
         return images
     kept = np.setdiff1d(np.arange(len(images.labels)), victims.places)
     return images._replace(images=images.images[kept], labels=images.labels[kept])
+
+
+def guesses_of(victims: Victims) -> dict[str, np.ndarray]:
+    """PSNR of guesses without a gradient, by name, shape (v,) each."""
+    public = public_images(victims)
+    labels = {"labels": np.asarray(victims.truth.labels), "gallery_labels": public.labels}
+    return {name: psnr[:, 0] for name, psnr in report.baselines(victims.pixels, public.images, **labels).items()}
 
 
 def classified(protected: Protected, victims: Victims) -> np.ndarray:
@@ -402,6 +413,8 @@ def epsilon(name: str, rounds: int) -> str:
     private = [part.settings["noise_multiplier"] for part in parse(name) if part.name == "dpsgd"]
     if not private:
         return "-"
+    if private[0] == 0:
+        return "inf"
     of = partial(metrics.epsilon, private[0], delta=DELTA, relation="replace_one")
     return ", ".join(f"{of(num_rounds=number):.4g}" for number in sorted({1, rounds}))
 
@@ -410,6 +423,7 @@ def write_table(
     args: argparse.Namespace,
     setting: Setting,
     founds: dict[str, Found],
+    bounds: dict[str, dict[str, float]],
     tuned_blind: dict[str, float],
     tuned_adaptive: dict[str, float],
     tuned_prior: float,
@@ -418,19 +432,18 @@ def write_table(
     names = list(setting.protected)
     differences = {}
     for split, found in founds.items():
-        prior = found.blindfold["prior only"].psnr
+        bars = {"prior only": found.others["prior only"].psnr, "class mean": found.guesses["class mean"]}
         for name in names:
-            differences[split, name, "blind - prior only, dB"] = found.blind[name].psnr - prior
+            blind = found.blind[name].psnr
+            differences |= {(split, name, f"blind - {bar}, dB"): blind - psnr for bar, psnr in bars.items()}
             if name in tuned_adaptive:
-                gained = found.adaptive[name].psnr - found.blind[name].psnr
-                differences[split, name, "adaptive - blind, dB"] = gained
-                differences[split, name, "adaptive - prior only, dB"] = found.adaptive[name].psnr - prior
+                knows = found.adaptive[name].psnr
+                differences[split, name, "adaptive - blind, dB"] = knows - blind
+                differences |= {(split, name, f"adaptive - {bar}, dB"): knows - psnr for bar, psnr in bars.items()}
     gains = record.gains(differences)
-    noisy = {name: part for name in names for part in parse(name) if part.name in NOISE}
     rows, of_victims, guessed, live = [], [], [], {}
     for split, found in founds.items():
         victims = found.victims
-        bounds = dict(zip(noisy, van_trees(setting, list(noisy.values()), victims, args.rounds)))
         rightly = {name: classified(setting.protected[name], victims) for name in names}
 
         def by_class(name: str, chosen: np.ndarray, found: Found = found) -> str:
@@ -445,8 +458,9 @@ def write_table(
             row = {"defense": name, "victims": split} | figures("blind", found.blind[name]) | figures("adaptive", knows)
             row["adaptive - blind, dB"] = gains.get((split, name, "adaptive - blind, dB"), "same attack")
             row["adaptive on no defense"] = f"{found.controls[name].psnr.mean():.2f}" if name in found.controls else "-"
-            row["blind - prior only, dB"] = gains[split, name, "blind - prior only, dB"]
-            row["adaptive - prior only, dB"] = gains.get((split, name, "adaptive - prior only, dB"), "same attack")
+            for bar in ("prior only", "class mean"):
+                row[f"blind - {bar}, dB"] = gains[split, name, f"blind - {bar}, dB"]
+                row[f"adaptive - {bar}, dB"] = gains.get((split, name, f"adaptive - {bar}, dB"), "same attack")
             if args.epochs:
                 row["classified rightly: blind, adaptive"] = by_class(name, rightly[name])
                 row["wrongly"] = by_class(name, ~rightly[name])
@@ -457,7 +471,7 @@ def write_table(
                     "at the truth": f"{at_truth.mean():.3f}",
                     "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in tuned_adaptive else ""),
                     "mean error, dB": f"{-10 * np.log10(np.mean(10 ** (-knows.psnr / 10))):.2f}",
-                    "van Trees, dB": f"{bounds[name]:.1f}" if name in bounds else "-",
+                    "van Trees, dB": f"{bounds[split][name]:.1f}" if name in bounds[split] else "-",
                     "epsilon": epsilon(name, args.rounds),
                 }
             )
@@ -465,21 +479,20 @@ def write_table(
                 protected = setting.protected[name]
                 shares = live_shares(parse(name), protected.apply_fn, protected.params, victims.truth.inputs)
                 live[f"{name}, {split}"] = shares.mean()
-        for name, result in found.blindfold.items():
+        for name, result in found.others.items():
             rows.append(dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split} | figures("blind", result))
-        public = public_images(victims)
-        labels = {"labels": victims.truth.labels, "gallery_labels": public.labels}
-        guesses = report.baselines(victims.pixels, public.images, **labels)
-        guessed.append(f"{split}: " + ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in guesses.items()))
+        guessed.append(f"{split}: " + ", ".join(f"{name} {psnr.mean():.2f}" for name, psnr in found.guesses.items()))
         for i, place in enumerate(victims.places):
             one = {"victims": split, "id": victims.images.ids[place], "label": victims.images.labels[place]}
             one["classified rightly"] = rightly["none"][i]
             results = {f"{name}, blind": result for name, result in found.blind.items()}
-            results |= {f"{name}, adaptive": result for name, result in found.adaptive.items()} | found.blindfold
-            of_victims.append(one | {name: f"{result.psnr[i]:.2f}" for name, result in results.items()})
+            results |= {f"{name}, adaptive": result for name, result in found.adaptive.items()} | found.others
+            every = {name: result.psnr for name, result in results.items()} | found.guesses
+            of_victims.append(one | {name: f"{psnr[i]:.2f}" for name, psnr in every.items()})
     shares = ", ".join(f"{share:.0%} ({name})" for name, share in live.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
+    stage += f"_{'_'.join(args.splits)}" * (args.splits != ["test"])
     stage += "_near" * (args.near is not None) + f"_{args.rounds}_rounds" * (args.rounds > 1)
     schedule = "; an adaptive attacker with an objective of its own uses the blind one's for the first half"
     if args.near is not None:
@@ -489,13 +502,18 @@ def write_table(
             "and is to be compared with the attack on random updates, which takes away noise by its prior alone"
         )
     number = len(next(iter(founds.values())).victims.pixels)
-    sees = "one round" if args.rounds == 1 else f"the mean of {args.rounds} rounds on the same batch and parameters"
+    sees = "one round"
+    if args.rounds > 1:
+        sees = (
+            f"the mean of {args.rounds} rounds on the same batch and parameters, which the protocol gives it only "
+            "while the model hardly moves, and a malicious server at any time"
+        )
     record.write(
         args.name or f"defenses_{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{number} CIFAR-10 images of each split ({', '.join(founds)}), the first {args.per_class} of each class by id "
-        "(of training images those after the one that is tuned on), batch 1; model, "
+        "(of the training set, whose first are tuned on, the next), batch 1; model, "
         f"client and attack seed 0, {args.restarts} restart{'s' * (args.restarts > 1)} (the lowest loss is kept), "
         f"{args.steps} steps{schedule}. Both attackers tuned the weight of total variation "
         f"among {', '.join(f'{w:g}' for w in args.weights)} on the first training image of each class. PSNR in dB "
@@ -506,8 +524,9 @@ def write_table(
         "Adaptive on no defense: that row's attacker on undefended updates (option --controls). "
         f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Random search: of "
         f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
-        "steps, the one of the lowest loss on the undefended update. Public images: training images that are no "
-        f"victims. Guesses without a gradient: {'; '.join(guessed)} (the nearest are chosen with the truth, those of "
+        "steps, the one of the lowest loss on the undefended update. Public images: of all classes, training images "
+        "that are no victims of the split. The splits are different images: compare them by what is above a guess. "
+        f"Guesses without a gradient: {'; '.join(guessed)} (the nearest are chosen with the truth, those of "
         "the class with the label).\n\n"
         "Of mixed images the true one is that of "
         "the largest expected coefficient, and each is attacked from one encoding; decoding several is another table. "

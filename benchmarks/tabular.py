@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, informed, of_each, redrawn
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, of_each, redrawn
 from flax import nnx
 from jaxtyping import Array
 from parts import run_parts
@@ -94,13 +94,18 @@ class Adult(NamedTuple):
             numbers, *categories = self.fields(rows)
             return np.concatenate([np.median(numbers, 0), *(part.mean(0) for part in categories)])
 
+        def nearest(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
+            return np.stack([rows[np.argmin(np.square(rows - one).sum(1))] for one in truth])
+
         truth, labels = np.asarray(victims.truth.inputs[:, 0]), np.asarray(victims.truth.labels[:, 0])
         by_class = np.stack([commonest(known.inputs[known.labels == c]) for c in range(CLASSES)])
-        nearest = np.stack([known.inputs[np.argmin(np.square(known.inputs - one).sum(1))] for one in truth])
         return {
             "commonest values": np.broadcast_to(commonest(known.inputs), truth.shape),
             "of the class": by_class[labels],
-            "nearest row (chosen with the truth)": nearest,
+            "nearest row (chosen with the truth)": nearest(known.inputs, truth),
+            "nearest of the class (so too)": np.stack(
+                [nearest(known.inputs[known.labels == c], one[None])[0] for c, one in zip(labels, truth)]
+            ),
         }
 
     def right(self, rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -142,9 +147,10 @@ class Victims(NamedTuple):
 
 
 def victims_of(rows: Rows, per_class: int, *, first: int = 0) -> Victims:
-    """Rows of each class in the order of the file, from the `first` on; the next ones are the clients' others."""
+    """Rows of each class in the order of the file, from the `first` on; the last rows are the clients' others."""
     chosen = np.sort(np.concatenate([np.flatnonzero(rows.labels == c)[first:][:per_class] for c in range(CLASSES)]))
-    rest = np.setdiff1d(np.arange(len(rows.labels)), chosen)[:NUM_OTHERS]
+    # Far from the victims of all lists, so that nothing is tuned on encodings that hold them.
+    rest = np.arange(len(rows.labels))[-NUM_OTHERS:]
     every = Batch(jnp.asarray(rows.inputs), jnp.asarray(rows.labels))
     truth, others = (jax.tree.map(lambda leaf, index=index: leaf[index], every) for index in (chosen, rest))
     return Victims(jax.tree.map(lambda leaf: leaf[:, None], truth), others, rows.inputs[:GALLERY], chosen)
@@ -174,19 +180,18 @@ def clients_of(data: Adult, epochs: int, names: Sequence[str]) -> Clients:
     steps = epochs * (len(data.train.labels) // 128)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     examples = Batch(jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels))
-    learned: dict[Any, Params] = {}
+    stage, learned = f"{epochs} epoch{'s' * (epochs > 1)}", {}
     for name, protected in every.items():
-        tree = jax.tree.structure(protected.params)
-        if tree not in learned:
+        if network(name) not in learned:
             learn = jax.jit(partial(train, protected.client_fn, optimizer, uniform(128), num_steps=steps))
-            learned[tree] = learn(protected.params, jax.random.key(0), examples)
-        every[name] = protected._replace(params=learned[tree])
-    plain = every["none"]
-    seen, unseen = (
-        accuracy(plain.apply_fn, plain.params, jnp.asarray(rows.inputs), rows.labels)
-        for rows in (data.train, data.test)
-    )
-    return Clients(every, f"{epochs} epoch{'s' * (epochs > 1)}, accuracy {seen:.1%} training, {unseen:.1%} test")
+            learned[name] = learn(protected.params, jax.random.key(0), examples)
+            seen, unseen = (
+                accuracy(protected.apply_fn, learned[name], jnp.asarray(rows.inputs), rows.labels)
+                for rows in (data.train, data.test)
+            )
+            stage += f", accuracy {seen:.1%} training, {unseen:.1%} test" + f" with {name}" * (name != "none")
+        every[name] = protected._replace(params=learned[network(name)])
+    return Clients(every, stage)
 
 
 class Result(NamedTuple):
@@ -240,9 +245,11 @@ class Attacker(NamedTuple):
         objective = jax.jit(jax.vmap(match))(found.batch, together.update)
         rows = np.asarray(found.batch.inputs[:, 0])
         truth, places = np.asarray(victims.truth.inputs[:, 0]), np.tile(victims.places, len(rates))
-        right = self.data.right(rows, np.tile(truth, (len(rates), 1)))
+        finite = np.all(np.isfinite(rows), 1)
+        right = np.where(finite, self.data.right(rows, np.tile(truth, (len(rates), 1))), 0)
         distances = np.square(victims.gallery[None] - rows[:, None]).sum(-1)
         rank = 1 + np.sum(distances < distances[np.arange(len(rows)), places][:, None], 1)
+        rank = np.where(finite, rank, len(victims.gallery))
         split = [np.split(field, len(rates)) for field in (rows, right, rank, np.asarray(objective))]
         return [Result(*fields) for fields in zip(*split)]
 
@@ -262,14 +269,13 @@ def table(args: argparse.Namespace) -> None:
 def table_of(data: Adult, epochs: int, args: argparse.Namespace) -> None:
     """At one stage."""
     clients, stage = clients_of(data, epochs, args.defenses)
-    plain = clients["none"]
     tuning = victims_of(data.train, 5)
     groups = {"test": victims_of(data.test, args.per_class), "train": victims_of(data.train, args.per_class, first=5)}
     public = np.setdiff1d(np.arange(GALLERY), groups["train"].places)
     known = Rows(data.train.inputs[public], data.train.labels[public])
     found: dict[tuple[str, str, str], Result] = {}  # by split, defense or guess, and attacker
     rates: dict[str, str] = {}
-    at_truth = {}
+    at_truth, undefended = {}, []
 
     def attack(
         attacker: Attacker, name: str, who: str, seen: Sequence[Observation], rate: float | None = None
@@ -284,14 +290,19 @@ def table_of(data: Adult, epochs: int, args: argparse.Namespace) -> None:
         print(name, flush=True)
         every = [see(protected, victims) for victims in (tuning, *groups.values())]
         seen = [one.observation for one in every]
-        unaware = protected if name == "precode" else plain
+        unaware = clients[network(name)]
         objective_fn = protected.adapt_fn(cosine)
         blind = Attacker(data, unaware.assumed_fn, cosine, args.steps)
         rate = attack(blind, name, "blind", seen)
         rates[name] = f"{rate:g}"
-        if objective_fn is not cosine or name.startswith("dpsgd"):
+        if name == "none":
+            undefended = seen
+        if differs(name):
             knowing = Attacker(data, protected.assumed_fn, objective_fn, args.steps)
-            rates[name] += f", {attack(knowing, name, 'adaptive', seen):g}"
+            rate_knowing = attack(knowing, name, "adaptive", seen)
+            rates[name] += f", {rate_knowing:g}"
+            if network(name) == "none":
+                attack(knowing, name, "adaptive on no defense", undefended, rate_knowing)
         for split, one in zip(groups, every[1:]):
             at_truth[split, name] = jax.vmap(objective_fn)(one.assumed, one.observation.update).mean()
         if name == "none":
@@ -324,15 +335,19 @@ def write(
     def knowing(split: str, name: str) -> Result:
         return found.get((split, name, "adaptive"), found[split, name, "blind"])
 
-    differences = {}
+    differences, guesses = {}, {}
     for split in groups:
-        prior = found[split, "prior only", "blind"].right
+        truth = np.asarray(groups[split].truth.inputs[:, 0])
+        guesses[split] = {name: data.right(rows, truth) for name, rows in data.guesses(groups[split], known).items()}
+        bars = {"prior only": found[split, "prior only", "blind"].right, "class": guesses[split]["of the class"]}
         for name in clients:
             blind, knows = found[split, name, "blind"].right, knowing(split, name).right
-            differences[split, name, "blind - prior only"] = 100 * (blind - prior)
+            differences |= {(split, name, f"blind - {bar}"): 100 * (blind - right) for bar, right in bars.items()}
             if (split, name, "adaptive") in found:
                 differences[split, name, "adaptive - blind"] = 100 * (knows - blind)
-                differences[split, name, "adaptive - prior only"] = 100 * (knows - prior)
+                differences |= {
+                    (split, name, f"adaptive - {bar}"): 100 * (knows - right) for bar, right in bars.items()
+                }
     gains = record.gains(differences)
     rows, of_victims, guessed = [], [], []
     for split, victims in groups.items():
@@ -355,19 +370,21 @@ def write(
             rightly, knows = np.asarray(jnp.argmax(logits, -1)) == labels, knowing(split, name)
             row = {"defense": name, "victims": split}
             row |= figures("blind", found[split, name, "blind"], rightly) | figures("adaptive", knows, rightly)
-            for column in ("adaptive - blind", "blind - prior only", "adaptive - prior only"):
-                row[column] = gains.get((split, name, column), "same attack")
+            row["adaptive - blind"] = gains.get((split, name, "adaptive - blind"), "same attack")
+            for bar in ("prior only", "class"):
+                row[f"blind - {bar}"] = gains[split, name, f"blind - {bar}"]
+                row[f"adaptive - {bar}"] = gains.get((split, name, f"adaptive - {bar}"), "same attack")
             row["adaptive objective"] = f"{knows.objective.mean():.3f}"
+            control = found.get((split, name, "adaptive on no defense"))
+            row["adaptive on no defense"] = "-" if control is None else f"{100 * control.right.mean():.1f}"
             rows.append(row | {"at the truth": f"{at_truth[split, name]:.3f}", "rate": rates[name]})
-        guesses = [name for own, name, _ in found if own == split and name not in clients]
-        for name in guesses:
+        for name in [name for own, name, _ in found if own == split and name not in clients]:
             row = dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split}
             rows.append(row | figures("blind", found[split, name, "blind"], None))
-        for name, guess in data.guesses(victims, known).items():
-            share = data.right(guess, np.asarray(victims.truth.inputs[:, 0])).mean()
-            guessed.append(f"{name}, {split} {100 * share:.1f}")
+        guessed += [f"{name}, {split} {100 * right.mean():.1f}" for name, right in guesses[split].items()]
         for i, place in enumerate(victims.places):
             own = {f"{name}, {who}": f"{100 * r.right[i]:.1f}" for (s, name, who), r in found.items() if s == split}
+            own |= {name: f"{100 * right[i]:.1f}" for name, right in guesses[split].items()}
             of_victims.append({"victims": split, "row": place, "label": labels[i]} | own)
     record.write(
         f"tabular_adult_{epochs}_epochs" if epochs else "tabular_adult_untrained",
@@ -385,8 +402,9 @@ def write(
         "table. Prior only: the undefended attack on random updates, tuned alike. Random search: of "
         f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
         "steps, the one of the lowest loss on the undefended update. Public rows: the first training rows that are no "
-        f"victims. Guesses from them without a gradient, fields %: {'; '.join(guessed)}. Of mixed rows the true one is "
-        "that of the largest expected coefficient.\n\n"
+        f"victims. Guesses from them without a gradient, fields %: {'; '.join(guessed)}; 'class' in a column is the "
+        "one of the class. Adaptive on no defense: that row's attacker on undefended updates. Of mixed rows the true "
+        "one is that of the largest expected coefficient.\n\n"
         f"Threat model: {THREAT.describe()}; it sees one round; the adaptive attacker knows the defense, its strength "
         "where it makes use of it, not its key.",
         victims=of_victims,

@@ -75,28 +75,30 @@ def baselines(
     Raises:
         ValueError: Labels of one kind only, of another shape than their images, or of a class that no public image has.
     """
-    flat = truth.reshape(-1, *truth.shape[-3:])
-    guesses = {
-        "grey": np.full_like(flat, 0.5),
-        "data mean": np.broadcast_to(gallery.mean(0), flat.shape),
-        "nearest image": np.asarray(nearest(jnp.asarray(flat), jnp.asarray(gallery))),
-    }
     if (labels is None) != (gallery_labels is None):
-        raise ValueError(f"labels and gallery_labels must be given together, got {labels} and {gallery_labels}")
+        missing = "labels" if labels is None else "gallery_labels"
+        raise ValueError(f"labels and gallery_labels must be given together, got no {missing}")
+    flat = truth.reshape(-1, *truth.shape[-3:])
+    by_class: dict[str, np.ndarray] = {}
     if labels is not None and gallery_labels is not None:
         labels, gallery_labels = np.asarray(labels), np.asarray(gallery_labels)
         for name, given, images in (("labels", labels, truth), ("gallery_labels", gallery_labels, gallery)):
             if given.shape != images.shape[:-3]:
                 raise ValueError(f"{name} must have the shape {images.shape[:-3]}, got {given.shape}")
-        missing = np.setdiff1d(labels, gallery_labels)
-        if missing.size:
-            raise ValueError(f"gallery_labels must have every class of labels, got none of {missing.tolist()}")
-        mean, closest = np.empty_like(flat), np.empty_like(flat)
+        unknown = np.setdiff1d(labels, gallery_labels)
+        if unknown.size:
+            raise ValueError(f"gallery_labels must have every class of labels, got none of {unknown.tolist()}")
+        by_class = {name: np.empty_like(flat) for name in ("class mean", "nearest of the class")}
         for one in np.unique(labels):
             members, own = gallery[gallery_labels == one], labels.ravel() == one
-            mean[own] = members.mean(0)
-            closest[own] = nearest(jnp.asarray(flat[own]), jnp.asarray(members))
-        guesses |= {"class mean": mean, "nearest of the class": closest}
+            by_class["class mean"][own] = members.mean(0)
+            by_class["nearest of the class"][own] = nearest(jnp.asarray(flat[own]), jnp.asarray(members))
+    guesses = {
+        "grey": np.full_like(flat, 0.5),
+        "data mean": np.broadcast_to(gallery.mean(0), flat.shape),
+        "nearest image": np.asarray(nearest(jnp.asarray(flat), jnp.asarray(gallery))),
+        **by_class,
+    }
     with np.errstate(divide="ignore"):
         return {
             name: -10 * np.log10(np.mean((guess - flat) ** 2, (1, 2, 3))).reshape(truth.shape[:-3])

@@ -134,7 +134,7 @@ def test_guesses_that_know_the_class_are_of_its_public_images_only(data: ImageDa
 def test_labels_of_guesses_are_refused_where_they_say_nothing(data: ImageData) -> None:
     truth, gallery = data.images[:2], data.images[2:]
     labels, gallery_labels = np.asarray([0, 1]), np.asarray([0, 0, 0, 1])
-    with pytest.raises(ValueError, match="labels and gallery_labels must be given together"):
+    with pytest.raises(ValueError, match="labels and gallery_labels must be given together, got no gallery_labels"):
         report.baselines(truth, gallery, labels=labels)
     with pytest.raises(ValueError, match=r"^labels must have the shape \(2,\), got \(1,\)"):
         report.baselines(truth, gallery, labels=labels[:1], gallery_labels=gallery_labels)
