@@ -1,59 +1,81 @@
-"""Holm's correction over the gains of all tables of defenses together.
+"""Holm's correction over all tables of defenses together, as far as they keep every victim's figure.
 
     python benchmarks/holm.py
 
-A gain is a mean with an interval of 95 %, from which its standard error and a two-sided p-value follow as of a normal
-distribution: tables that hold p-values of their own are corrected again, with those of all the others.
+It asks of every defense whether knowing it changes what an attacker finds, and whether either attacker finds more than
+one knows who has only the label and public examples.
 """
 
 import csv
-import re
+from pathlib import Path
 
 import numpy as np
 import record
-from scipy import stats
+from attackers import differs
 
-COLUMN, LEVEL = "adaptive - blind, dB", 0.05
-GAIN = re.compile(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
+LEVEL = 0.05
+CLASS = ("class mean", "of the class")  # the guess that knows the label, of images and of rows
+
+
+def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
+    """Of one table, by its name, the split, the defense, and what is compared."""
+    table = path.stem.removesuffix("_victims")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for split in dict.fromkeys(row["victims"] for row in rows):
+        own = [row for row in rows if row["victims"] == split]
+        (guess,) = (np.asarray([float(row[name]) for row in own]) for name in CLASS if name in own[0])
+        figures = {name: np.asarray([float(row[name]) for row in own]) for name in own[0] if ", " in name}
+        for column, blind in figures.items():
+            name, _, who = column.rpartition(", ")
+            if who != "blind" or name.startswith(("prior only", "random search")):
+                continue
+            found[table, split, name, "blind - class"] = blind - guess
+            if differs(name):
+                knows = figures[f"{name}, adaptive"]
+                found[table, split, name, "adaptive - blind"] = knows - blind
+                found[table, split, name, "adaptive - class"] = knows - guess
+    return found
 
 
 def main() -> None:
-    found = []
-    for path in sorted(record.RESULTS.glob("defenses_*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if match := GAIN.match(row.get(COLUMN, "")):
-                    found.append((path.stem, *map(float, match.groups())))
-    tables, means, lows, highs = map(np.asarray, zip(*found))
-    errors = (highs - lows) / (2 * stats.norm.ppf(0.975))
-    # No error at all: of differences that are all the same, here zeros.
-    z = np.divide(np.abs(means), errors, out=np.where(means == 0, 0.0, np.inf), where=errors > 0)
-    kept = record.holm(2 * stats.norm.sf(z)) <= LEVEL
-    alone = (lows > 0) | (highs < 0)
-    rows = [
-        {
-            "table": str(table),
-            "gains and losses": int(own.sum()),
-            "gains with an interval above 0": int((own & (lows > 0)).sum()),
-            "gains after Holm": int((own & kept & (means > 0)).sum()),
-            "losses with an interval below 0": int((own & (highs < 0)).sum()),
-            "losses after Holm": int((own & kept & (means < 0)).sum()),
-            "smallest difference that stays, dB": f"{np.abs(means[own & kept]).min():.2f}"
-            if (own & kept).any()
-            else "-",
+    found = {}
+    for path in sorted(record.RESULTS.glob("*_victims.csv")):
+        found |= differences(path)
+    corrected = dict(zip(found, record.holm([record.sign_test(values) for values in found.values()])))
+    rows = []
+    for table, split in dict.fromkeys(key[:2] for key in found):
+        stays = {
+            (name, what): np.sign(values.mean()) * (corrected[table, split, name, what] <= LEVEL)
+            for (own, of, name, what), values in found.items()
+            if (own, of) == (table, split)
         }
-        for table in dict.fromkeys(tables)
-        for own in [tables == table]
-    ]
-    total = {"table": "all", **{name: sum(row[name] for row in rows) for name in list(rows[0])[1:-1]}}
-    rows.append(total | {"smallest difference that stays, dB": f"{np.abs(means[kept]).min():.2f}"})
+        knowing = {name: sign for (name, what), sign in stays.items() if what == "adaptive - blind"}
+        names = list(dict.fromkeys(name for name, _ in stays))
+        best = {
+            name: max(sign for (own, what), sign in stays.items() if own == name and "class" in what) for name in names
+        }
+        rows.append(
+            {
+                "table": table,
+                "victims": split,
+                "defenses": len(names),
+                "knowing gains": f"{sum(s > 0 for s in knowing.values())} of {len(knowing)}",
+                "knowing loses": f"{sum(s < 0 for s in knowing.values())} of {len(knowing)}",
+                "an attacker is above the class": f"{sum(s > 0 for s in best.values())} of {len(names)}",
+                "none is": ", ".join(name for name, sign in best.items() if sign <= 0) or "-",
+            }
+        )
     record.write(
-        "defenses_holm",
-        "What stays of the gains of attackers that know, corrected over all tables",
+        "holm",
+        "What stays of all tables of defenses, corrected together",
         rows,
-        f"The {len(means)} differences of the column '{COLUMN}' of every table of defenses as one family, corrected "
-        f"by Holm (1979) at {LEVEL:.0%}; p-values from the bootstrap intervals of 95 %, as of a normal distribution. "
-        f"Alone {alone.sum()} intervals leave out 0, after the correction {kept.sum()} differences are not 0.",
+        f"{len(found)} mean differences of every victim's figure (PSNR of images, fields of rows), tested by turning "
+        f"their signs at random, corrected by Holm (1979) at {LEVEL:.0%} over all rows of this table. Knowing: the "
+        "attacker that knows the defense beside the one that does not, where they are different attacks. The class: "
+        "the mean image, or the commonest values, of public examples of the victim's class. Tables without a file of "
+        "victims are not in it.",
     )
 
 

@@ -1,0 +1,74 @@
+"""What the benchmarks' tables rest on: corrected p-values, means over rounds, and random search."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from attackers import averaged, differs, redrawn
+from record import gains, holm, sign_test
+from scipy import stats
+
+from gia_jax import Batch, Observation, defenses, gradient_matching, keep_best, run
+from gia_jax.matching.initializations import normal
+
+
+def test_holm_corrects_step_by_step_as_in_a_worked_example() -> None:
+    # 4 x .005; 3 x .01; 2 x .03; and .04, which must not be below the one before it.
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_array_equal(holm([0.6, 0.9]), [1, 1])
+    assert len(holm([])) == 0
+
+
+def test_turning_signs_at_random_agrees_with_all_turns_and_with_a_t_test() -> None:
+    values = np.asarray([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert sign_test(values) == pytest.approx(2 / 32)  # only all signs as they are, or all turned, are as far from 0
+    many = np.random.default_rng(0).normal(0.25, 1, 70)
+    assert sign_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, rel=0.15)
+    assert sign_test(np.zeros(5)) == 1
+
+
+def test_of_noise_nothing_stays_after_the_correction_and_of_a_difference_it_does() -> None:
+    rng = np.random.default_rng(1)
+    noise = {f"noise {i}": rng.normal(0, 1, 70) for i in range(20)}
+    assert min(sign_test(values) for values in noise.values()) < 0.05  # one in twenty would pass alone
+    cells = gains(noise | {"true": rng.normal(1, 1, 70), "broken": np.asarray([1.0, np.inf, np.nan])})
+    p_values = {name: float(cell.rpartition("p ")[2]) for name, cell in cells.items() if name != "broken"}
+    assert {name for name, p in p_values.items() if p <= 0.05} == {"true"}
+    assert cells["broken"] == "not finite for 2"
+
+
+def test_the_mean_of_rounds_has_the_noise_of_one_divided_by_the_root_of_their_number() -> None:
+    params = {"w": jnp.zeros(20_000)}
+
+    def client_fn(key: jax.Array):
+        noise = defenses.gaussian_noise(key, 1.0)
+        return defenses.defended(lambda params, batch: jax.tree.map(jnp.ones_like, params), noise)
+
+    batch = Batch(jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32))
+    for rounds in (1, 16):
+        update = averaged(client_fn, jax.random.key(0), rounds)(params, batch)["w"]
+        assert float(update.mean()) == pytest.approx(1, abs=0.04)
+        assert float(update.std()) == pytest.approx(rounds**-0.5, rel=0.03)
+
+
+def test_random_search_keeps_the_draw_of_lowest_loss() -> None:
+    target = jnp.asarray([[0.3, -0.7]])
+    params = {"w": jnp.zeros((1, 2))}
+    observation = Observation(params, {"w": target}, {"inputs_like": target, "labels": jnp.zeros(1, jnp.int32)})
+    attack = gradient_matching(
+        lambda params, batch: {"w": batch.inputs},
+        init_fn=normal(),
+        objective_fn=lambda a, b: jnp.sum(jnp.square(a["w"] - b["w"])),
+        optimizer=redrawn(normal()),
+    )
+    found, info = run(keep_best(attack), jax.random.key(0), observation, num_steps=2_000)
+    assert info.loss.min() == pytest.approx(float(found.loss), rel=1e-5)
+    assert float(optax.tree.norm(found.batch.inputs - target)) < 0.1  # of 2,000 normal draws the nearest is this near
+    # The draws do not walk: the mean loss is that of a standard normal, 2 + |target|^2.
+    assert float(info.loss.mean()) == pytest.approx(2 + 0.58, rel=0.1)
+
+
+def test_knowing_a_scale_an_expectation_or_an_encoding_is_no_other_attack() -> None:
+    assert not any(map(differs, ("none", "clip:norm=1", "quantize:bits=4", "mixup:k=4", "dpsgd:noise_multiplier=0.1")))
+    assert all(map(differs, ("sign", "prune_mixup", "soteria:ratio=0.8", "gaussian:scale=0.1", "precode")))
