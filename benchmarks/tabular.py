@@ -1,19 +1,17 @@
-"""Defenses beyond images: rows of the census data set Adult, whose fields are numbers and categories.
+"""Defenses beyond images: rows of numbers and categories, of the census data Adult or of the words of a sentence.
 
-    python benchmarks/tabular.py [PART ...] [--epochs N ...] [--per-class N] [--steps N] [--defenses NAME ...]
+    python benchmarks/tabular.py [PART ...] [--data NAME ...] [--epochs N ...] [--per-class N] [--steps N]
+        [--restarts N] [--defenses NAME ...]
 
-Needs $GIA_JAX_DATA_DIR/tabular with adult.data.gz and adult.test.gz, the files of the UCI repository (Becker and Kohavi
-1996), compressed. Both attackers choose one learning rate for each defense, of the same list, on training rows.
+Needs the files that benchmarks/tables.py names. Both attackers choose one learning rate for each defense, of the same
+list, on training rows.
 """
 
 import argparse
-import gzip
-import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import attackers
 import jax
@@ -23,11 +21,12 @@ import optax
 import record
 from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, of_each, redrawn
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 from parts import run_parts
+from tables import TABLES, TOLERANCE, Rows, Table
 from training import accuracy, train, uniform
 
-from gia_jax import Attack, Batch, Observation, gradient_matching, models, report
+from gia_jax import Attack, Batch, Observation, gradient_matching, report
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cases import joined
 from gia_jax.matching.initializations import normal
@@ -35,10 +34,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.protection import Protected, parse, protect
 from gia_jax.study import study
 
-NUMBERS = (0, 2, 4, 10, 11, 12)  # columns of the file: age, weight, years of education, gains, losses, hours
-CATEGORIES = (1, 3, 5, 6, 7, 8, 9, 13)
-TOLERANCE = 0.1  # standard deviations within which a number counts as right
-CLASSES, NUM_OTHERS, GALLERY = 2, 15, 10_000
+NUM_TUNING, NUM_OTHERS, GALLERY = 5, 15, 10_000  # rows of each class that are tuned on; others; rows ranked
 RATES = (0.3, 0.1, 0.03)
 DEFENSES = (
     "clip:norm=1",
@@ -57,108 +53,36 @@ DEFENSES = (
 )
 
 
-class Rows(NamedTuple):
-    """Examples as a network takes them: numbers in standard deviations, then one-hot categories; income above 50,000
-    dollars is class 1.
+class Victims(NamedTuple):
+    """Rows of a split, as batches of 1 and by their fields, others of the same client, and the first rows of the split,
+    victims among them.
     """
 
-    inputs: np.ndarray
-    labels: np.ndarray
-
-
-class Adult(NamedTuple):
-    """Training and test rows, and of how many entries each category is."""
-
-    train: Rows
-    test: Rows
-    sizes: tuple[int, ...]
-
-    def decode(self, free: Array) -> Array:
-        """From free entries to rows: each category has probabilities."""
-        numbers, *categories = self.fields(free)
-        return jnp.concatenate([numbers, *(jax.nn.softmax(part) for part in categories)], -1)
-
-    def fields(self, rows: Any) -> list[Any]:
-        """The numbers, and the entries of each category."""
-        ends = np.cumsum([len(NUMBERS), *self.sizes])
-        return [rows[..., start:end] for start, end in zip([0, *ends], ends)]
-
-    def free(self, rows: np.ndarray) -> np.ndarray:
-        """Free entries that `decode` makes these rows of, categories to within 1e-9."""
-        return np.concatenate([rows[:, : len(NUMBERS)], 30 * rows[:, len(NUMBERS) :]], 1)
-
-    def guesses(self, victims: "Victims", known: Rows) -> dict[str, np.ndarray]:
-        """Rows that use no gradient: medians and commonest categories of public rows, and the nearest of them."""
-
-        def commonest(rows: np.ndarray) -> np.ndarray:
-            numbers, *categories = self.fields(rows)
-            return np.concatenate([np.median(numbers, 0), *(part.mean(0) for part in categories)])
-
-        def nearest(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
-            return np.stack([rows[np.argmin(np.square(rows - one).sum(1))] for one in truth])
-
-        truth, labels = np.asarray(victims.truth.inputs[:, 0]), np.asarray(victims.truth.labels[:, 0])
-        by_class = np.stack([commonest(known.inputs[known.labels == c]) for c in range(CLASSES)])
-        return {
-            "commonest values": np.broadcast_to(commonest(known.inputs), truth.shape),
-            "of the class": by_class[labels],
-            "nearest row (chosen with the truth)": nearest(known.inputs, truth),
-            "nearest of the class (so too)": np.stack(
-                [nearest(known.inputs[known.labels == c], one[None])[0] for c, one in zip(labels, truth)]
-            ),
-        }
-
-    def right(self, rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """The share of fields that are right, shape (n,)."""
-        (numbers, *found), (true_numbers, *true) = self.fields(rows), self.fields(truth)
-        hits = [np.abs(numbers - true_numbers) <= TOLERANCE]
-        hits += [(np.argmax(a, -1) == np.argmax(b, -1))[:, None] for a, b in zip(found, true)]
-        return np.mean(np.concatenate(hits, -1), -1)
-
-
-def adult() -> Adult:
-    folder = Path(os.environ["GIA_JAX_DATA_DIR"]) / "tabular"
-
-    def lines(name: str) -> np.ndarray:
-        with gzip.open(folder / name, "rt") as file:
-            split = (line.strip().rstrip(".").split(", ") for line in file)
-            return np.asarray([fields for fields in split if len(fields) == 15])
-
-    parts = {name: lines(f"adult.{name}.gz") for name in ("data", "test")}
-    numbers = {name: part[:, NUMBERS].astype(np.float32) for name, part in parts.items()}
-    mean, std = numbers["data"].mean(0), numbers["data"].std(0)
-    values = [np.unique(parts["data"][:, column]) for column in CATEGORIES]
-
-    def rows(name: str) -> Rows:
-        one_hot = [parts[name][:, [column]] == known for column, known in zip(CATEGORIES, values)]
-        inputs = np.concatenate([(numbers[name] - mean) / std, *one_hot], 1).astype(np.float32)
-        return Rows(inputs, (parts[name][:, 14] == ">50K").astype(np.int32))
-
-    return Adult(rows("data"), rows("test"), tuple(map(len, values)))
-
-
-class Victims(NamedTuple):
-    """Rows of a split, batch 1, others of the same client, and the first rows of the split, victims among them."""
-
     truth: Batch
+    rows: Rows
     others: Batch
     gallery: np.ndarray
     places: np.ndarray
 
 
-def victims_of(rows: Rows, per_class: int, *, first: int = 0) -> Victims:
+def batch_of(data: Table, rows: Rows) -> Batch:
+    return Batch(data.encode(jnp.asarray(rows.fields)), jnp.asarray(rows.labels))
+
+
+def victims_of(data: Table, rows: Rows, per_class: int, *, first: int = 0) -> Victims:
     """Rows of each class in the order of the file, from the `first` on; the last rows are the clients' others."""
-    chosen = np.sort(np.concatenate([np.flatnonzero(rows.labels == c)[first:][:per_class] for c in range(CLASSES)]))
+    classes = [np.flatnonzero(rows.labels == c)[first:][:per_class] for c in range(data.num_classes)]
+    chosen = np.sort(np.concatenate(classes))
     # Far from the victims of all lists, so that nothing is tuned on encodings that hold them.
-    rest = np.arange(len(rows.labels))[-NUM_OTHERS:]
-    every = Batch(jnp.asarray(rows.inputs), jnp.asarray(rows.labels))
-    truth, others = (jax.tree.map(lambda leaf, index=index: leaf[index], every) for index in (chosen, rest))
-    return Victims(jax.tree.map(lambda leaf: leaf[:, None], truth), others, rows.inputs[:GALLERY], chosen)
+    others = Rows(*(field[-NUM_OTHERS:] for field in rows))
+    own = Rows(*(field[chosen] for field in rows))
+    truth = jax.tree.map(lambda leaf: leaf[:, None], batch_of(data, own))
+    return Victims(truth, own, batch_of(data, others), rows.fields[:GALLERY], chosen)
 
 
-def see(protected: Protected, victims: Victims) -> Seen:
+def see(data: Table, protected: Protected, victims: Victims) -> Seen:
     """What the server sees of every victim."""
-    of_one = partial(attackers.see, protected, num_classes=CLASSES)
+    of_one = partial(attackers.see, protected, num_classes=data.num_classes)
     keys = jax.random.split(jax.random.key(7), len(victims.places))
     seen = jax.jit(jax.vmap(of_one, (0, 0, None)))(keys, victims.truth, victims.others)
     return seen._replace(observation=seen.observation._replace(params=protected.params))
@@ -171,22 +95,30 @@ class Clients(NamedTuple):
     stage: str
 
 
-def clients_of(data: Adult, epochs: int, names: Sequence[str]) -> Clients:
+def clients_of(data: Table, epochs: int, names: Sequence[str]) -> Clients:
     """Defenses of the model learn under themselves; all others have the network that learned without one."""
-    module = models.MLP((data.train.inputs.shape[1],), CLASSES, hidden=(100, 100), rngs=nnx.Rngs(0))
-    every = {name: protect(parse(name), module, num_classes=CLASSES) for name in ("none", *names)}
+    module = data.make(nnx.Rngs(0))
+    every = {name: protect(parse(name), module, num_classes=data.num_classes) for name in ("none", *names)}
     if not epochs:
         return Clients(every, "untrained")
     steps = epochs * (len(data.train.labels) // 128)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    examples = Batch(jnp.asarray(data.train.inputs), jnp.asarray(data.train.labels))
+    examples = Batch(*map(jnp.asarray, data.train))
     stage, learned = f"{epochs} epoch{'s' * (epochs > 1)}", {}
+
+    def sample(key: PRNGKeyArray, rows: Batch) -> Batch:
+        chosen = uniform(128)(key, rows)
+        return chosen._replace(inputs=data.encode(chosen.inputs))
+
     for name, protected in every.items():
         if network(name) not in learned:
-            learn = jax.jit(partial(train, protected.client_fn, optimizer, uniform(128), num_steps=steps))
+            learn = jax.jit(partial(train, protected.client_fn, optimizer, sample, num_steps=steps))
             learned[name] = learn(protected.params, jax.random.key(0), examples)
+            by_fields = partial(
+                lambda params, rows, apply_fn: apply_fn(params, data.encode(rows)), apply_fn=protected.apply_fn
+            )
             seen, unseen = (
-                accuracy(protected.apply_fn, learned[name], jnp.asarray(rows.inputs), rows.labels)
+                accuracy(by_fields, learned[name], jnp.asarray(rows.fields), rows.labels)
                 for rows in (data.train, data.test)
             )
             stage += f", accuracy {seen:.1%} training, {unseen:.1%} test" + f" with {name}" * (name != "none")
@@ -195,11 +127,10 @@ def clients_of(data: Adult, epochs: int, names: Sequence[str]) -> Clients:
 
 
 class Result(NamedTuple):
-    """Of every victim: the row found, the share of its fields that are right, its rank among the rows of its split and
-    the attacker's objective.
+    """Of every victim: the share of its fields that are right, its rank among the rows of its split and the attacker's
+    objective.
     """
 
-    rows: np.ndarray
     right: np.ndarray
     rank: np.ndarray
     objective: np.ndarray
@@ -208,10 +139,11 @@ class Result(NamedTuple):
 class Attacker(NamedTuple):
     """One that assumes a client and compares updates; with `draw_fn` it only draws rows, as many as cost the same."""
 
-    data: Adult
+    data: Table
     client_fn: ClientFn
     objective_fn: ObjectiveFn
     num_steps: int
+    num_restarts: int = 1
     draw_fn: InitFn | None = None
 
     def __call__(self, seen: Observation, victims: Victims, rates: Sequence[float]) -> list[Result]:
@@ -237,20 +169,22 @@ class Attacker(NamedTuple):
             return informed(stage, self.objective_fn, steps)
 
         counted = counted_steps(self.objective_fn, steps)
-        found = study(of_each(of), jax.random.key(0), together, num_steps=counted, lanes=10).reconstruction
+        found = study(
+            of_each(of), jax.random.key(0), together, num_steps=counted, num_restarts=self.num_restarts, lanes=40
+        ).reconstruction
 
         def match(batch: Batch, update: Params) -> Array:
             return self.objective_fn(self.client_fn(seen.params, batch), update)
 
         objective = jax.jit(jax.vmap(match))(found.batch, together.update)
         rows = np.asarray(found.batch.inputs[:, 0])
-        truth, places = np.asarray(victims.truth.inputs[:, 0]), np.tile(victims.places, len(rates))
+        truth, places = np.tile(victims.rows.fields, (len(rates), 1)), np.tile(victims.places, len(rates))
         finite = np.all(np.isfinite(rows), 1)
-        right = np.where(finite, self.data.right(rows, np.tile(truth, (len(rates), 1))), 0)
-        distances = np.square(victims.gallery[None] - rows[:, None]).sum(-1)
+        right = np.where(finite, self.data.right(self.data.likeliest(rows), truth), 0)
+        distances = self.data.distances(rows, victims.gallery)
         rank = 1 + np.sum(distances < distances[np.arange(len(rows)), places][:, None], 1)
         rank = np.where(finite, rank, len(victims.gallery))
-        split = [np.split(field, len(rates)) for field in (rows, right, rank, np.asarray(objective))]
+        split = [np.split(field, len(rates)) for field in (right, rank, np.asarray(objective))]
         return [Result(*fields) for fields in zip(*split)]
 
 
@@ -259,22 +193,31 @@ def best(results: Sequence[Result]) -> float:
     return RATES[int(np.argmax([result.right.mean() for result in results]))]
 
 
+def drawn(data: Table, rows: Array, key: PRNGKeyArray, seen: Observation) -> Array:
+    """One of the rows, as free entries."""
+    del seen
+    return data.free(jax.random.choice(key, rows, (1,)))
+
+
 def table(args: argparse.Namespace) -> None:
     """Blind, adaptive and prior-only attackers for every defense, at every stage of training."""
-    data = adult()
-    for epochs in args.epochs:
-        table_of(data, epochs, args)
+    for name in args.data:
+        data = TABLES[name]()
+        for epochs in args.epochs:
+            table_of(data, epochs, args)
 
 
-def table_of(data: Adult, epochs: int, args: argparse.Namespace) -> None:
+def table_of(data: Table, epochs: int, args: argparse.Namespace) -> None:
     """At one stage."""
     clients, stage = clients_of(data, epochs, args.defenses)
-    tuning = victims_of(data.train, 5)
-    groups = {"test": victims_of(data.test, args.per_class), "train": victims_of(data.train, args.per_class, first=5)}
-    public = np.setdiff1d(np.arange(GALLERY), groups["train"].places)
-    known = Rows(data.train.inputs[public], data.train.labels[public])
+    tuning = victims_of(data, data.train, NUM_TUNING)
+    trained = victims_of(data, data.train, args.per_class, first=NUM_TUNING)
+    groups = {"test": victims_of(data, data.test, args.per_class), "train": trained}
+    public = np.setdiff1d(np.arange(len(trained.gallery)), trained.places)
+    known = Rows(*(field[public] for field in data.train))
     found: dict[tuple[str, str, str], Result] = {}  # by split, defense or guess, and attacker
     rates: dict[str, str] = {}
+    updates: dict[tuple[str, str], Params] = {}
     at_truth, undefended = {}, []
 
     def attack(
@@ -288,38 +231,39 @@ def table_of(data: Adult, epochs: int, args: argparse.Namespace) -> None:
 
     for name, protected in clients.items():
         print(name, flush=True)
-        every = [see(protected, victims) for victims in (tuning, *groups.values())]
+        every = [see(data, protected, victims) for victims in (tuning, *groups.values())]
         seen = [one.observation for one in every]
         unaware = clients[network(name)]
         objective_fn = protected.adapt_fn(cosine)
-        blind = Attacker(data, unaware.assumed_fn, cosine, args.steps)
+        blind = Attacker(data, unaware.assumed_fn, cosine, args.steps, args.restarts)
         rate = attack(blind, name, "blind", seen)
         rates[name] = f"{rate:g}"
         if name == "none":
             undefended = seen
         if differs(name):
-            knowing = Attacker(data, protected.assumed_fn, objective_fn, args.steps)
+            knowing = Attacker(data, protected.assumed_fn, objective_fn, args.steps, args.restarts)
             rate_knowing = attack(knowing, name, "adaptive", seen)
             rates[name] += f", {rate_knowing:g}"
             if network(name) == "none":
                 attack(knowing, name, "adaptive on no defense", undefended, rate_knowing)
         for split, one in zip(groups, every[1:]):
+            updates[split, name] = one.observation.update
             at_truth[split, name] = jax.vmap(objective_fn)(one.assumed, one.observation.update).mean()
         if name == "none":
             noise = [report.random_updates(jax.random.key(5), one) for one in seen]
             attack(blind, "prior only", "blind", noise)
-            free = jnp.asarray(data.free(known.inputs))
-            draws = {
+            public = jnp.asarray(known.fields)
+            draws: dict[str, InitFn] = {
                 "random search, noise": normal(),
-                "random search, public rows": lambda key, _, free=free: jax.random.choice(key, free, (1,)),
+                "random search, public rows": partial(drawn, data, public),
             }
             for search, draw_fn in draws.items():
                 attack(blind._replace(draw_fn=draw_fn), search, "blind", seen, rate)
-    write(data, epochs, stage, clients, groups, known, found, rates, at_truth, args)
+    write(data, epochs, stage, clients, groups, known, found, rates, updates, at_truth, args)
 
 
 def write(
-    data: Adult,
+    data: Table,
     epochs: int,
     stage: str,
     clients: dict[str, Protected],
@@ -327,6 +271,7 @@ def write(
     known: Rows,
     found: dict[tuple[str, str, str], Result],
     rates: dict[str, str],
+    updates: dict[tuple[str, str], Params],
     at_truth: dict[tuple[str, str], Array],
     args: argparse.Namespace,
 ) -> None:
@@ -337,8 +282,8 @@ def write(
 
     differences, guesses = {}, {}
     for split in groups:
-        truth = np.asarray(groups[split].truth.inputs[:, 0])
-        guesses[split] = {name: data.right(rows, truth) for name, rows in data.guesses(groups[split], known).items()}
+        truth = groups[split].rows
+        guesses[split] = {name: data.right(rows, truth.fields) for name, rows in data.guesses(truth, known).items()}
         bars = {"prior only": found[split, "prior only", "blind"].right, "class": guesses[split]["of the class"]}
         for name in clients:
             blind, knows = found[split, name, "blind"].right, knowing(split, name).right
@@ -351,7 +296,7 @@ def write(
     gains = record.gains(differences)
     rows, of_victims, guessed = [], [], []
     for split, victims in groups.items():
-        labels = np.asarray(victims.truth.labels[:, 0])
+        labels = victims.rows.labels
 
         def figures(who: str, result: Result, rightly: np.ndarray | None) -> dict[str, str]:
             row = {
@@ -377,6 +322,8 @@ def write(
             row["adaptive objective"] = f"{knows.objective.mean():.3f}"
             control = found.get((split, name, "adaptive on no defense"))
             row["adaptive on no defense"] = "-" if control is None else f"{100 * control.right.mean():.1f}"
+            if data.read is not None:
+                row["read off, %"] = f"{100 * data.read(updates[split, name], victims.rows.fields).mean():.1f}"
             rows.append(row | {"at the truth": f"{at_truth[split, name]:.3f}", "rate": rates[name]})
         for name in [name for own, name, _ in found if own == split and name not in clients]:
             row = dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split}
@@ -386,21 +333,30 @@ def write(
             own = {f"{name}, {who}": f"{100 * r.right[i]:.1f}" for (s, name, who), r in found.items() if s == split}
             own |= {name: f"{100 * right[i]:.1f}" for name, right in guesses[split].items()}
             of_victims.append({"victims": split, "row": place, "label": labels[i]} | own)
+    numbers = f", a number within {TOLERANCE} standard deviations" * (data.num_numbers > 0)
+    chance = ", ".join(f"{len(victims.gallery) // 2:,} {split}" for split, victims in groups.items())
+    read_off = ""
+    if data.read is not None:
+        read_off = (
+            "Read off: of a sentence's distinct words, in whatever order, the share among the longest rows of the "
+            "embedding's update, as many as places; nothing is searched. "
+        )
+    restarts = f"{args.restarts} restart{'s, of which the lowest loss is kept' if args.restarts > 1 else ''}"
     record.write(
-        f"tabular_adult_{epochs}_epochs" if epochs else "tabular_adult_untrained",
-        f"Defenses on Adult, {stage}: attackers that do not and that do know the defense",
+        args.name or f"{data.name}_{f'{epochs}_epochs' if epochs else 'untrained'}",
+        f"Defenses on {data.title}, {stage}: attackers that do not and that do know the defense",
         rows,
-        f"{CLASSES * args.per_class} rows of each split, {args.per_class} of each class in the order of the file, "
-        "batch 1; MLP of two hidden layers of 100, ReLU; model, client and attack seed 0, 1 restart, "
-        f"{args.steps} steps of Adam; an adaptive attacker with an objective of its own uses the blind one's for the "
-        "first half. All know the schema: categories are searched as probabilities. Both tuned the learning rate among "
-        f"{', '.join(f'{rate:g}' for rate in RATES)} on 10 other training rows. Fields %: the share of the 14 fields "
-        f"that are right, a number within {TOLERANCE} standard deviations; rank of the true row among the first "
-        f"{GALLERY:,} of its split by squared distance (median; chance {GALLERY // 2:,}). Differences in percentage "
-        "points with a paired bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a test that "
-        f"turns the signs of differences at random, corrected by Holm over the {len(differences)} differences of this "
-        "table. Prior only: the undefended attack on random updates, tuned alike. Random search: of "
-        f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
+        f"{len(groups['test'].places)} rows of each split, {args.per_class} of each class in the order of the file, "
+        f"batch 1; {data.what}; model, client and attack seed 0, {restarts}, {args.steps} steps of Adam; an adaptive "
+        "attacker with an objective of its own uses the blind one's for the first half. All know the schema: "
+        "categories are searched as probabilities. Both tuned the learning rate among "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} on {data.num_classes * NUM_TUNING} other training rows. Fields %: "
+        f"the share of the {data.test.fields.shape[1]} fields that are right{numbers}; rank of the true row among the "
+        f"first {GALLERY:,} of its split, or all, by squared distance (median; chance {chance}). {read_off}"
+        "Differences in percentage points with a paired bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a "
+        f"test that turns the signs of differences at random, corrected by Holm over the {len(differences)} "
+        "differences of this table. Prior only: the undefended attack on random updates, tuned alike. Random search: "
+        f"of {round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
         "steps, the one of the lowest loss on the undefended update. Public rows: the first training rows that are no "
         f"victims. Guesses from them without a gradient, fields %: {'; '.join(guessed)}; 'class' in a column is the "
         "one of the class. Adaptive on no defense: that row's attacker on undefended updates. Of mixed rows the true "
@@ -413,9 +369,12 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=list(TABLES), nargs="+", default=list(TABLES))
     parser.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 20], help="of training before the attack")
     parser.add_argument("--per-class", type=int, default=35, help="victims of each class")
     parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--restarts", type=int, default=1)
+    parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by data and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:
         # The victims' program is that of the tuning rows, and of every defense that shares it.

@@ -6,10 +6,12 @@ import numpy as np
 import optax
 import pytest
 from attackers import averaged, differs, redrawn
+from flax import nnx
 from record import gains, holm, sign_test
 from scipy import stats
+from tables import Rows, SentenceNet, Table, words_read
 
-from gia_jax import Batch, Observation, defenses, gradient_matching, keep_best, run
+from gia_jax import Batch, Observation, clients, defenses, gradient_matching, keep_best, models, run
 from gia_jax.matching.initializations import normal
 
 
@@ -72,3 +74,59 @@ def test_random_search_keeps_the_draw_of_lowest_loss() -> None:
 def test_knowing_a_scale_an_expectation_or_an_encoding_is_no_other_attack() -> None:
     assert not any(map(differs, ("none", "clip:norm=1", "quantize:bits=4", "mixup:k=4", "dpsgd:noise_multiplier=0.1")))
     assert all(map(differs, ("sign", "prune_mixup", "soteria:ratio=0.8", "gaussian:scale=0.1", "precode")))
+
+
+@pytest.fixture
+def table() -> Table:
+    """Rows of one number and two categories, of 3 and of 2 entries."""
+    fields = np.asarray([[0.5, 2, 0], [0.45, 2, 1], [-1.0, 0, 1], [0.0, 0, 1]], np.float32)
+    rows = Rows(fields, np.asarray([0, 0, 1, 1]))
+    return Table("rows", "rows", "no network", rows, rows, (3, 2), 2, lambda rngs: nnx.Linear(6, 2, rngs=rngs))
+
+
+def test_rows_keep_their_fields_through_entries_and_probabilities(table: Table) -> None:
+    fields = table.train.fields
+    entries = np.asarray(table.encode(jnp.asarray(fields)))
+    np.testing.assert_array_equal(entries[0], np.asarray([0.5, 0, 0, 1, 1, 0], np.float32))
+    decoded = np.asarray(table.decode(table.free(jnp.asarray(fields))))
+    np.testing.assert_allclose(decoded, entries, atol=1e-9)
+    np.testing.assert_array_equal(table.likeliest(decoded), fields)
+
+
+def test_fields_are_right_one_by_one_and_numbers_within_their_tolerance(table: Table) -> None:
+    fields = table.train.fields
+    np.testing.assert_allclose(table.right(fields[[0, 0, 0]], fields[[0, 1, 2]]), [1, 2 / 3, 0])
+
+
+def test_distances_are_those_of_entries_and_guesses_the_nearest_of_them(table: Table) -> None:
+    fields = table.train.fields
+    entries = np.asarray(table.decode(jax.random.normal(jax.random.key(0), (5, 6))))
+    one_hot = np.asarray(table.encode(jnp.asarray(fields)))
+    expected = np.square(entries[:, None] - one_hot[None]).sum(-1)
+    np.testing.assert_allclose(table.distances(entries, fields), expected, rtol=1e-5)
+    known = Rows(fields[1:], table.train.labels[1:])
+    guesses = table.guesses(Rows(fields[:1], table.train.labels[:1]), known)
+    np.testing.assert_array_equal(guesses["nearest row (chosen with the truth)"], fields[[1]])
+    np.testing.assert_array_equal(guesses["of the class"], fields[[1]])
+    np.testing.assert_array_equal(guesses["commonest values"], np.asarray([[0, 0, 1]], np.float32))
+
+
+@pytest.mark.parametrize("transformation", [None, defenses.prune(0.5, scope="global"), defenses.sign()])
+def test_the_words_of_a_sentence_are_read_off_its_update_and_not_behind_noise(transformation) -> None:
+    fields = np.asarray([[3, 7, 3, 0], [1, 2, 40, 9]], np.float32)
+    words = 400
+    apply_fn, params = models.functional(SentenceNet(4, words, 2, width=8, rngs=nnx.Rngs(0)))
+    client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+
+    def update(row: jax.Array, key: jax.Array, noise: float):
+        client = client_fn if transformation is None else defenses.defended(client_fn, transformation)
+        noisy = defenses.defended(client, defenses.gaussian_noise(key, noise))
+        inputs = jax.nn.one_hot(row.astype(int), words).reshape(1, -1)
+        return noisy(params, Batch(inputs, jnp.zeros(1, jnp.int32)))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    seen = [
+        jax.vmap(lambda row, key, n=noise: update(row, key, n))(jnp.asarray(fields), keys) for noise in (0.0, 100.0)
+    ]
+    np.testing.assert_array_equal(words_read(seen[0], fields), [1, 1])
+    assert words_read(seen[1], fields).mean() < 0.5
