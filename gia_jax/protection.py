@@ -174,8 +174,8 @@ def protect(
         The protected client.
 
     Raises:
-        ValueError: A setting that its defense refuses, the same one twice where one is meant, DP-SGD or PRECODE with
-            local steps, or PRECODE with DP-SGD: its noise would be the same in every step and for every example.
+        ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD or PRECODE with
+            local steps: their noise would be the same in every step.
     """
     alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
     for kind, names in alone.items():
@@ -186,8 +186,6 @@ def protect(
     for name in ("dpsgd", "precode"):
         if name in settings and make_client is not clients.federated_sgd:
             raise ValueError(f"defense {name} is for one step on the whole batch, got a client with local steps")
-    if "precode" in settings and "dpsgd" in settings:
-        raise ValueError("defense precode must be without dpsgd, which would give all examples one noise, got both")
 
     classifier_fn = dense(head)
     if "precode" in settings:
@@ -209,12 +207,12 @@ def protect(
     def client_fn(key: PRNGKeyArray) -> ClientFn:
         drawn = [(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts, 1)]
         keys = {part.name: own for part, own in drawn}
-        loss_fn = loss_of(keys.get("precode"))
-        inner = (
-            defenses.dp_sgd(loss_fn, keys["dpsgd"], **settings["dpsgd"])
-            if "dpsgd" in settings
-            else make_client(loss_fn)
-        )
+        if "dpsgd" in settings:
+            loss_key = keys.get("precode")
+            loss_fn = loss_of(None) if loss_key is None else loss_of
+            inner = defenses.dp_sgd(loss_fn, keys["dpsgd"], loss_key=loss_key, **settings["dpsgd"])
+        else:
+            inner = make_client(loss_of(keys.get("precode")))
         if "soteria" in settings:
             inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"])
         chain = [_transformation(part, own) for part, own in drawn if part.acts_on == "update"]

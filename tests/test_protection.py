@@ -1,6 +1,7 @@
 """Defenses by name: what is parsed, what a client with several does, and what its attacker may not know."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -94,8 +95,29 @@ def test_what_does_not_go_together_is_named():
     for name in ("dpsgd", "precode"):
         with pytest.raises(ValueError, match=f"{name} is for one step"):
             protect(parse(name), MODULE, num_classes=4, make_client=averaging)
-    with pytest.raises(ValueError, match="precode must be without dpsgd"):
-        protected_by("precode", "dpsgd")
+
+
+def test_dp_sgd_gives_every_example_of_precode_a_draw_of_its_own():
+    both = protected_by("precode:size=8", "dpsgd:noise_multiplier=0,norm=1e6")
+    alone = protected_by("precode:size=8")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def spread(protected_update):
+        """Variance over the client's keys, of all entries together."""
+        updates = jax.vmap(protected_update)(jax.random.split(jax.random.key(3), 400))
+        return optax.tree.sum(jax.tree.map(lambda leaf: jnp.var(leaf, 0), updates))
+
+    def of(protected, size):
+        same = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], size, 0), BATCH)
+        return float(spread(lambda key: protected.client_fn(key)(protected.params, same)))
+
+    assert of(both, 1) == pytest.approx(of(alone, 1), rel=0.2)
+    assert of(both, 4) == pytest.approx(of(both, 1) / 4, rel=0.2)
+    # Without the noise of both it is the client that the attacker assumes.
+    assert distance(both.assumed_fn(both.params, BATCH), alone.assumed_fn(alone.params, BATCH)) < 1e-5
+    private = protected_by("precode:size=8", "dpsgd:noise_multiplier=1,norm=0.1")
+    assert private.modelled
+    assert distance(update_of(private, KEYS[0]), private.assumed_fn(private.params, BATCH)) > 1
 
 
 def test_shares_of_live_features_are_those_of_each_victim():
@@ -323,6 +345,28 @@ def test_a_zero_says_something_where_the_client_makes_none(others):
     # Signs alone decide, and a random update has as many wrong whatever is left out.
     wrong = optax.tree.scale(-1, dead)
     assert adapted(wrong, signs) > 0.5
+
+
+NOT_OF_THE_UPDATE = ("dpsgd", "precode:size=8", "soteria:ratio=0.5", "mixup:k=2")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [*itertools.combinations(NOT_OF_THE_UPDATE, 2), (*NOT_OF_THE_UPDATE, "clip", "prune:ratio=0.5", "quantize")],
+)
+def test_any_defenses_are_one_client(names):
+    """Compiled, and the attacker's objective has a derivative."""
+    both = protected_by(*names)
+    batch = both.encode_fn(KEYS[1], BATCH)
+    update = jax.jit(lambda key: update_of(both, key, batch))(KEYS[0])
+    assert np.isfinite(optax.tree.norm(update))
+
+    def objective(inputs):
+        return both.adapt_fn(cosine)(both.assumed_fn(both.params, batch._replace(inputs=inputs)), update)
+
+    gradient = jax.jit(jax.grad(objective))(0.5 * batch.inputs)
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
 
 
 @pytest.mark.parametrize("other", ["soteria:ratio=0.5", "precode:size=8", "mixup:k=2"])

@@ -4,12 +4,15 @@ Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1; bu
 Poisson sample, and the sum is divided by its own size.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
@@ -20,11 +23,12 @@ from gia_jax.lowering import Lowering
 
 
 def dp_sgd(
-    loss_fn: LossFn,
+    loss_fn: LossFn | Callable[[PRNGKeyArray], LossFn],
     key: PRNGKeyArray,
     *,
     norm: Float[ArrayLike, ""],
     noise_multiplier: Float[ArrayLike, ""],
+    loss_key: PRNGKeyArray | None = None,
     microbatch_size: int | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
@@ -34,12 +38,13 @@ def dp_sgd(
     victim's, the clipping of each example is not.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. What it draws from a key of its own
-            (`precode`) is the same for every example.
+        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. With `loss_key`, `(key) -> ` such a loss.
         key: Of this client and this round, never the attacker's. A key used twice draws the same noise, which the
             difference of the two updates cancels. `vmap` over clients, each with a key of its own.
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
         noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0 and finite.
+        loss_key: Of a loss that draws, such as `Precode.loss_fn`: every example has a key of its own, split off this
+            one. None: the loss draws nothing, or the same for every example.
         microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
         lowering: As for `clients.federated_sgd`.
 
@@ -63,13 +68,16 @@ def dp_sgd(
     if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
         raise ValueError(f"microbatch_size must be a positive integer, got {microbatch_size}")
     noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))
-    gradient_fn = parameter_gradient(loss_fn, lowering=lowering)
 
-    def clipped_sum(params: Params, batch: Batch) -> Updates:
-        def one(example: Batch) -> Updates:
+    def loss_of(own: PRNGKeyArray | None) -> LossFn:
+        return cast(LossFn, loss_fn if own is None else cast(Callable[[PRNGKeyArray], LossFn], loss_fn)(own))
+
+    def clipped_sum(params: Params, batch: Batch, keys: Key[Array, "b"] | None) -> Updates:
+        def one(example: Batch, own: PRNGKeyArray | None) -> Updates:
+            gradient_fn = parameter_gradient(loss_of(own), lowering=lowering)
             return clipped(gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example)), norm)
 
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch))
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch, keys))
 
     def client_fn(params: Params, batch: Batch) -> Updates:
         _check.examples(batch.inputs)
@@ -78,13 +86,15 @@ def dp_sgd(
         if size % microbatch:
             raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")
 
-        def add(total: Updates, part: Batch) -> tuple[Updates, None]:
-            return optax.tree.add(total, clipped_sum(params, part)), None
+        keys = None if loss_key is None else jax.random.split(loss_key, size)
+
+        def add(total: Updates, part: tuple[Batch, Key[Array, "b"] | None]) -> tuple[Updates, None]:
+            return optax.tree.add(total, clipped_sum(params, *part)), None
 
         if microbatch == size:
-            total = clipped_sum(params, batch)
+            total = clipped_sum(params, batch, keys)
         else:
-            parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), batch)
+            parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), (batch, keys))
             total, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), optax.tree.zeros_like(params), parts)
         if not noiseless:
             total = add_noise(key, total, norm * noise_multiplier, jax.random.normal)

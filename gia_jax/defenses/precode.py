@@ -26,7 +26,8 @@ class Precode(NamedTuple):
         loss_fn: `(key) -> LossFn`, the loss of a client whose noise comes from this key, never the attacker's; None
             takes the mean code. One key is for one call on one batch: later calls draw the same noise, and so do calls
             mapped over the examples. A client that calls its loss more than once (`dp_sgd`, `per_example`,
-            `federated_averaging`) is therefore weaker than PRECODE, and `protection.protect` refuses it.
+            `federated_averaging`) is therefore weaker than PRECODE: give `dp_sgd` the function itself with a
+            `loss_key`; `protection.protect` does, and refuses local steps.
         params: {"features": the given ones, "encoder", "decoder", "head": {"kernel", "bias"}}.
     """
 
