@@ -38,17 +38,29 @@ class Table(NamedTuple):
 
     A network takes numbers and one-hot categories, shape (b, entries). An attack searches free entries, of which
     `decode` makes probabilities.
+
+    Attributes:
+        name: Of the files of figures.
+        title: Of the rows, in words.
+        what: More words on them and on the network.
+        train: Rows that networks learn from.
+        test: Rows that they do not.
+        sizes: Entries of each category.
+        num_classes: Of the labels.
+        make: `(rngs) -> module`, the network.
+        read: From updates with a leading axis of victims, and their fields, the share read off, shape (v,); None: this
+            data has no such attack.
     """
 
     name: str
     title: str
-    what: str  # the network, in words
+    what: str
     train: Rows
     test: Rows
     sizes: tuple[int, ...]
     num_classes: int
     make: Callable[[nnx.Rngs], nnx.Module]
-    read: Callable[[Params, np.ndarray], np.ndarray] | None = None  # from updates and true fields: the share read off
+    read: Callable[[Params, np.ndarray], np.ndarray] | None = None
 
     @property
     def num_numbers(self) -> int:
@@ -127,7 +139,16 @@ class Table(NamedTuple):
 
 
 def folder() -> Path:
+    """Where data sets are."""
     return Path(os.environ["GIA_JAX_DATA_DIR"])
+
+
+def index_of(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Places of values in a sorted list that has them all."""
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    if np.any(known[places] != values):
+        raise ValueError(f"values must be among {known}, got {values[known[places] != values][0]}")
+    return places
 
 
 def adult() -> Table:
@@ -144,7 +165,7 @@ def adult() -> Table:
     values = [np.unique(parts["data"][:, column]) for column in CATEGORIES]
 
     def rows(name: str) -> Rows:
-        indices = [np.searchsorted(known, parts[name][:, [column]]) for column, known in zip(CATEGORIES, values)]
+        indices = [index_of(known, parts[name][:, column])[:, None] for column, known in zip(CATEGORIES, values)]
         fields = np.concatenate([(numbers[name] - mean) / std, *indices], 1).astype(np.float32)
         return Rows(fields, (parts[name][:, 14] == ">50K").astype(np.int32))
 
@@ -192,11 +213,10 @@ class SentenceNet(nnx.Module):
 
 
 def words_read(update: Params, fields: np.ndarray) -> np.ndarray:
-    """Of each sentence's distinct words, in whatever order, the share among the longest rows of the embedding's update,
-    as many rows as places, shape (v,).
+    """The share of each sentence's distinct words that the embedding's update gives away, shape (v,).
 
     A word that a sentence does not have leaves its row zero, so that without a defense the set of words is read off
-    (Gupta et al., NeurIPS 2022).
+    (Gupta et al., NeurIPS 2022): the words of the longest rows, as many as places. `update` has a leading axis v.
     """
     leaves = jax.tree.flatten_with_path(update)[0]
     (rows,) = (leaf for path, leaf in leaves if "embedding" in jax.tree_util.keystr(path))
@@ -206,29 +226,36 @@ def words_read(update: Params, fields: np.ndarray) -> np.ndarray:
 
 
 def cola() -> Table:
-    """Sentences: does a linguist accept them? Of at most eight words, each occurring ten times; every fifth is a test
-    sentence. The blank behind a shorter one is a word too, the first.
+    """Sentences: does a linguist accept them?
+
+    Those of at most `NUM_WORDS` words, each of which occurs `LEAST` times or more in the file, once each, without those
+    that have both labels. The last fifth are test sentences: neighbours in the file often differ in one word. The blank
+    behind a shorter sentence is a word too, the first.
     """
     with gzip.open(folder() / "text" / "CoLA_train.tsv.gz", "rt", encoding="utf8") as file:
         lines = [line.rstrip("\n").split("\t") for line in file]
     counts = Counter(word for sentence, _ in lines for word in sentence.split())
     words = ["", *sorted(word for word, number in counts.items() if number >= LEAST)]
     places = {word: i for i, word in enumerate(words)}
+    accepted, refused = ({sentence for sentence, label in lines if label == one} for one in "10")
     kept = {
         sentence: int(label)
         for sentence, label in lines
         if len(sentence.split()) <= NUM_WORDS and all(word in places for word in sentence.split())
+        if sentence not in accepted & refused
     }
     fields = np.zeros((len(kept), NUM_WORDS), np.float32)
     for row, sentence in zip(fields, kept):
         row[: len(sentence.split())] = [places[word] for word in sentence.split()]
-    labels, tested = np.asarray(list(kept.values()), np.int32), np.arange(len(kept)) % 5 == 4
+    labels, num_train = np.asarray(list(kept.values()), np.int32), len(kept) - len(kept) // 5
     return Table(
         "text_cola",
         "sentences of CoLA",
-        f"at most {NUM_WORDS} words, of {len(words) - 1:,}, and blanks; one block of attention of width 32 over them",
-        Rows(fields[~tested], labels[~tested]),
-        Rows(fields[tested], labels[tested]),
+        f"at most {NUM_WORDS} words of {len(words) - 1:,} that occur {LEAST} times or more, {np.mean(fields == 0):.0%} "
+        "of the fields blank, which is a word too; the last fifth of the file are the test rows; one block of "
+        "attention of width 32",
+        Rows(fields[:num_train], labels[:num_train]),
+        Rows(fields[num_train:], labels[num_train:]),
         (len(words),) * NUM_WORDS,
         2,
         lambda rngs: SentenceNet(NUM_WORDS, len(words), 2, rngs=rngs),

@@ -1,7 +1,7 @@
 """Defenses beyond images: rows of numbers and categories, of the census data Adult or of the words of a sentence.
 
     python benchmarks/tabular.py [PART ...] [--data NAME ...] [--epochs N ...] [--per-class N] [--steps N]
-        [--restarts N] [--defenses NAME ...]
+        [--restarts N] [--name NAME] [--defenses NAME ...]
 
 Needs the files that benchmarks/tables.py names. Both attackers choose one learning rate for each defense, of the same
 list, on training rows.
@@ -66,12 +66,15 @@ class Victims(NamedTuple):
 
 
 def batch_of(data: Table, rows: Rows) -> Batch:
+    """As a network takes them."""
     return Batch(data.encode(jnp.asarray(rows.fields)), jnp.asarray(rows.labels))
 
 
 def victims_of(data: Table, rows: Rows, per_class: int, *, first: int = 0) -> Victims:
     """Rows of each class in the order of the file, from the `first` on; the last rows are the clients' others."""
     classes = [np.flatnonzero(rows.labels == c)[first:][:per_class] for c in range(data.num_classes)]
+    if min(map(len, classes)) < per_class or max(map(max, classes)) >= len(rows.labels) - NUM_OTHERS:
+        raise ValueError(f"per_class must leave rows of each class beside {NUM_OTHERS} others, got {per_class}")
     chosen = np.sort(np.concatenate(classes))
     # Far from the victims of all lists, so that nothing is tuned on encodings that hold them.
     others = Rows(*(field[-NUM_OTHERS:] for field in rows))
@@ -201,6 +204,8 @@ def drawn(data: Table, rows: Array, key: PRNGKeyArray, seen: Observation) -> Arr
 
 def table(args: argparse.Namespace) -> None:
     """Blind, adaptive and prior-only attackers for every defense, at every stage of training."""
+    if args.name and len(args.data) * len(args.epochs) > 1:
+        raise ValueError(f"name must be of one table, got {args.name} for {args.data} after {args.epochs} epochs")
     for name in args.data:
         data = TABLES[name]()
         for epochs in args.epochs:
@@ -213,11 +218,12 @@ def table_of(data: Table, epochs: int, args: argparse.Namespace) -> None:
     tuning = victims_of(data, data.train, NUM_TUNING)
     trained = victims_of(data, data.train, args.per_class, first=NUM_TUNING)
     groups = {"test": victims_of(data, data.test, args.per_class), "train": trained}
-    public = np.setdiff1d(np.arange(len(trained.gallery)), trained.places)
+    private = [*trained.places, *range(len(data.train.labels) - NUM_OTHERS, len(data.train.labels))]
+    public = np.setdiff1d(np.arange(len(trained.gallery)), private)
     known = Rows(*(field[public] for field in data.train))
     found: dict[tuple[str, str, str], Result] = {}  # by split, defense or guess, and attacker
     rates: dict[str, str] = {}
-    updates: dict[tuple[str, str], Params] = {}
+    read: dict[tuple[str, str], np.ndarray] = {}
     at_truth, undefended = {}, []
 
     def attack(
@@ -247,19 +253,20 @@ def table_of(data: Table, epochs: int, args: argparse.Namespace) -> None:
             if network(name) == "none":
                 attack(knowing, name, "adaptive on no defense", undefended, rate_knowing)
         for split, one in zip(groups, every[1:]):
-            updates[split, name] = one.observation.update
+            if data.read is not None:
+                read[split, name] = data.read(one.observation.update, groups[split].rows.fields)
             at_truth[split, name] = jax.vmap(objective_fn)(one.assumed, one.observation.update).mean()
         if name == "none":
             noise = [report.random_updates(jax.random.key(5), one) for one in seen]
             attack(blind, "prior only", "blind", noise)
-            public = jnp.asarray(known.fields)
+            fields = jnp.asarray(known.fields)
             draws: dict[str, InitFn] = {
                 "random search, noise": normal(),
-                "random search, public rows": partial(drawn, data, public),
+                "random search, public rows": partial(drawn, data, fields),
             }
             for search, draw_fn in draws.items():
                 attack(blind._replace(draw_fn=draw_fn), search, "blind", seen, rate)
-    write(data, epochs, stage, clients, groups, known, found, rates, updates, at_truth, args)
+    write(data, epochs, stage, clients, groups, known, found, rates, read, at_truth, args)
 
 
 def write(
@@ -271,7 +278,7 @@ def write(
     known: Rows,
     found: dict[tuple[str, str, str], Result],
     rates: dict[str, str],
-    updates: dict[tuple[str, str], Params],
+    read: dict[tuple[str, str], np.ndarray],
     at_truth: dict[tuple[str, str], Array],
     args: argparse.Namespace,
 ) -> None:
@@ -322,8 +329,8 @@ def write(
             row["adaptive objective"] = f"{knows.objective.mean():.3f}"
             control = found.get((split, name, "adaptive on no defense"))
             row["adaptive on no defense"] = "-" if control is None else f"{100 * control.right.mean():.1f}"
-            if data.read is not None:
-                row["read off, %"] = f"{100 * data.read(updates[split, name], victims.rows.fields).mean():.1f}"
+            if read:
+                row["read off, %"] = f"{100 * read[split, name].mean():.1f}"
             rows.append(row | {"at the truth": f"{at_truth[split, name]:.3f}", "rate": rates[name]})
         for name in [name for own, name, _ in found if own == split and name not in clients]:
             row = dict.fromkeys(rows[0], "-") | {"defense": name, "victims": split}
@@ -332,22 +339,29 @@ def write(
         for i, place in enumerate(victims.places):
             own = {f"{name}, {who}": f"{100 * r.right[i]:.1f}" for (s, name, who), r in found.items() if s == split}
             own |= {name: f"{100 * right[i]:.1f}" for name, right in guesses[split].items()}
+            own |= {f"{name}, read off": f"{100 * share[i]:.1f}" for (s, name), share in read.items() if s == split}
             of_victims.append({"victims": split, "row": place, "label": labels[i]} | own)
     numbers = f", a number within {TOLERANCE} standard deviations" * (data.num_numbers > 0)
     chance = ", ".join(f"{len(victims.gallery) // 2:,} {split}" for split, victims in groups.items())
     read_off = ""
-    if data.read is not None:
+    if read:
+        commonest = np.argsort(-np.bincount(known.fields[known.fields > 0].astype(int)))[: data.test.fields.shape[1]]
+        named = [np.isin(np.unique(own[own > 0]), commonest).mean() for own in groups["test"].rows.fields]
         read_off = (
-            "Read off: of a sentence's distinct words, in whatever order, the share among the longest rows of the "
-            "embedding's update, as many as places; nothing is searched. "
+            "Read off: of a sentence's distinct words without blanks, in whatever order, the share among the longest "
+            "rows of the embedding's update, as many as places; nothing is searched. (The commonest public words, as "
+            f"many, are {100 * np.mean(named):.1f} % of the test sentences'. A ratio of pruning counts the rows of "
+            "other words, which are zero anyway.) "
         )
+    majority = max(np.mean(data.test.labels == c) for c in range(data.num_classes))
     restarts = f"{args.restarts} restart{'s, of which the lowest loss is kept' if args.restarts > 1 else ''}"
     record.write(
         args.name or f"{data.name}_{f'{epochs}_epochs' if epochs else 'untrained'}",
         f"Defenses on {data.title}, {stage}: attackers that do not and that do know the defense",
         rows,
         f"{len(groups['test'].places)} rows of each split, {args.per_class} of each class in the order of the file, "
-        f"batch 1; {data.what}; model, client and attack seed 0, {restarts}, {args.steps} steps of Adam; an adaptive "
+        f"batch 1; {data.what} ({len(data.train.labels):,} training rows; the commonest class is {majority:.0%} of the "
+        f"test rows); model, client and attack seed 0, {restarts}, {args.steps} steps of Adam; an adaptive "
         "attacker with an objective of its own uses the blind one's for the first half. All know the schema: "
         "categories are searched as probabilities. Both tuned the learning rate among "
         f"{', '.join(f'{rate:g}' for rate in RATES)} on {data.num_classes * NUM_TUNING} other training rows. Fields %: "
@@ -358,8 +372,9 @@ def write(
         f"{len(differences)} differences of this table. "
         "Prior only: the undefended attack on random updates, tuned alike. Random search: "
         f"of {round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
-        "steps, the one of the lowest loss on the undefended update. Public rows: the first training rows that are no "
-        f"victims. Guesses from them without a gradient, fields %: {'; '.join(guessed)}; 'class' in a column is the "
+        f"steps{' (in each restart)' * (args.restarts > 1)}, the one of the lowest loss on the undefended update. "
+        f"Public rows: the first {GALLERY:,} training rows, or all, but victims and the clients' others. Guesses from "
+        f"them without a gradient, fields %: {'; '.join(guessed)}; 'class' in a column is the "
         "one of the class. Adaptive on no defense: that row's attacker on undefended updates. Of mixed rows the true "
         "one is that of the largest expected coefficient.\n\n"
         f"Threat model: {THREAT.describe()}; it sees one round; the adaptive attacker knows the defense, its strength "

@@ -229,6 +229,8 @@ def _attack(args: argparse.Namespace) -> None:
     unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
     unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
     settings = {key: value for key, value in vars(args).items() if key not in unused}
+    # The parameters that the server sent tell every attacker the model, with or without a bottleneck.
+    assumed = protected if args.adaptive else case.protect([part for part in parts if part.acts_on == "model"])
     guesses = report.baselines(case.pixels, case.gallery)
     rows, found, content = [], {}, {}
     for target, (seen_case, observations) in targets.items():
@@ -240,7 +242,7 @@ def _attack(args: argparse.Namespace) -> None:
         outcomes = attack(
             seen_case,
             {defense: observations},
-            protected,
+            assumed,
             args.attack,
             key_attack,
             model=args.model,

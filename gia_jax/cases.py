@@ -282,12 +282,13 @@ def attack(
     Args:
         case: The victims.
         observations: From `see`, by name.
-        assumed: The client the attacker assumes.
+        assumed: The client the attacker assumes; for one that does not know the defenses, a client with those of the
+            model alone, which the parameters that the server sent tell it.
         name: Of the attack.
         key: The attacker's.
         model: Its name, for analytic attacks.
         known_labels: Whether the labels were granted.
-        adaptive: Whether the attacker knows the defenses of `assumed`, or takes the client for one without any.
+        adaptive: Whether it compares updates as one that knows the defenses of `assumed`.
         statistics: Of the features, that GradInversion matches: "none", the model's "running" ones, or the "exact"
             ones that were granted.
         generator: Of GIAS, from `Case.generator`.
@@ -308,16 +309,13 @@ def attack(
         groups[PRIOR_ONLY] = jax.jit(report.random_updates)(key_random, observations[prior_only])
     together = joined(list(groups.values()))
     low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
-    plain = assumed if adaptive else case.protect(())
-    # The parameters the server sent tell it the model, with or without a bottleneck.
-    plain = plain if jax.tree.structure(plain.params) == jax.tree.structure(together.params) else assumed
     target = Target(
-        plain.assumed_fn,
+        assumed.assumed_fn,
         labels.dense("head"),
         case.num_classes,
         case.truth.labels.shape[1],
         (low, high),
-        apply_fn=plain.apply_fn,
+        apply_fn=assumed.apply_fn,
         statistics_fn=None if statistics == "none" else case.statistics_fn,
         known_statistics_fn=case.running_statistics if statistics == "running" else None,
         generator=generator,

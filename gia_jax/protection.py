@@ -157,8 +157,10 @@ def protect(
     * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
       the attack is that of an attacker that does not know of it.
 
-    In a sum with other noise, that of rounding is taken for Gaussian. Noise and rounding hide the zeros of Soteria: the
-    last layer is then left out. A ratio or a scale of 0 is no defense, and changes neither the update nor the attacker.
+    With PRECODE it takes the mean code and compares the features' layers only; their gradients' lengths are then not
+    quite the expectation's. In a sum with other noise, that of rounding is taken for Gaussian. Noise and rounding hide
+    the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no defense, and changes neither
+    the update nor the attacker.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and

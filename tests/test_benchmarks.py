@@ -111,7 +111,7 @@ def test_distances_are_those_of_entries_and_guesses_the_nearest_of_them(table: T
     np.testing.assert_array_equal(guesses["commonest values"], np.asarray([[0, 0, 1]], np.float32))
 
 
-@pytest.mark.parametrize("transformation", [None, defenses.prune(0.5, scope="global"), defenses.sign()])
+@pytest.mark.parametrize("transformation", [None, defenses.prune(0.95, scope="global"), defenses.sign()])
 def test_the_words_of_a_sentence_are_read_off_its_update_and_not_behind_noise(transformation) -> None:
     fields = np.asarray([[3, 7, 3, 0], [1, 2, 40, 9]], np.float32)
     words = 400

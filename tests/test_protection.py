@@ -15,7 +15,7 @@ from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, obser
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_attack
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching.objectives import cosine, euclidean
-from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, protect
+from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, promises, protect
 
 MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
@@ -355,11 +355,22 @@ NOT_OF_THE_UPDATE = ("dpsgd", "precode:size=8", "soteria:ratio=0.5", "mixup:k=2"
     [*itertools.combinations(NOT_OF_THE_UPDATE, 2), (*NOT_OF_THE_UPDATE, "clip", "prune:ratio=0.5", "quantize")],
 )
 def test_any_defenses_are_one_client(names):
-    """Compiled, and the attacker's objective has a derivative."""
+    """None of them is lost, it compiles, and the attacker's objective has a derivative."""
     both = protected_by(*names)
+    assert both.encode_fn(KEYS[1], BATCH).labels.ndim == 1 + any(name.startswith("mixup") for name in names)
+    assert ("encoder" in both.params) == ("precode:size=8" in names)
+    assert promises([part for name in names for part in parse(name)]) == promises(
+        [part for name in names if not name.startswith("precode") for part in parse(name)]
+    )
     batch = both.encode_fn(KEYS[1], BATCH)
     update = jax.jit(lambda key: update_of(both, key, batch))(KEYS[0])
-    assert np.isfinite(optax.tree.norm(update))
+    norm = optax.tree.norm(update)
+    assert np.isfinite(norm)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(update))
+    if "clip" not in names:  # noise is much longer than a gradient
+        assert (norm > entries**0.5 / 8) == ("dpsgd" in names)
+    kernel = update["head"]["kernel"]
+    assert bool((kernel == 0).all(1).any()) == ("soteria:ratio=0.5" in names)
 
     def objective(inputs):
         return both.adapt_fn(cosine)(both.assumed_fn(both.params, batch._replace(inputs=inputs)), update)

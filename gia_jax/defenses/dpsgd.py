@@ -44,12 +44,14 @@ def dp_sgd(
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
         noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0 and finite.
         loss_key: Of a loss that draws, such as `Precode.loss_fn`: every example has a key of its own, split off this
-            one. None: the loss draws nothing, or the same for every example.
+            one; of this client and this round, another than `key`, never the attacker's. None: the loss draws nothing,
+            or the same for every example.
         microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
         lowering: As for `clients.federated_sgd`.
 
     Returns:
-        `(params, batch) -> update`, with one noise for each key: the same in every call.
+        `(params, batch) -> update`, with one noise for each key, and one draw for each `loss_key`: the same in every
+        call.
 
     Raises:
         ValueError: If `norm` is not positive and finite, `noise_multiplier` negative or not finite, `microbatch_size`
@@ -59,7 +61,7 @@ def dp_sgd(
         In exact arithmetic (rounding adds to it; bfloat16 visibly) adding or removing one example changes the sum by at
         most `norm` in L2, and replacing one by at most 2 `norm`. The shared mean is that sum over a public b, so
         replacing is the relation of one release. There is no sampling, hence no amplification, and without noise no
-        epsilon.
+        epsilon. All of it is for given draws of the loss, which do not depend on the data.
     """
     _check.positive(norm=norm)
     _check.finite("norm", norm)

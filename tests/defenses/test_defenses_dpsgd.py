@@ -51,6 +51,22 @@ def test_it_is_the_loop_over_examples(microbatch_size):
             np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 1, 4])
+def test_every_example_has_its_own_draw_of_a_loss_that_draws(microbatch_size):
+    def loss_of(key):
+        return lambda params, batch: (1 + jax.random.normal(key)) * LOSS(params, batch)
+
+    loss_key, batch = jax.random.key(9), batch_of(8)
+    got = dp_sgd(loss_of, KEY, norm=1e3, noise_multiplier=0.0, loss_key=loss_key, microbatch_size=microbatch_size)(
+        PARAMS, batch
+    )
+    one = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch) for i in range(8)]
+    each = [jax.grad(loss_of(key))(PARAMS, own) for key, own in zip(jax.random.split(loss_key, 8), one, strict=True)]
+    expected = jax.tree.map(lambda *leaves: sum(leaves) / 8, *each)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
 def test_it_is_optax_where_they_overlap():
     batch = batch_of(8)
     theirs = optax.contrib.differentially_private_aggregate(1.5, 0.0, key=jax.random.key(0))
