@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def blocks(language: str) -> list[str]:
@@ -43,3 +45,20 @@ def test_two_commands() -> None:
     start, check = (block.strip() for block in blocks("bash"))
     assert start.endswith("python -m gia_jax")
     assert " && pytest" in check
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "benchmarks" / "README.md"], ids=["README", "benchmarks"])
+def test_what_pages_link_to_and_run_is_there(page: Path) -> None:
+    text = page.read_text()
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    for path, _, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles], heading
+    scripts = re.findall(r"benchmarks/\w+\.py", text)
+    assert scripts
+    for script in scripts:
+        assert (ROOT / script).exists(), script
