@@ -27,15 +27,14 @@ def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
         own = [row for row in rows if row["victims"] == split]
         (guess,) = (np.asarray([float(row[name]) for row in own]) for name in CLASS if name in own[0])
         figures = {name: np.asarray([float(row[name]) for row in own]) for name in own[0] if ", " in name}
-        for column, blind in figures.items():
+        for column, psnr in figures.items():
             name, _, who = column.rpartition(", ")
-            if who != "blind" or name.startswith(("prior only", "random search")):
+            if who not in ("blind", "adaptive") or name.startswith(("prior only", "random search")):
                 continue
-            found[table, split, name, "blind - class"] = blind - guess
-            if differs(name):
-                knows = figures[f"{name}, adaptive"]
-                found[table, split, name, "adaptive - blind"] = knows - blind
-                found[table, split, name, "adaptive - class"] = knows - guess
+            if who == "blind" or differs(name):
+                found[table, split, name, f"{who} - class"] = psnr - guess
+            if who == "adaptive" and differs(name) and f"{name}, blind" in figures:
+                found[table, split, name, "adaptive - blind"] = psnr - figures[f"{name}, blind"]
     return found
 
 
@@ -63,8 +62,8 @@ def main() -> None:
                 "table": table,
                 "victims": split,
                 "defenses": len(names),
-                "knowing gains": f"{sum(s > 0 for s in knowing.values())} of {len(knowing)}",
-                "knowing loses": f"{sum(s < 0 for s in knowing.values())} of {len(knowing)}",
+                "knowing gains": f"{sum(s > 0 for s in knowing.values())} of {len(knowing)}" if knowing else "-",
+                "knowing loses": f"{sum(s < 0 for s in knowing.values())} of {len(knowing)}" if knowing else "-",
                 "an attacker is above the class": f"{sum(s > 0 for s in best.values())} of {len(names)}",
                 "none is": ", ".join(name for name, sign in best.items() if sign <= 0) or "-",
             }
@@ -76,8 +75,9 @@ def main() -> None:
         f"{len(found)} mean differences of every victim's figure (PSNR of images, fields of rows), tested by turning "
         f"their signs at random, corrected by Holm (1979) at {LEVEL:.0%} over all rows of this table. Knowing: the "
         "attacker that knows the defense beside the one that does not, where they are different attacks. The class: "
-        "the mean image, or the commonest values, of public examples of the victim's class. Tables without a file of "
-        "victims are not in it.",
+        "the mean image, or the commonest values, of public examples of the victim's class. Tables of accuracy "
+        "(utility) have one attacker for each defense, that which knows it. Tables without a file of victims are not "
+        "in it.",
     )
 
 

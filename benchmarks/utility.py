@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import counted_steps, informed
+from attackers import counted_steps, differs, informed
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 from parts import run_parts
@@ -36,12 +36,13 @@ from gia_jax import (
     ThreatModel,
     data,
     gradient_matching,
+    metrics,
     models,
     observe,
     report,
 )
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import pixel_covariance, pixel_information
+from gia_jax.cases import joined, pixel_covariance, pixel_information
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
@@ -51,13 +52,12 @@ from gia_jax.protection import CANDIDATES, Part, Protected, live_shares, parse, 
 from gia_jax.study import RUN_ONCE, study
 
 THREAT = ThreatModel(labels=True)
-CLASSES = 10
+CLASSES, GALLERY = 10, 10_000  # images that are guessed, and images that a victim is ranked among
 WIDTH = 16
 BATCH = 64
 CAPACITY = 128  # eight standard deviations above the mean of a Poisson sample
 LEARNING_RATE = 3e-3
 DELTA = 1e-5
-PRIOR_ONLY = 4  # victims whose update is replaced by noise
 BOUND_VICTIMS = 4  # whose Fisher information is averaged
 LEAKAGE_SEED = 1_000  # of victims and attacker; the seeds of training are 0, 1, ...
 DEFENSES = (
@@ -117,14 +117,18 @@ class Task(NamedTuple):
         train: Training examples.
         test: Test images.
         victims: Test images that are attacked.
+        places: Of the victims among the test images.
         gallery: Training images that an attacker may guess.
+        gallery_labels: Their classes.
         smoothness: The attack's weight of total variation.
     """
 
     train: Batch
     test: data.ImageData
     victims: Batch
+    places: np.ndarray
     gallery: np.ndarray
+    gallery_labels: np.ndarray
     smoothness: float
 
     def defense(self, name: str, seed: int) -> Defense:
@@ -148,8 +152,8 @@ def task_of(train_set: data.ImageData, test_set: data.ImageData, victims: int, s
 
     index = first_of_each_class(test_set.labels[:1_000], victims)
     attacked = batch(test_set.images[index], test_set.labels[index])
-    gallery = train_set.images[:10_000]
-    return Task(batch(train_set.images, train_set.labels), test_set, attacked, gallery, smoothness)
+    gallery = (train_set.images[:GALLERY], train_set.labels[:GALLERY])
+    return Task(batch(train_set.images, train_set.labels), test_set, attacked, index, *gallery, smoothness)
 
 
 def trained(seeds: Sequence[Defense], task: Task, num_steps: int) -> tuple[list[Params], float]:
@@ -199,11 +203,14 @@ def attack_on(defense: Defense, objective_fn: ObjectiveFn, task: Task, num_steps
 
 
 class Leakage(NamedTuple):
-    """PSNR in dB of every victim, of what was encoded of it, and of those whose update is noise."""
+    """PSNR in dB of every victim, of what was encoded of it, and of what is found where its update is noise; rank of
+    the victim among test images.
+    """
 
     private: np.ndarray
     encoding: np.ndarray
     prior_only: np.ndarray
+    rank: np.ndarray
 
 
 def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str) -> Leakage:
@@ -222,9 +229,7 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     keys = jax.random.split(key_victims, len(truth.labels))
     see = jax.jit(jax.vmap(shared, (0, None, 0)), compiler_options=RUN_ONCE)
     seen = see(keys, params, sent)._replace(params=params)
-    few = jax.tree.map(lambda leaf: leaf[:PRIOR_ONLY], (seen.update, seen.extra))
-    noise = jax.jit(report.random_updates)(key_noise, Observation(params, *few))
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (seen.update, seen.extra), (noise.update, noise.extra))
+    noise = jax.jit(report.random_updates)(key_noise, seen)
 
     def progress(done: int, total: int, seconds: float) -> None:
         print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
@@ -232,16 +237,17 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     objective_fn = defense.protected.adapt_fn(cosine)
     attack, counted = attack_on(defense, objective_fn, task, num_steps), counted_steps(objective_fn, num_steps)
     options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress}
-    inputs = study(attack, key_attack, Observation(params, *both), **options).reconstruction.batch.inputs
-
-    def psnr(found: Array, victims: Batch) -> np.ndarray:
-        return report.score(Batch(found, victims.labels), victims, task.test).psnr[:, 0]
-
-    count = len(keys)
-    error = (inputs[:count] - np.asarray(sent.inputs)) * np.asarray(task.test.std)
+    inputs = study(attack, key_attack, joined([seen, noise]), **options).reconstruction.batch.inputs
+    found, of_noise = (
+        report.score(Batch(each, truth.labels), truth, task.test) for each in jnp.split(inputs, [len(keys)])
+    )
+    error = (inputs[: len(keys)] - np.asarray(sent.inputs)) * np.asarray(task.test.std)
     encoding = -10 * np.log10(np.mean(error**2, (1, 2, 3, 4)))
-    first = jax.tree.map(lambda leaf: leaf[:PRIOR_ONLY], truth)
-    return Leakage(psnr(inputs[:count], truth), encoding, psnr(inputs[count:], first))
+    images = jnp.asarray(task.test.images[:GALLERY])
+    rank = jax.lax.map(
+        lambda one: metrics.retrieval_rank(one[0], images, one[1]), (jnp.asarray(found.images[:, 0]), task.places)
+    )
+    return Leakage(found.psnr[:, 0], encoding, of_noise.psnr[:, 0], np.asarray(rank))
 
 
 def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps: int) -> dict[str, str]:
@@ -269,13 +275,14 @@ def columns(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
     return {
         f"PSNR {name}": f"{found.private.mean():.2f} +- {error:.2f}",
         f">= 20 dB {name}": f"{float(success_share(jnp.asarray(found.private))):.0%}",
+        f"rank {name}": f"{np.median(found.rank):.0f}",
         f"prior only {name}": f"{found.prior_only.mean():.2f}",
         f"of the encoding {name}": f"{found.encoding.mean():.2f}" if encoded else "-",
     }
 
 
-def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> dict[str, str]:
-    """One defense: trained, tested, attacked before and after."""
+def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> tuple[dict[str, str], dict[str, Leakage]]:
+    """One defense: trained, tested, attacked before and after; the row, and the victims' figures at both stages."""
     task = task_named(task_name, args.victims)
     inputs = jnp.asarray(task.test.normalize(task.test.images))
     seeds = [task.defense(defense_name, seed) for seed in range(args.seeds)]
@@ -285,16 +292,16 @@ def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> dic
     right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
     deviation = right.std(ddof=1) if len(right) > 1 else np.nan
     row = {"defense": defense_name, "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}", "undefended": "-"}
-    stages = {"untrained": defense.protected.params, "trained": networks[0]}
+    stages, found = {"untrained": defense.protected.params, "trained": networks[0]}, {}
     for stage, params in stages.items():
-        found = leakage(defense, task, params, args.attack_steps, f"{defense_name}, {stage}")
-        row |= columns(stage, found, defense.encodes) | {f"live features pruned {stage}": "-"}
+        found[stage] = leakage(defense, task, params, args.attack_steps, f"{defense_name}, {stage}")
+        row |= columns(stage, found[stage], defense.encodes) | {f"live features pruned {stage}": "-"}
         if defense.prunes_features:
             shares = live_shares(defense.parts, apply_fn, params, task.victims.inputs[:, None])
             row[f"live features pruned {stage}"] = f"{shares.mean():.0%}"
     row |= promised(defense, task, stages, args.steps) | {"training s": f"{seconds:.0f}"}
     print(row, flush=True)
-    return row
+    return row, found
 
 
 def compile_into(cache: str) -> None:
@@ -310,13 +317,32 @@ def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(args.workers, context, compile_into, (cache,)) as pool,
     ):
-        rows = list(pool.map(functools.partial(measured, name, args), defenses))
+        rows, leaked = zip(*pool.map(functools.partial(measured, name, args), defenses))
     plain = next((row["accuracy %"].split()[0] for row in rows if row["defense"] == "none"), "-")
-    rows = [row | {"undefended": plain} for row in rows]
     task = task_named(name, args.victims)
     pixels = task.test.denormalize(np.asarray(task.victims.inputs))
-    guesses = report.baselines(pixels, task.gallery)
+    labels = np.asarray(task.victims.labels)
+    guesses = report.baselines(pixels, task.gallery, labels=labels, gallery_labels=task.gallery_labels)
     guessed = ", ".join(f"{guess} {psnr.mean():.2f}" for guess, psnr in guesses.items())
+    differences, of_victims = {}, []
+    for stage in leaked[0]:
+        found = {defense: of[stage] for defense, of in zip(defenses, leaked)}
+        for defense, of in found.items():
+            bars = {"prior only": of.prior_only, "class mean": guesses["class mean"]}
+            if defense != "none" and "none" in found:
+                bars["none"] = found["none"].private
+            differences |= {(defense, f"PSNR - {bar} {stage}"): of.private - psnr for bar, psnr in bars.items()}
+        figures = {f"{own}, {'adaptive' if differs(own) else 'blind'}": of.private for own, of in found.items()}
+        figures |= {f"prior only of {own}": of.prior_only for own, of in found.items()} | guesses
+        for i, place in enumerate(task.places):
+            one = {"victims": f"test, {stage}", "id": task.test.ids[place], "label": labels[i]}
+            of_victims.append(one | {figure: f"{psnr[i]:.2f}" for figure, psnr in figures.items()})
+    gains = record.gains(differences)
+    compared = list(dict.fromkeys(column for _, column in differences))
+    rows = [
+        row | {"undefended": plain} | {column: gains.get((row["defense"], column), "-") for column in compared}
+        for row in rows
+    ]
     record.write(
         f"utility_{name}",
         f"Utility and leakage under each defense, {name}",
@@ -331,10 +357,14 @@ that Soteria prunes.
 
 Leakage: mean PSNR in dB and its standard error over {len(task.victims.labels)} test images, the first of every class \
 in turn, each alone in its batch; share of 20 dB or more. Untrained: the network of seed 0 before training; trained: \
-the network whose accuracy is in the row, seed 0. The defense has the same strength as in training: noise of the same \
+the network whose accuracy is in the row, seed 0. Rank of the victim among {len(task.test.images[:GALLERY]):,} test \
+images (median). The defense has the same strength as in training: noise of the same \
 scale on the update of a single image as on that of a batch, and for `dpsgd` the noise of a batch of one. Top-k has no \
-error feedback. Prior only: the same attack on random updates of the same norms, {PRIOR_ONLY} victims. Guesses without \
-a gradient: {guessed} (the nearest training image is chosen with the truth).
+error feedback. Prior only: the same attack on random updates of the same norms. Guesses without a gradient: {guessed} \
+(the nearest training images are chosen with the truth, those of the class with the label). Differences of PSNR in dB, \
+from the same victims' undefended figure (none) among them, with a paired bootstrap interval of 95 % ('none' where it \
+covers 0) and the p-value of a test that turns their signs at random, corrected by Holm over the {len(differences)} of \
+this table.
 
 Attack: Inverting Gradients by one who knows the defense but not its key, {args.attack_steps} steps of signed Adam, \
 1 start, seed {LEAKAGE_SEED}, the best iterate by the attacker's own loss; an objective of its own takes over from the \
@@ -359,6 +389,7 @@ error.
 
 Threat model: {THREAT.describe()}; the attacker knows the defense, and its strength where it makes use of it. The \
 whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} workers.""",
+        victims=of_victims,
     )
 
 

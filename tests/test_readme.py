@@ -1,4 +1,4 @@
-"""The README's example is a test, and its commands are those that the package answers to."""
+"""The README's examples are tests, its commands those that the package answers to, and what it links to is there."""
 
 import re
 from pathlib import Path
