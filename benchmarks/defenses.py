@@ -47,10 +47,11 @@ from gia_jax.matching.adaptive import rescaled
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.protection import Part, Protected, live_shares, parse, protect
+from gia_jax.protection import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.study import RUN_ONCE, study
 
 CLASSES, DELTA = 10, 1e-5
+MIXED = 4  # images in an encoding whose cost is measured
 NOISE = ("gaussian", "dpsgd")
 # Three strengths of each where it has one; noise in units of an entry of the update, clipping at norms below LeNet's.
 DEFENSES = (
@@ -265,10 +266,17 @@ def adaptive(
     return parts_of(results, len(weights))
 
 
-def van_trees(setting: Setting, victims: Victims, rounds: int) -> dict[str, float]:
-    """For each defense by noise the least mean squared error of any attacker, in expectation over a Gaussian prior, as
-    the PSNR of that error in dB. (A mean of PSNRs may be larger.)
+class Bounds(NamedTuple):
+    """PSNR in dB of the least mean squared error of any attacker, in expectation over a Gaussian prior, and of that of
+    an unbiased one. (A mean of PSNRs may be larger.)
     """
+
+    van_trees: float
+    fisher: float
+
+
+def bounds_of(setting: Setting, victims: Victims, rounds: int) -> dict[str, Bounds]:
+    """For each defense by noise."""
     noisy = {name: part for name in setting.protected for part in parse(name) if part.name in NOISE and scale(part) > 0}
     if not noisy:
         return {}
@@ -285,9 +293,10 @@ def van_trees(setting: Setting, victims: Victims, rounds: int) -> dict[str, floa
             client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=norm, noise_multiplier=0.0)
         return pixel_information(client_fn, plain.params, few, images)
 
-    def bound(part: Part) -> float:
+    def bound(part: Part) -> Bounds:
         found = rounds * information(part.settings.get("norm")) / scale(part) ** 2
-        return float(-10 * jnp.log10(metrics.van_trees_bound(found, covariance)))
+        errors = metrics.van_trees_bound(found, covariance), metrics.fisher_bound(found)
+        return Bounds(*(float(-10 * jnp.log10(error)) for error in errors))
 
     return {name: bound(part) for name, part in noisy.items()}
 
@@ -342,7 +351,7 @@ def table(args: argparse.Namespace) -> None:
     seen_tuning: dict[str, Seen] = {}
     founds = {split: Found(victims, {}, {}, {}, {}, {}, guesses_of(victims)) for split, victims in groups.items()}
     # What cannot be computed is refused here, and not after the attacks.
-    bounds = {split: van_trees(setting, victims, args.rounds) for split, victims in groups.items()}
+    bounds = {split: bounds_of(setting, victims, args.rounds) for split, victims in groups.items()}
     for name in names:
         seen_tuning[name], *every = see(setting, name, args.rounds, tuning, *groups.values())
         for found, seen in zip(founds.values(), every):
@@ -408,22 +417,27 @@ def classified(protected: Protected, victims: Victims) -> np.ndarray:
     return np.asarray(jnp.argmax(logits, -1) == victims.truth.labels[:, 0])
 
 
-def epsilon(name: str, rounds: int) -> str:
+def promised(name: str, rounds: int) -> dict[str, str]:
     """Of DP-SGD, after one round and after all of them, without sampling."""
     private = [part.settings["noise_multiplier"] for part in parse(name) if part.name == "dpsgd"]
     if not private:
-        return "-"
+        return {"epsilon": "-", "gamma": "-"}
     if private[0] == 0:
-        return "inf"
-    of = partial(metrics.epsilon, private[0], delta=DELTA, relation="replace_one")
-    return ", ".join(f"{of(num_rounds=number):.4g}" for number in sorted({1, rounds}))
+        return {"epsilon": "inf", "gamma": "1"}
+    numbers = sorted({1, rounds})
+    epsilon = partial(metrics.epsilon, private[0], delta=DELTA, relation="replace_one")
+    gamma = partial(metrics.reconstruction_robustness, private[0], prior=1 / CANDIDATES)
+    return {
+        "epsilon": ", ".join(f"{epsilon(num_rounds=number):.4g}" for number in numbers),
+        "gamma": ", ".join(f"{gamma(num_rounds=number):.3g}" for number in numbers),
+    }
 
 
 def write_table(
     args: argparse.Namespace,
     setting: Setting,
     founds: dict[str, Found],
-    bounds: dict[str, dict[str, float]],
+    bounds: dict[str, dict[str, Bounds]],
     tuned_blind: dict[str, float],
     tuned_adaptive: dict[str, float],
     tuned_prior: float,
@@ -471,8 +485,9 @@ def write_table(
                     "at the truth": f"{at_truth.mean():.3f}",
                     "TV": f"{tuned_blind[name]:g}" + (f", {tuned_adaptive[name]:g}" if name in tuned_adaptive else ""),
                     "mean error, dB": f"{-10 * np.log10(np.mean(10 ** (-knows.psnr / 10))):.2f}",
-                    "van Trees, dB": f"{bounds[split][name]:.1f}" if name in bounds[split] else "-",
-                    "epsilon": epsilon(name, args.rounds),
+                    "van Trees, dB": f"{bounds[split][name].van_trees:.1f}" if name in bounds[split] else "-",
+                    "Fisher, unbiased, dB": f"{bounds[split][name].fisher:.1f}" if name in bounds[split] else "-",
+                    **promised(name, args.rounds),
                 }
             )
             if name.startswith("soteria"):
@@ -534,8 +549,10 @@ def write_table(
         "The objective of the attacker that knows, found and at the truth, is without its prior. 'van Trees': no "
         "attacker's mean squared error is less, in expectation over a Gaussian with the data's covariance (8 victims' "
         "Fisher information); it is to be compared with 'mean error', the PSNR of the adaptive attacker's mean squared "
-        f"error, not with means of PSNRs. Epsilon: at delta {DELTA:g}, one example replaced, after one round"
-        f"{'' if args.rounds == 1 else f' and after {args.rounds}'}.\n\n"
+        "error, not with means of PSNRs. 'Fisher': the same for unbiased estimators only, no ceiling for these "
+        f"attacks. Epsilon: at delta {DELTA:g}, one example replaced; gamma: the chance, which no attack surpasses, of "
+        f"telling the example from {CANDIDATES - 1} equally likely others, {1 / CANDIDATES:g} without the update; both "
+        f"after one round{'' if args.rounds == 1 else f' and after {args.rounds}'}.\n\n"
         f"Threat model: {THREAT.describe()}; it sees {sees}; the adaptive attacker knows the defense, its strength "
         "where it makes use of it, not its key.",
         victims=of_victims,
@@ -560,15 +577,37 @@ def cost(args: argparse.Namespace) -> None:
         "ternary": defenses.ternary(key),
         "quantize, 4 bits": defenses.quantize(key, 4),
     }
-    steps = {}
-    for batch_size in (1, 128):
-        batch = Batch(jax.random.normal(key, (batch_size, 32, 32, 3)), jnp.zeros(batch_size, jnp.int32))
-        client = jax.jit(clients.federated_sgd(loss_fn))
-        steps[batch_size] = milliseconds(lambda client=client, batch=batch: client(params, batch), 3)
     spent = {}
     for name, transformation in transformations.items():
         apply = jax.jit(lambda u, t=transformation: t.update(u, t.init(u))[0])
         spent[name] = milliseconds(lambda apply=apply: apply(update), 7)
+
+    def masks(num_probes: int) -> Any:
+        options = {"ratio": 0.8, "num_probes": num_probes}
+        return jax.jit(lambda p, x: defenses.kept_features(apply_fn, labels.dense("head"), p, x, **options))
+
+    bottleneck = protect(parse("precode"), module, num_classes=CLASSES)
+    widened = jax.jit(bottleneck.client_fn(key))
+    plain = jax.jit(clients.federated_sgd(loss_fn))
+    private = jax.jit(defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=1.0, microbatch_size=1))
+    whole: dict[str, dict[int, float]] = {}
+    for batch_size in (1, 128):
+        batch = Batch(jax.random.normal(key, (batch_size, 32, 32, 3)), jnp.zeros(batch_size, jnp.int32))
+        calls: dict[str, Callable[[], Any]] = {
+            "none": partial(plain, params, batch),
+            "dp_sgd, whole step": partial(private, params, batch),
+            "precode, whole step": partial(widened, bottleneck.params, batch),
+        }
+        for name, make in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
+            if batch_size >= MIXED:
+                calls[name] = partial(jax.jit(make(CLASSES, k=MIXED)), key, batch)
+        found = in_turns(calls, 7 if batch_size == 1 else 3)
+        for name, num_probes in (("soteria", 0), ("soteria, 32 directions", 32)):
+            scores = partial(masks(num_probes).lower(params, batch.inputs).compile(), params, batch.inputs)
+            found[name] = milliseconds(scores, 3 if batch_size == 1 else 1, warm=batch_size == 1)
+        for name, ms in found.items():
+            whole.setdefault(name, {})[batch_size] = ms
+    steps = whole.pop("none")
     rows = [
         {
             "defense": name,
@@ -579,43 +618,20 @@ def cost(args: argparse.Namespace) -> None:
         }
         for name, ms in spent.items()
     ]
-
-    def row(name: str, by_size: dict[int, float]) -> dict[str, str]:
-        ratios = {n: f"{by_size[n] / steps[n]:.2f}" for n in (1, 128)}
-        shown = f"{by_size[1]:.0f} / {by_size[128]:.0f}"
-        own = {"of the step, batch 1": ratios[1], "of the step, batch 128": ratios[128]}
-        return {"defense": name, "ms": shown, **own, "of Gaussian noise": "-"}
-
-    def masks(num_probes: int) -> Any:
-        options = {"ratio": 0.8, "num_probes": num_probes}
-        return jax.jit(lambda p, x: defenses.kept_features(apply_fn, labels.dense("head"), p, x, **options))
-
-    bottleneck = protect(parse("precode"), module, num_classes=CLASSES)
-    widened = jax.jit(bottleneck.client_fn(key))
-    names = ("dp_sgd, whole step", "precode, whole step", "mixup", "instahide", "soteria", "soteria, 32 directions")
-    whole: dict[str, dict[int, float]] = {name: {} for name in names}
-    for batch_size in (1, 128):
-        batch = Batch(jax.random.normal(key, (batch_size, 32, 32, 3)), jnp.zeros(batch_size, jnp.int32))
-        private = defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=1.0, microbatch_size=1)
-        share = jax.jit(private)
-        whole["dp_sgd, whole step"][batch_size] = milliseconds(lambda share=share, b=batch: share(params, b), 1)
-        whole["precode, whole step"][batch_size] = milliseconds(lambda b=batch: widened(bottleneck.params, b), 3)
-        for name, make in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
-            encode = jax.jit(make(CLASSES, k=min(4, batch_size)))
-            whole[name][batch_size] = milliseconds(lambda encode=encode, b=batch: encode(key, b), 7)
-        for name, num_probes in (("soteria", 0), ("soteria, 32 directions", 32)):
-            scores = partial(masks(num_probes).lower(params, batch.inputs).compile(), params, batch.inputs)
-            whole[name][batch_size] = milliseconds(scores, 3 if batch_size == 1 else 1, warm=batch_size == 1)
-    rows += [row(name, by_size) for name, by_size in whole.items()]
+    for name, by_size in whole.items():
+        row = {"defense": name, "ms": " / ".join(f"{by_size[n]:.0f}" if n in by_size else "-" for n in steps)}
+        for n in steps:
+            row[f"of the step, batch {n}"] = f"{by_size[n] / steps[n]:.2f}" if n in by_size else "-"
+        rows.append(row | {"of Gaussian noise": "-"})
     record.write(
         "defenses_cost",
         f"What a defense costs a client: ResNet-18, {size:,} parameters",
         rows,
-        "Medians of 3 or 7 calls (of one for DP-SGD, and for Soteria at batch 128), milliseconds beside the undefended "
-        f"step (batch 1: {steps[1]:.0f} ms, batch 128: {steps[128]:.0f} ms), one process. In the last rows batch 1 / "
-        "128. DP-SGD and PRECODE are the whole client, DP-SGD one example at a time, MixUp and InstaHide the encoding "
-        "(k = 1 for the first), Soteria its scores, which take the derivative of each of 512 features for every "
-        "example, or of all of them along 32 random directions.",
+        "Medians of 3 or 7 calls (of one for Soteria at batch 128), milliseconds beside the undefended step (batch 1: "
+        f"{steps[1]:.0f} ms, batch 128: {steps[128]:.0f} ms), one process. In the last rows batch 1 / 128. DP-SGD and "
+        "PRECODE are the whole client, taking turns with the undefended one, DP-SGD one example at a time; MixUp and "
+        f"InstaHide, k = {MIXED}, the encoding, which one image has none of; Soteria its scores, which take the "
+        "derivative of each of 512 features for every example, or of all of them along 32 random directions.",
     )
 
 
@@ -628,6 +644,14 @@ def milliseconds(fn: Callable[[], Any], repeats: int, *, warm: bool = True) -> f
         jax.block_until_ready(fn())
         times.append(1e3 * (time.perf_counter() - began))
     return float(np.median(times))
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Medians of calls that take turns, so that a machine that is busy for a while is so for all of them."""
+    for fn in calls.values():
+        jax.block_until_ready(fn())
+    times = [{name: milliseconds(fn, 1, warm=False) for name, fn in calls.items()} for _ in range(rounds)]
+    return {name: float(np.median([each[name] for each in times])) for name in calls}
 
 
 def main() -> None:
