@@ -60,7 +60,7 @@ DEFENSES = (
     *(f"clip:norm={norm}" for norm in (1, 0.1, 0.01)),
     *(f"gaussian:scale={scale}" for scale in (1e-3, 1e-2, 1e-1)),
     *(f"laplace:scale={scale}" for scale in (1e-3, 1e-2, 1e-1)),
-    *(f"dpsgd:noise_multiplier={multiplier},norm=1" for multiplier in (1e-3, 1e-2, 1e-1)),
+    *(f"dpsgd:noise_multiplier={multiplier},norm=1" for multiplier in (1e-2, 1e-1, 1)),
     "sign",
     *(f"quantize:bits={bits}" for bits in (8, 4, 2)),
     *(f"soteria:ratio={ratio}" for ratio in (0.4, 0.8, 0.95)),

@@ -148,8 +148,9 @@ def protect(
 
     * signs, with anything but noise: `adaptive.sign_hinge`, as nothing else turns a sign; a zero is one of the gradient
       where nothing prunes or rounds, Soteria included;
-    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned; where it is clipped,
-      between updates of the observed length (`adaptive.rescaled`), as the attacker does not know the norm;
+    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned, between updates of
+      the observed length (`adaptive.rescaled`): a norm of clipping is not known, and what pruning's penalty weighs
+      beside a direction must not depend on how long the update is of the image that the search is at;
     * clipping and pruning, then noise or stochastic rounding: it clips and prunes its own update, which is then the
       expectation, and takes `relative(l1)` for Laplace noise alone, `relative(euclidean)` for Gaussian noise or a sum
       of noises, the given objective for rounding and for DP-SGD, whose clipping leaves little but a direction. The
@@ -280,10 +281,9 @@ def _reading(parts: Sequence[Part]) -> _Reading | None:
     drawn = {part.name for part in chain[first:]}
     if not drawn:
         # The support is read from the update: a pruning of its own would hide entries that are to grow.
-        adapt_fn = adaptive.pruned if names.intersection(("prune", "topk")) else _unchanged
-        if "clip" in names:
-            return _Reading((), lambda objective_fn: adaptive.rescaled(adapt_fn(objective_fn)))
-        return _Reading((), adapt_fn)
+        if names.intersection(("prune", "topk")):
+            return _Reading((), lambda objective_fn: adaptive.rescaled(adaptive.pruned(objective_fn)))
+        return _Reading((), adaptive.rescaled if "clip" in names else _unchanged)
     if not drawn.issubset(UNBIASED):
         return None
     if drawn == {"laplace"}:

@@ -14,6 +14,7 @@ from flax import nnx
 from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, observe, run
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_attack
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, promises, protect
 
@@ -318,6 +319,19 @@ def test_the_attacker_does_not_know_the_norm_of_clipping(rest):
     assert loss(narrow, short) == loss(wide, short)
     assert loss(narrow, short) == pytest.approx(loss(without, long), rel=1e-4, abs=1e-6)
     assert loss(narrow, optax.tree.scale(-1, short)) > 2 * loss(narrow, short)
+
+
+@pytest.mark.parametrize("objective_fn", [cosine, euclidean])
+@pytest.mark.parametrize("name", ["prune", "topk"])
+def test_what_pruning_costs_does_not_depend_on_the_length_of_an_update(name, objective_fn):
+    pruned = chained(CHAINED[name])
+    update = pruned.client_fn(KEYS[0])(LONG, BATCH)
+    other = jax.tree.map(lambda leaf, noise: leaf + noise, LONG, optax.tree.random_like(KEYS[1], LONG))
+    losses = [float(pruned.adapt_fn(objective_fn)(optax.tree.scale(c, other), update)) for c in (1e-3, 1.0, 1e3)]
+    assert losses == pytest.approx([losses[1]] * 3, rel=1e-4)
+    assert losses[1] > 100 * abs(pruned.adapt_fn(objective_fn)(LONG, update))
+    # Without one length the penalty alone decides.
+    assert adaptive.pruned(objective_fn)(optax.tree.scale(1e3, other), update) > 1e4 * losses[1]
 
 
 @pytest.mark.parametrize("rest", [("prune", "gaussian"), ("gaussian",), ("topk", "laplace"), ("quantize",)])
