@@ -36,9 +36,14 @@ def attacker(text, adaptive=True):
 def errors_of_a_thief(text, keys, seen, victims_keys):
     """Of an attacker that holds each client's key, which no attacker may, and runs the defense as the client does."""
     protected = protect(parse(text), MODULE, num_classes=4)
-    return jax.jit(jax.vmap(lambda key, seen, own: attack_with(protected.client_fn(own), cosine)(key, seen)))(
-        keys, seen, victims_keys
-    )
+
+    def of_one(key, seen, own):
+        def client_fn(params, batch):
+            return protected.client_fn(own)(params, protected.encode_fn(own, batch))
+
+        return attack_with(client_fn, cosine)(key, seen)
+
+    return jax.jit(jax.vmap(of_one))(keys, seen, victims_keys)
 
 
 def error(reconstruction):
@@ -47,7 +52,12 @@ def error(reconstruction):
 
 def observations(text, keys):
     protected = protect(parse(text), MODULE, num_classes=4)
-    return jax.jit(jax.vmap(lambda key: observe(key, THREAT, protected.client_fn(key), protected.params, BATCH)))(keys)
+
+    def of_one(key):
+        batch = protected.encode_fn(key, BATCH)
+        return observe(key, THREAT, protected.client_fn(key), protected.params, batch, num_classes=4)
+
+    return jax.jit(jax.vmap(of_one))(keys)
 
 
 def like(key, params, draw_fn):
@@ -66,6 +76,7 @@ def keys_of(seed):
         "quantize:bits=3",
         "ternary",
         "dpsgd:noise_multiplier=0.05,norm=1",
+        "instahide:k=1",  # the signs alone
     ],
 )
 def test_the_victim_s_key_changes_nothing_not_even_in_the_attacker_s_hands(text):
