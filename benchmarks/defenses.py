@@ -1,7 +1,8 @@
 """Defenses against an attacker that does not know them, and one that does: Inverting Gradients on CIFAR-10.
 
     python benchmarks/defenses.py [PART ...] [--model NAME] [--epochs N] [--splits NAME ...] [--per-class N] [--steps N]
-        [--restarts N] [--rounds N] [--weights W ...] [--controls] [--rescaled] [--near DB] [--defenses NAME ...]
+        [--restarts N] [--rounds N] [--weights W ...] [--controls] [--rescaled] [--likelihood] [--near DB]
+        [--defenses NAME ...]
 
 Needs the extras `demo`, `data` and `privacy` and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). Both attackers choose
 one weight of total variation for each defense, of the same list, on training images; it is frozen before the victims
@@ -43,7 +44,7 @@ from gia_jax import (
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
-from gia_jax.matching.adaptive import rescaled
+from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
@@ -250,9 +251,17 @@ def blind(
     return found
 
 
-def objective_of(protected: Protected, args: argparse.Namespace) -> ObjectiveFn:
+def likelihood_of(name: str, args: argparse.Namespace) -> ObjectiveFn | None:
+    """Of a defense that only rounds, with the option --likelihood."""
+    parts = parse(name)
+    if not args.likelihood or len(parts) != 1 or parts[0].name not in ("ternary", "quantize"):
+        return None
+    return rounding_likelihood(int(parts[0].settings.get("bits", 2)))
+
+
+def objective_of(protected: Protected, name: str, args: argparse.Namespace) -> ObjectiveFn:
     """Of the attacker that knows the defense."""
-    objective_fn = protected.adapt_fn(cosine)
+    objective_fn = likelihood_of(name, args) or protected.adapt_fn(cosine)
     return rescaled(objective_fn) if args.rescaled else objective_fn
 
 
@@ -262,7 +271,7 @@ def adaptive(
     """For each weight; the attacker knows the defense."""
     together = joined([seen.observation] * len(weights))
     print(f"adaptive, {name}:", flush=True)
-    results = attack(protected.assumed_fn, objective_of(protected, args), together, victims, weights, args)
+    results = attack(protected.assumed_fn, objective_of(protected, name, args), together, victims, weights, args)
     return parts_of(results, len(weights))
 
 
@@ -342,7 +351,7 @@ def table(args: argparse.Namespace) -> None:
     tuning = victims_of("train", 1)
     groups = {split: victims_of(split, args.per_class, first=int(split == "train")) for split in args.splits}
     names = list(setting.protected)
-    adapting = [name for name in names if differs(name)]
+    adapting = [name for name in names if differs(name) or likelihood_of(name, args)]
 
     def best(results: Sequence[Result]) -> float:
         return args.weights[int(np.argmax([result.psnr.mean() for result in results]))]
@@ -468,7 +477,8 @@ def write_table(
 
         for name in names:
             seen, knows = found.seen[name], found.knowing(name)
-            at_truth = jax.vmap(objective_of(setting.protected[name], args))(seen.assumed, seen.observation.update)
+            objective_fn = objective_of(setting.protected[name], name, args)
+            at_truth = jax.vmap(objective_fn)(seen.assumed, seen.observation.update)
             row = {"defense": name, "victims": split} | figures("blind", found.blind[name]) | figures("adaptive", knows)
             row["adaptive - blind, dB"] = gains.get((split, name, "adaptive - blind, dB"), "same attack")
             row["adaptive on no defense"] = f"{found.controls[name].psnr.mean():.2f}" if name in found.controls else "-"
@@ -507,6 +517,7 @@ def write_table(
     shares = ", ".join(f"{share:.0%} ({name})" for name, share in live.items())
     stage = "untrained" if not args.epochs else f"{args.epochs}_epochs"
     stage += f"_{args.restarts}_restarts" * (args.restarts > 1) + "_rescaled" * args.rescaled
+    stage += "_likelihood" * args.likelihood
     stage += f"_{'_'.join(args.splits)}" * (args.splits != ["test"])
     stage += "_near" * (args.near is not None) + f"_{args.rounds}_rounds" * (args.rounds > 1)
     schedule = "; an adaptive attacker with an objective of its own uses the blind one's for the first half"
@@ -536,6 +547,7 @@ def write_table(
         "paired bootstrap interval of 95 % ('none' where it covers 0) and the p-value of a test that turns the signs "
         f"of differences at random, corrected by Holm over the {len(differences)} differences of this table. "
         f"{'Adaptive attackers compare updates of one length (option --rescaled). ' if args.rescaled else ''}"
+        f"{'Those of rounding take its likelihood (option --likelihood). ' if args.likelihood else ''}"
         "Adaptive on no defense: that row's attacker on undefended updates (option --controls). "
         f"Prior only: the undefended attack on random updates, tuned alike, weight {tuned_prior:g}. Random search: of "
         f"{round(DRAWS_A_STEP * args.steps):,} draws, which cost as many passes through the network as the attack's "
@@ -668,6 +680,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.1, 0.03], help="of total variation")
     parser.add_argument("--controls", action="store_true", help="each adaptive attacker on undefended updates too")
     parser.add_argument("--rescaled", action="store_true", help="adaptive attackers compare updates of one length")
+    parser.add_argument("--likelihood", action="store_true", help="of rounding, in place of its expectation")
     parser.add_argument("--near", type=float, help="PSNR in dB of the truth with noise that attacks start from")
     parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))

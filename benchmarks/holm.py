@@ -42,7 +42,7 @@ def main() -> None:
     found = {}
     for path in sorted(record.RESULTS.glob("*_victims.csv")):
         # Attacks that start near the truth are controls, and no attacker's.
-        if not path.stem.endswith("_near_victims"):
+        if "_near" not in path.stem:
             found |= differences(path)
     corrected = dict(zip(found, record.holm([record.sign_test(values) for values in found.values()])))
     rows = []
