@@ -106,7 +106,8 @@ def rounding_likelihood(bits: int) -> ObjectiveFn:
     Stochastic rounding between levels d apart gives o from g with probability 1 - |g - o| / d, and 0 beyond d. Below a
     probability of 1e-2 the logarithm goes on along its tangent.
 
-    `protection` compares with the expectation instead, by the attack's own objective.
+    `protection` compares with the expectation instead, by the attack's own objective. Started from what that finds,
+    this finds more at 2 bits (.2 to .7 dB in the benchmarks) and, its intervals being narrow, no more at 4.
 
     Args:
         bits: An integer in [2, 16], as the defense's.
