@@ -31,9 +31,10 @@ def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
             name, _, who = column.rpartition(", ")
             if who not in ("blind", "adaptive") or name.startswith(("prior only", "random search")):
                 continue
-            if who == "blind" or differs(name):
+            other = differs(name) or table.endswith("_likelihood")
+            if who == "blind" or other:
                 found[table, split, name, f"{who} - class"] = psnr - guess
-            if who == "adaptive" and differs(name) and f"{name}, blind" in figures:
+            if who == "adaptive" and other and f"{name}, blind" in figures:
                 found[table, split, name, "adaptive - blind"] = psnr - figures[f"{name}, blind"]
     return found
 
