@@ -124,6 +124,8 @@ def parse(text: str) -> tuple[Part, ...]:
         if key not in settings:
             known = ", ".join(settings) or "nothing"
             raise ValueError(f"defense {name} can be set {known}, got {item!r}")
+        if sum(other.partition("=")[0] == key for other in rest.split(",")) > 1:
+            raise ValueError(f"defense {name} must set {key} once, got {rest!r}")
         try:
             settings[key] = int(value) if key in INTEGERS else float(value)
         except ValueError:
@@ -195,7 +197,7 @@ def protect(
         key = jax.random.key(0) if key is None else key
         features_fn, params = models.functional(models.headless(module, head), batch_norm=batch_norm)
         num_features = classifier_fn(models.functional(module)[1]).kernel.shape[0]
-        size = int(settings["precode"]["size"])
+        size = settings["precode"]["size"]
         model = defenses.precode(
             key, features_fn, params, num_features=num_features, num_classes=num_classes, size=size
         )
@@ -239,7 +241,7 @@ def protect(
 
 def _transformation(part: Part, key: PRNGKeyArray) -> optax.GradientTransformation:
     if part.name == "quantize":
-        return defenses.quantize(key, int(part.settings["bits"]))
+        return defenses.quantize(key, part.settings["bits"])
     fixed: dict[str, Callable[..., optax.GradientTransformation]] = {
         "prune": defenses.prune,
         "topk": functools.partial(defenses.top_k, error_feedback=False),
@@ -255,7 +257,7 @@ def _transformation(part: Part, key: PRNGKeyArray) -> optax.GradientTransformati
 def _encoding(settings: dict[str, Any], num_classes: int) -> InputDefenseFn:
     for name, defense in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
         if name in settings:
-            return defense(num_classes, k=int(settings[name]["k"]))
+            return defense(num_classes, k=settings[name]["k"])
     return lambda key, batch: batch
 
 
@@ -330,7 +332,7 @@ def promises(
         clipping, whose epsilon is not computed.
     """
     names = [part.name for part in parts]
-    noise = [i for i, name in enumerate(names) if name in ("gaussian", "laplace")]
+    noise = [i for i, part in enumerate(parts) if part.name in ("gaussian", "laplace") and part.settings["scale"] > 0]
     private = next((part for part in parts if part.name == "dpsgd"), None)
     if private is None:
         clipped = "clip" in names and any(i > names.index("clip") for i in noise)

@@ -155,6 +155,7 @@ def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
 
 def test_what_noise_promises_is_said_beside_it() -> None:
     assert promises(parse("gaussian:scale=0.1")) == ["no epsilon: the sensitivity is unbounded"]
+    assert promises(parse("gaussian:scale=0")) == []
     unbounded = promises(parse("gaussian:scale=0.1"))
     clip, noise = parse("clip:norm=1"), parse("gaussian:scale=0.1")
     assert promises((*clip, *noise)) == []

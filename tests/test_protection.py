@@ -57,6 +57,7 @@ def test_a_name_has_defaults_and_settings():
         ("prune:ratio=much", "defense prune needs a number for ratio, got 'much'"),
         ("mixup:k=2.5", "defense mixup needs an integer for k, got '2.5'"),
         ("prune_mixup:k=2", "defense prune_mixup takes no settings, got 'k=2'"),
+        ("prune:ratio=0.5,ratio=0.9", "defense prune must set ratio once, got 'ratio=0.5,ratio=0.9'"),
     ],
 )
 def test_what_cannot_be_parsed_is_named(text, message):

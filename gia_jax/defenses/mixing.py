@@ -129,7 +129,9 @@ def draw_coefficients(key: PRNGKeyArray, size: int, *, k: int, low: float, high:
 
 
 def mix(mixing: Mixing, images: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
-    """The encodings, of the images' own type; linear in `images`."""
+    """The encodings, of the images' own type; linear in `images`. ValueError where those are integers."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be of a floating type to be mixed, got {images.dtype}")
     coefficients = mixing.coefficients.astype(images.dtype)
     return jnp.einsum("nk,nk...->n...", coefficients, images[mixing.sources], precision="highest")
 
@@ -139,9 +141,12 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
 
     Raises:
         ValueError: If `num_classes` is no positive integer, or the labels are neither indices below it nor rows of as
-            many probabilities. Of traced labels only shape and type are known.
+            many probabilities. Of traced labels only shape and type are known. Or the inputs, whose type the
+            probabilities get, are integers.
     """
     check_classes(num_classes)
+    if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
+        raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
     _check.classes(batch.labels, batch.inputs.shape[0], num_classes)
     if batch.labels.ndim == 2:
         return batch.labels.astype(batch.inputs.dtype)

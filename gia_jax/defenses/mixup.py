@@ -32,6 +32,7 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
         mixing = draw_mixing(key, batch.inputs.shape[0], k=k, low=bounds[0], high=bounds[1])
-        return Batch(mix(mixing, batch.inputs), mix(mixing, as_probabilities(batch, num_classes)))
+        labels = as_probabilities(batch, num_classes)
+        return Batch(mix(mixing, batch.inputs), mix(mixing, labels))
 
     return encode

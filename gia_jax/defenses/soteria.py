@@ -60,7 +60,8 @@ def soteria(
         `(params, batch) -> update`.
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1), or `num_probes` negative.
+        ValueError: If `ratio` is outside [0, 1), or `num_probes` negative; when called, if the kernel that
+            `classifier_fn` picks is no leaf of the update, as a transposed one.
     """
     checked_ratio(ratio)
     _check.not_negative(num_probes=num_probes)
@@ -68,6 +69,10 @@ def soteria(
     def client(params: Params, batch: Batch) -> Updates:
         update = client_fn(params, batch)
         kernel = classifier_fn(update).kernel
+        if not any(leaf is kernel for leaf in jax.tree.leaves(update)):
+            raise ValueError(
+                f"classifier_fn must pick a leaf of the update as the kernel, got an array of its own {kernel.shape}"
+            )
         options = {"ratio": ratio, "num_probes": num_probes, "lowering": lowering}
         kept = kept_features(apply_fn, classifier_fn, params, batch.inputs, **options)
         return jax.tree.map(lambda leaf: jnp.where(kept[:, None], leaf, 0) if leaf is kernel else leaf, update)

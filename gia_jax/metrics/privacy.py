@@ -177,12 +177,12 @@ def fisher_bound(information: Float[Array, "d d"]) -> Float[Array, ""]:
     return len(information) / jnp.trace(information)
 
 
-def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "e e"]) -> Float[Array, ""]:
+def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "e e"]) -> float:
     """The least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian of this covariance.
 
     Van Trees, Detection, Estimation, and Modulation Theory, 1968, section 2.4.3: trace((E[F] + covariance^-1)^-1) / d,
     here as trace((1 + covariance F)^-1 covariance) / d, which needs no inverse of a singular covariance. It is attained
-    where the update is linear in the inputs.
+    where the update is linear in the inputs. In float64: with little noise the matrix is too ill-conditioned for less.
 
     Args:
         information: E[F], the Fisher information averaged over the prior (`fisher_information` of many examples).
@@ -196,8 +196,8 @@ def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "
     """
     if information.shape != covariance.shape:
         raise ValueError(f"covariance must have the shape {information.shape} of information, got {covariance.shape}")
-    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
-    return jnp.trace(jnp.linalg.solve(identity + covariance @ information, covariance)) / len(covariance)
+    known, prior = np.asarray(information, np.float64), np.asarray(covariance, np.float64)
+    return float(np.trace(np.linalg.solve(np.eye(len(prior)) + prior @ known, prior)) / len(prior))
 
 
 def privacy_lines(

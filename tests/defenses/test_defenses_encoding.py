@@ -18,6 +18,13 @@ LABELS = jnp.array([0, 1, 2, 2, 1, 0])
 BATCH = Batch(IMAGES, LABELS)
 
 
+@pytest.mark.parametrize("defense", [mixup, instahide])
+def test_images_of_whole_numbers_are_refused(defense):
+    """Their coefficients would be whole as well: 0, and a client that shares nothing looks well defended."""
+    with pytest.raises(ValueError, match=r"batch\.inputs must be of a floating type, got uint8"):
+        defense(3, k=3)(jax.random.key(0), Batch(jnp.ones((6, 4, 4, 3), jnp.uint8), LABELS))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 2**20))
 def test_rows_mix_themselves_with_distinct_others_and_add_up(k, seed):

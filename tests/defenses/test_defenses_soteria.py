@@ -115,7 +115,7 @@ def test_dead_features_go_first_and_live_ones_are_counted():
     assert most == pytest.approx((5 - len(dead)) / live)
 
 
-def test_jit_vmap_and_an_attacker_through_it():
+def test_jit_and_vmap_keep_the_update():
     model_fn, params = LENET
     client_fn = soteria(clients.federated_sgd(clients.cross_entropy(model_fn)), model_fn, HEAD, ratio=0.5)
     batches = Batch(IMAGES[:, None], BATCH.labels[:, None])
@@ -132,6 +132,20 @@ def test_masked_matching_is_blind_to_what_soteria_hides():
     plain = clients.federated_sgd(clients.cross_entropy(model_fn))
     shared = soteria(plain, model_fn, HEAD, ratio=0.5)(params, BATCH)
     assert masked_cosine(plain(params, BATCH), shared, threshold=0.0) == pytest.approx(0, abs=1e-5)
+    hidden = jnp.all(HEAD(shared).kernel == 0, axis=1)
+    assert jnp.sum(hidden) == len(hidden) // 2
+
+
+def test_a_kernel_that_is_no_leaf_of_the_update_is_refused():
+    """Masking an array of its own would leave the update undefended."""
+    model_fn, params = LENET
+
+    def turned(tree):
+        return HEAD(tree)._replace(kernel=HEAD(tree).kernel.T.T)
+
+    client_fn = soteria(clients.federated_sgd(clients.cross_entropy(model_fn)), model_fn, turned, ratio=0.5)
+    with pytest.raises(ValueError, match=r"classifier_fn must pick a leaf of the update as the kernel"):
+        client_fn(params, BATCH)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])

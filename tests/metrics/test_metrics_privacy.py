@@ -179,6 +179,16 @@ def test_van_trees_without_information_is_the_prior_and_takes_a_singular_one():
     np.testing.assert_allclose(van_trees_bound(jnp.eye(2), covariance), (1 / (1 + 1 / 2)) / 2, rtol=1e-6)
 
 
+def test_van_trees_holds_for_little_noise_on_smooth_inputs():
+    """Eight decades of variances and information far above them all: each adds its c / (1 + c f)."""
+    variances, information = np.logspace(-8, 0, 60), 1e6
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(60, 60)))[0]
+    covariance = jnp.asarray((rotation * variances) @ rotation.T, jnp.float32)
+    expected = np.mean(variances / (1 + information * variances))
+    bound = van_trees_bound(information * jnp.eye(60, dtype=jnp.float32), covariance)
+    np.testing.assert_allclose(bound, expected, rtol=0.05)
+
+
 def test_information_of_a_network_is_that_of_its_jacobian():
     with jax.enable_x64(True):
         apply_fn, params = models.functional(models.MLP((5,), 3, hidden=(4,), rngs=nnx.Rngs(0)))
