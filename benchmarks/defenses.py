@@ -589,10 +589,15 @@ def cost(args: argparse.Namespace) -> None:
         "ternary": defenses.ternary(key),
         "quantize, 4 bits": defenses.quantize(key, 4),
     }
-    spent = {}
-    for name, transformation in transformations.items():
-        apply = jax.jit(lambda u, t=transformation: t.update(u, t.init(u))[0])
-        spent[name] = milliseconds(lambda apply=apply: apply(update), 7)
+    batches = {n: Batch(jax.random.normal(key, (n, 32, 32, 3)), jnp.zeros(n, jnp.int32)) for n in (1, 128)}
+    quick: dict[str, Callable[[], Any]] = {
+        name: partial(jax.jit(lambda u, t=transformation: t.update(u, t.init(u))[0]), update)
+        for name, transformation in transformations.items()
+    }
+    encodings = {"mixup": defenses.mixup, "instahide": defenses.instahide}
+    for name, make in encodings.items():
+        quick[name] = partial(jax.jit(make(CLASSES, k=MIXED)), key, batches[128])
+    spent = in_turns(quick, 7)
 
     def masks(num_probes: int) -> Any:
         options = {"ratio": 0.8, "num_probes": num_probes}
@@ -603,22 +608,19 @@ def cost(args: argparse.Namespace) -> None:
     plain = jax.jit(clients.federated_sgd(loss_fn))
     private = jax.jit(defenses.dp_sgd(loss_fn, key, norm=1.0, noise_multiplier=1.0, microbatch_size=1))
     whole: dict[str, dict[int, float]] = {}
-    for batch_size in (1, 128):
-        batch = Batch(jax.random.normal(key, (batch_size, 32, 32, 3)), jnp.zeros(batch_size, jnp.int32))
+    for batch_size, batch in batches.items():
         calls: dict[str, Callable[[], Any]] = {
             "none": partial(plain, params, batch),
             "dp_sgd, whole step": partial(private, params, batch),
             "precode, whole step": partial(widened, bottleneck.params, batch),
         }
-        for name, make in (("mixup", defenses.mixup), ("instahide", defenses.instahide)):
-            if batch_size >= MIXED:
-                calls[name] = partial(jax.jit(make(CLASSES, k=MIXED)), key, batch)
         found = in_turns(calls, 7 if batch_size == 1 else 3)
         for name, num_probes in (("soteria", 0), ("soteria, 32 directions", 32)):
             scores = partial(masks(num_probes).lower(params, batch.inputs).compile(), params, batch.inputs)
             found[name] = milliseconds(scores, 3 if batch_size == 1 else 1, warm=batch_size == 1)
         for name, ms in found.items():
             whole.setdefault(name, {})[batch_size] = ms
+    whole |= {name: {128: spent.pop(name)} for name in encodings}
     steps = whole.pop("none")
     rows = [
         {
@@ -640,8 +642,9 @@ def cost(args: argparse.Namespace) -> None:
         f"What a defense costs a client: ResNet-18, {size:,} parameters",
         rows,
         "Medians of 3 or 7 calls (of one for Soteria at batch 128), milliseconds beside the undefended step (batch 1: "
-        f"{steps[1]:.0f} ms, batch 128: {steps[128]:.0f} ms), one process. In the last rows batch 1 / 128. DP-SGD and "
-        "PRECODE are the whole client, taking turns with the undefended one, DP-SGD one example at a time; MixUp and "
+        f"{steps[1]:.0f} ms, batch 128: {steps[128]:.0f} ms), one process. What changes an update or encodes a batch "
+        "takes turns with the others, whole clients with the undefended one. In the last rows batch 1 / 128. DP-SGD "
+        "and PRECODE are the whole client, DP-SGD one example at a time; MixUp and "
         f"InstaHide, k = {MIXED}, the encoding, which one image has none of; Soteria its scores, which take the "
         "derivative of each of 512 features for every example, or of all of them along 32 random directions.",
     )
