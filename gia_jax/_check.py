@@ -59,6 +59,15 @@ def not_negative(**values: Any) -> None:
     _bounded(values, lambda value: value >= 0, "not be negative")
 
 
+def integer(low: int = 1, high: int | None = None, **values: Any) -> None:
+    """Raises ValueError naming a value that is no integer in [low, high]."""
+    for name, value in values.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < low or (high is not None and value > high):
+            limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
+
+
 def examples(inputs: Array | np.ndarray) -> None:
     """Raises ValueError for inputs of a batch that is empty, or has no axis of examples."""
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:

@@ -162,8 +162,9 @@ def protect(
 
     With PRECODE it takes the mean code and compares the features' layers only; their gradients' lengths are then not
     quite the expectation's. In a sum with other noise, that of rounding is taken for Gaussian. Noise and rounding hide
-    the zeros of Soteria: the last layer is then left out. A ratio or a scale of 0 is no defense, and changes neither
-    the update nor the attacker.
+    the zeros of Soteria: the last layer is then left out. Beside pruning, whose penalty is for entries that are zero,
+    what Soteria may have removed is free of it: the zeros of the last layer. A ratio or a scale of 0 is no defense, and
+    changes neither the update nor the attacker; DP-SGD with noise of 0 only clips, to a norm that is given.
 
     Args:
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
@@ -270,7 +271,7 @@ class _Reading(NamedTuple):
 
 def _reading(parts: Sequence[Part]) -> _Reading | None:
     """As in the docstring of `protect`; None for a chain that is not modelled."""
-    drawn_first = [part for part in parts if part.name == "dpsgd"]
+    drawn_first = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
     chain = drawn_first + [part for part in parts if part.acts_on == "update"]
     names = {part.name for part in chain}
     if "sign" in names:
@@ -305,6 +306,8 @@ def _adapted(parts: Sequence[Part], reading: _Reading | None, head: str, objecti
     if "soteria" in names:
         if any(part.name in UNBIASED and part.acts_on == "update" for part in parts):
             adapted = selected(adapted, lambda path: f"['{head}']" not in path)
+        elif names.intersection(("prune", "topk")):
+            adapted = adaptive.supported(adapted, among=lambda path: f"['{head}']" in path)
         else:
             adapted = adaptive.supported(adapted)
     if "precode" in names:

@@ -1,5 +1,8 @@
 """What the benchmarks' tables rest on: corrected p-values, means over rounds, and random search."""
 
+import csv
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 from attackers import averaged, differs, redrawn
 from flax import nnx
+from holm import differences
 from record import gains, holm, sign_test
 from scipy import stats
 from tables import Rows, SentenceNet, Table, words_read
@@ -132,3 +136,32 @@ def test_the_words_of_a_sentence_are_read_off_its_update_and_not_behind_noise(tr
     assert any(changed) == (transformation is not None)
     np.testing.assert_array_equal(words_read(seen(0.0), fields), [1, 1])
     assert words_read(seen(100.0), fields).mean() < 0.5
+
+
+def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path: Path) -> None:
+    columns = ["none, blind", "class mean", "sign, blind", "sign, adaptive", "clip:norm=1, blind"]
+    columns += ["clip:norm=1, adaptive", "prior only, blind", "random search, noise, blind", "sign, control"]
+    rows = [["test", *range(10, 19)], ["test", *range(20, 29)], ["train", *range(30, 39)]]
+    asked = {}
+    for table in ("lenet", "lenet_likelihood"):
+        path = tmp_path / f"{table}_victims.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["victims", *columns], *rows])
+        asked[table] = differences(path)
+    found = asked["lenet"]
+    assert {(split, name, what) for _, split, name, what in found} == {
+        (split, *what)
+        for split in ("test", "train")
+        for what in [
+            ("none", "blind - class"),
+            ("sign", "blind - class"),
+            ("sign", "adaptive - class"),
+            ("sign", "adaptive - blind"),
+            # Who knows of clipping alone makes the same attack: one question.
+            ("clip:norm=1", "blind - class"),
+        ]
+    }
+    np.testing.assert_array_equal(found["lenet", "test", "sign", "adaptive - class"], [2, 2])
+    np.testing.assert_array_equal(found["lenet", "train", "sign", "adaptive - blind"], [1])
+    # Another objective for every defense is another attack.
+    assert ("lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked["lenet_likelihood"]

@@ -92,6 +92,26 @@ def test_right_batches_pass(labels):
     _check.batch(INPUTS, labels, 5)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "value", "message"),
+    [
+        (1, None, 0, "n must be an integer of at least 1, got 0"),
+        (0, None, -1, "n must be an integer of at least 0, got -1"),
+        (1, None, 2.5, r"n must be an integer of at least 1, got 2\.5"),
+        (1, None, 2.0, r"n must be an integer of at least 1, got 2\.0"),
+        (1, None, True, "n must be an integer of at least 1, got True"),
+        (2, 16, 17, "n must be an integer from 2 to 16, got 17"),
+    ],
+)
+def test_what_is_no_integer_of_a_range_is_named(low, high, value, message):
+    with pytest.raises(ValueError, match=message):
+        _check.integer(low, high, n=value)
+
+
+def test_integers_of_numpy_are_integers():
+    _check.integer(2, 16, n=np.int64(2), m=16, bits=np.uint8(3))
+
+
 def test_without_the_number_of_classes_only_negative_labels_are_refused():
     _check.batch(INPUTS, jnp.array([0, 1_000]))
     with pytest.raises(ValueError, match="must be at least 0, got -7"):

@@ -71,11 +71,11 @@ def test_what_cannot_be_parsed_is_named(text, message):
         ("prune:ratio=1", r"ratio must be in \[0, 1\), got 1\.0"),
         ("gaussian:scale=-1", r"scale must not be negative, got -1\.0"),
         ("clip:norm=0", r"norm must be positive, got 0\.0"),
-        ("mixup:k=0", "k must be a positive integer, got 0"),
+        ("mixup:k=0", "k must be an integer of at least 1, got 0"),
         ("quantize:bits=1", "bits must be an integer from 2 to 16, got 1"),
         ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
-        ("soteria:num_probes=-1", "num_probes must not be negative, got -1"),
-        ("precode:size=0", "size must be positive, got 0"),
+        ("soteria:num_probes=-1", "num_probes must be an integer of at least 0, got -1"),
+        ("precode:size=0", "size must be an integer of at least 1, got 0"),
         ("dpsgd:noise_multiplier=-1", r"noise_multiplier must not be negative, got -1\.0"),
         ("dpsgd:noise_multiplier=inf", "noise_multiplier must be finite, got inf"),
     ],
@@ -414,6 +414,32 @@ def test_dp_sgd_is_noise_before_the_rest():
     for name in ("clip", "prune", "sign"):
         assert not protected_by("dpsgd", name).modelled
         assert protected_by("dpsgd", name).adapt_fn(cosine) is cosine
+
+
+@pytest.mark.parametrize("other", ["prune:ratio=0.5", "sign", "clip"])
+def test_dp_sgd_without_noise_is_a_clipping_of_a_known_norm(other):
+    clipped, other = protected_by("dpsgd:noise_multiplier=0,norm=0.1", other), protected_by(other)
+    assert clipped.modelled
+    truth, update = clipped.assumed_fn(clipped.params, BATCH), update_of(clipped, KEYS[0])
+    assert clipped.adapt_fn(cosine)(truth, update) == other.adapt_fn(cosine)(truth, update) < 0.02
+
+
+@pytest.mark.parametrize("other", ["prune:ratio=0.5", "topk:ratio=0.5"])
+def test_beside_soteria_pruning_is_charged_but_in_the_last_layer(other):
+    both = protected_by("soteria:ratio=0.5", other)
+    truth, update = both.assumed_fn(both.params, BATCH), update_of(both, KEYS[0])
+
+    def loss(changed):
+        """With the largest entry of the update where this one was seen to be zero."""
+        largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(update))
+        wrong = {
+            name: jax.tree.map(lambda s, o, name=name: jnp.where((o == 0) & (name in changed), 10 * largest, s), *both)
+            for name, both in {name: (truth[name], update[name]) for name in truth}.items()
+        }
+        return float(both.adapt_fn(cosine)(wrong, update))
+
+    assert loss(()) == loss({"head"}) == pytest.approx(0, abs=1e-5)
+    assert loss(set(truth) - {"head"}) > 1
 
 
 @pytest.mark.parametrize("other", ["gaussian:scale=1e-4", "quantize:bits=14"])

@@ -29,7 +29,7 @@ def dp_sgd(
     norm: Float[ArrayLike, ""],
     noise_multiplier: Float[ArrayLike, ""],
     loss_key: PRNGKeyArray | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
     """A client that shares (sum_i clip(g_i) + N(0, (noise_multiplier * norm)^2)) / b, clip(g) = g min(1, norm / |g|).
@@ -67,8 +67,8 @@ def dp_sgd(
     _check.finite("norm", norm)
     _check.not_negative(noise_multiplier=noise_multiplier)
     _check.finite("noise_multiplier", noise_multiplier)
-    if microbatch_size is not None and (not isinstance(microbatch_size, int) or microbatch_size < 1):
-        raise ValueError(f"microbatch_size must be a positive integer, got {microbatch_size}")
+    if microbatch_size is not None:
+        _check.integer(microbatch_size=microbatch_size)
     noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))
 
     def loss_of(own: PRNGKeyArray | None) -> LossFn:

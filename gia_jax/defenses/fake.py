@@ -33,9 +33,10 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
         straight-through estimate: the true one is 0.
 
     Raises:
-        ValueError: If `scale` or `count` is not positive, or `scale` is not finite.
+        ValueError: If `scale` is not positive and finite, or `count` no positive integer.
     """
-    _check.positive(scale=scale, count=count)
+    _check.positive(scale=scale)
+    _check.integer(count=count)
     _check.finite("scale", scale)
 
     def apply_fn(key: PRNGKeyArray, updates: Updates) -> Updates:

@@ -14,7 +14,6 @@ from gia_jax.defenses.mixing import (
     InputDefenseFn,
     Mixing,
     as_probabilities,
-    check_classes,
     checked_bounds,
     draw_coefficients,
     draw_mixing,
@@ -51,7 +50,7 @@ def instahide(
             lie in the bounds, `public` holds too few images or one that is not finite, or (when called) there are too
             few private images, public ones of another shape, or labels that are no classes.
     """
-    check_classes(num_classes)
+    _check.integer(num_classes=num_classes)
     bounds = checked_bounds(k, low, high)
     private = k if public is None else -(-k // 2)
     if public is not None:

@@ -32,12 +32,6 @@ class Mixing(NamedTuple):
     coefficients: Float[Array, "n k"]
 
 
-def check_classes(num_classes: int) -> None:
-    """Raises ValueError for a number of classes that is no positive integer."""
-    if not _is_count(num_classes):
-        raise ValueError(f"num_classes must be a positive integer, got {num_classes}")
-
-
 def check_mixing(k: int, low: float, high: float) -> None:
     """Raises ValueError for a `k` or bounds that make no sense, or that (almost) no draw of coefficients satisfies."""
     _check_settings(k, low, high)
@@ -55,16 +49,11 @@ def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
 
 
 def _check_settings(k: int, low: float, high: float) -> None:
-    if not _is_count(k):
-        raise ValueError(f"k must be a positive integer, got {k}")
+    _check.integer(k=k)
     if not 0 <= low <= 1:
         raise ValueError(f"low must be in [0, 1], got {low}")
     if not low <= high <= 1:
         raise ValueError(f"high must be in [low, 1] = [{low}, 1], got {high}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and int(value) >= 1
 
 
 @functools.lru_cache
@@ -144,7 +133,7 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
             many probabilities. Of traced labels only shape and type are known. Or the inputs, whose type the
             probabilities get, are integers.
     """
-    check_classes(num_classes)
+    _check.integer(num_classes=num_classes)
     if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
         raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
     _check.classes(batch.labels, batch.inputs.shape[0], num_classes)

@@ -6,8 +6,9 @@ Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIP
 
 from jaxtyping import PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Batch
-from gia_jax.defenses.mixing import InputDefenseFn, as_probabilities, check_classes, checked_bounds, draw_mixing, mix
+from gia_jax.defenses.mixing import InputDefenseFn, as_probabilities, checked_bounds, draw_mixing, mix
 
 
 def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65) -> InputDefenseFn:
@@ -27,7 +28,7 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
         ValueError: If `num_classes` or `k` is no positive integer, almost no coefficients lie in the bounds, or (when
             called) the batch has fewer than k images.
     """
-    check_classes(num_classes)
+    _check.integer(num_classes=num_classes)
     bounds = checked_bounds(k, low, high)
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:

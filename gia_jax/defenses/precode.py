@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import _check
@@ -72,11 +71,9 @@ def precode(
         The model.
 
     Raises:
-        ValueError: If `size`, `num_features` or `num_classes` is below 1, `size` no integer, or `weight` negative.
+        ValueError: If `size`, `num_features` or `num_classes` is no positive integer, or `weight` negative.
     """
-    _check.positive(num_features=num_features, num_classes=num_classes, size=size)
-    if not isinstance(size, int | np.integer):
-        raise ValueError(f"size must be an integer, got {size!r}")
+    _check.integer(num_features=num_features, num_classes=num_classes, size=size)
     _check.not_negative(weight=weight)
 
     def code(params: Params, inputs: Array) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Updates
 from gia_jax.defenses.noise import stochastic
 from gia_jax.defenses.precision import widened
@@ -59,8 +60,7 @@ def quantize(key: PRNGKeyArray, bits: int | np.integer) -> optax.GradientTransfo
     Raises:
         ValueError: If `bits` is not an integer in [2, 16].
     """
-    if not isinstance(bits, int | np.integer) or not 2 <= bits <= 16:
-        raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}")
+    _check.integer(2, 16, bits=bits)
     levels = 2 ** (int(bits) - 1) - 1
 
     def one(key: PRNGKeyArray, leaf: Array) -> Array:

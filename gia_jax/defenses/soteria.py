@@ -60,11 +60,11 @@ def soteria(
         `(params, batch) -> update`.
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1), or `num_probes` negative; when called, if the kernel that
-            `classifier_fn` picks is no leaf of the update, as a transposed one.
+        ValueError: If `ratio` is outside [0, 1), or `num_probes` no integer of at least 0; when called, if the kernel
+            that `classifier_fn` picks is no leaf of the update, as a transposed one.
     """
     checked_ratio(ratio)
-    _check.not_negative(num_probes=num_probes)
+    _check.integer(0, num_probes=num_probes)
 
     def client(params: Params, batch: Batch) -> Updates:
         update = client_fn(params, batch)

@@ -4,11 +4,13 @@ It never holds the client's key: what was drawn at random enters through a likel
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float
 
 from gia_jax import _check
@@ -54,9 +56,22 @@ def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> Object
     return objective
 
 
-def supported(objective_fn: ObjectiveFn = cosine) -> ObjectiveFn:
-    """For Soteria: the objective on what is not zero in the observation, whatever was removed by a rule of its own."""
-    return lambda simulated, observed: objective_fn(on_support(simulated, observed), observed)
+def supported(objective_fn: ObjectiveFn = cosine, *, among: Callable[[str], bool] = lambda path: True) -> ObjectiveFn:
+    """For Soteria: the objective on what is not zero in the observation, whatever was removed by a rule of its own.
+
+    Args:
+        objective_fn: Any objective.
+        among: From the key path of a leaf, such as "['fc']['kernel']", whether what is zero there is left out; all of
+            them, unless `objective_fn` makes use of the zeros of the rest, as `pruned` does.
+
+    Returns:
+        The objective.
+    """
+
+    def support(path: KeyPath, s: Array, o: Array) -> Array:
+        return on_support(s, o) if among(jax.tree_util.keystr(path)) else s
+
+    return lambda s, o: objective_fn(jax.tree_util.tree_map_with_path(support, s, o), o)
 
 
 def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn:
@@ -120,9 +135,8 @@ def rounding_likelihood(bits: int | np.integer) -> ObjectiveFn:
     Raises:
         ValueError: If `bits` is not an integer in [2, 16].
     """
-    if not isinstance(bits, int | np.integer) or not 2 <= bits <= 16:
-        raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}")
-    levels = 2 ** (bits - 1) - 1
+    _check.integer(2, 16, bits=bits)
+    levels = 2 ** (int(bits) - 1) - 1
 
     def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
         step = jnp.max(jnp.abs(o), initial=0) / levels

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Updates
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, ServerView, aggregate_residues, decode, quantized
 
@@ -69,8 +70,7 @@ def weighted_mean(
     count = protocol.quantizer.num_clients
     if len(weights) != count:
         raise ValueError(f"weights must be {count}, one for each client, got {len(weights)}")
-    if not isinstance(max_weight, int | np.integer) or max_weight < 1:
-        raise ValueError(f"max_weight must be an integer of at least 1, got {max_weight!r}")
+    _check.integer(max_weight=max_weight)
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= max_weight:
             raise ValueError(f"weights must be integers from 1 to max_weight={max_weight}, got {weight!r}")

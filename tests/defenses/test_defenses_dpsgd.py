@@ -40,7 +40,7 @@ def by_hand(params, batch, norm):
     return [leaf / len(batch.labels) for leaf in total], clipped
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 1, 4, 8])
+@pytest.mark.parametrize("microbatch_size", [None, 1, np.int64(4), 8])
 def test_it_is_the_loop_over_examples(microbatch_size):
     with jax.enable_x64(True):
         params, batch = as64(PARAMS), as64(batch_of(8))
@@ -200,7 +200,7 @@ def test_a_vanishing_gradient_is_no_nan():
         ({"norm": 1.0, "noise_multiplier": -1.0}, "noise_multiplier must not be negative, got -1"),
         (
             {"norm": 1.0, "noise_multiplier": 1.0, "microbatch_size": 0},
-            "microbatch_size must be a positive integer, got 0",
+            "microbatch_size must be an integer of at least 1, got 0",
         ),
     ],
 )

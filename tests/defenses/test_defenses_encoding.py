@@ -138,9 +138,9 @@ def test_a_client_takes_encodings(make):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be a positive integer, got 0"),
-        ({"k": 2.5}, r"k must be a positive integer, got 2\.5"),
-        ({"k": 2.0}, r"k must be a positive integer, got 2\.0"),
+        ({"k": 0}, "k must be an integer of at least 1, got 0"),
+        ({"k": 2.5}, r"k must be an integer of at least 1, got 2\.5"),
+        ({"k": 2.0}, r"k must be an integer of at least 1, got 2\.0"),
         ({"k": 1, "low": 5, "high": -1}, r"low must be in \[0, 1\], got 5"),
         ({"k": 1, "high": -1.0}, r"high must be in \[low, 1\] = \[0\.0, 1\], got -1\.0"),
         ({"low": 0.3, "high": 0.2}, r"high must be in \[low, 1\] = \[0\.3, 1\], got 0\.2"),
@@ -163,7 +163,7 @@ def test_settings_that_nothing_satisfies_are_named(make, arguments, message, mon
 @pytest.mark.parametrize("num_classes", [-3, 0, 2.5])
 def test_numbers_of_classes_are_named(make, num_classes, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=f"num_classes must be a positive integer, got {num_classes}"):
+    with pytest.raises(ValueError, match=f"num_classes must be an integer of at least 1, got {num_classes}"):
         make(num_classes)(jax.random.key(0), BATCH)
 
 

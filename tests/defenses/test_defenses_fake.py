@@ -50,7 +50,7 @@ def test_more_draws_come_nearer():
     [
         ({"scale": 0.0}, r"scale must be positive, got 0\.0"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
-        ({"scale": 1.0, "count": 0}, "count must be positive, got 0"),
+        ({"scale": 1.0, "count": 0}, "count must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named_with_their_value(options, message):

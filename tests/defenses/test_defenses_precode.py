@@ -101,7 +101,7 @@ def test_it_trains():
 @pytest.mark.parametrize(("name", "value"), [("size", 0), ("num_features", 0), ("num_classes", -1)])
 def test_a_bad_size_is_named(name, value):
     options = {"num_features": 48, "num_classes": 4, name: value}
-    with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
         precode(jax.random.key(0), FEATURES, BODY, **options)
 
 

@@ -155,5 +155,5 @@ def test_a_bad_ratio_is_named(ratio):
 
 
 def test_a_bad_number_of_directions_is_named():
-    with pytest.raises(ValueError, match="num_probes must not be negative, got -1"):
+    with pytest.raises(ValueError, match="num_probes must be an integer of at least 0, got -1"):
         soteria(lambda params, batch: params, apply_fn, HEAD, ratio=0.5, num_probes=-1)
