@@ -3,8 +3,13 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gia_jax import _check
+
 if TYPE_CHECKING:
     from gia_jax.secure_aggregation import AggregationProtocol
+
+
+TARGETS = ("client:0", "aggregate")  # what the command line attacks of an aggregation
 
 
 class Named(NamedTuple):
@@ -59,6 +64,7 @@ def make_protocol(name: str, num_clients: int, *, clip: float, bits: int = 22) -
     """
     if name not in AGGREGATIONS:
         raise ValueError(f"name must be one of {', '.join(AGGREGATIONS)}, got {name!r}")
+    _check.integer(num_clients=num_clients)
     from gia_jax import secure_aggregation
 
     return AGGREGATIONS[name].make(secure_aggregation, num_clients, clip=clip, bits=bits)

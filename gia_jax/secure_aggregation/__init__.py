@@ -2,16 +2,20 @@
 
 Needs the extra `secure`, and BFV and CKKS the extra `he`. All parties run in this process, but each is given only its
 own input and bytes. Secrets come from the operating system.
+
+A client answers every round once, in order, and nothing more after an error. A message that was changed on its way ends
+the run with `AggregationAborted`, or leaves the sum as it is. The exceptions are a client's own upload, where it
+travels as a vector or as a homomorphic ciphertext: no party can tell that it was changed, and the sum changes with it.
 """
 
 from gia_jax.secure_aggregation import limits
+from gia_jax.secure_aggregation.errors import AggregationAborted, MalformedMessage
 from gia_jax.secure_aggregation.fastsecagg import UnluckyDropouts, fastsecagg, fft_sharing
 from gia_jax.secure_aggregation.homomorphic import homomorphic
 from gia_jax.secure_aggregation.lightsecagg import lightsecagg
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.plain import plain_sum
 from gia_jax.secure_aggregation.protocol import (
-    AggregationAborted,
     AggregationProtocol,
     Message,
     ServerView,
@@ -28,6 +32,7 @@ __all__ = [
     "AggregationAborted",
     "AggregationProtocol",
     "Ciphertext",
+    "MalformedMessage",
     "Message",
     "Quantizer",
     "ServerView",

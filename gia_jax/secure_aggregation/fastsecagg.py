@@ -7,13 +7,16 @@ For the few hundred clients of a simulation, each of the two short DFTs is a pro
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import index
 
 import numpy as np
 from jaxtyping import Bool, UInt32
 
-from gia_jax.secure_aggregation.finite_field import lagrange, matmul, prime_above_multiples, root_of_unity
+from gia_jax import _check
+from gia_jax.secure_aggregation.errors import AggregationAborted
+from gia_jax.secure_aggregation.finite_field import LIMB, lagrange, matmul, prime_above_multiples, root_of_unity
 from gia_jax.secure_aggregation.primitives import RandomBytes, uniform
-from gia_jax.secure_aggregation.protocol import AggregationAborted, AggregationProtocol, Client, Server, require
+from gia_jax.secure_aggregation.protocol import AggregationProtocol, client_round, require, server_round
 from gia_jax.secure_aggregation.quantization import Quantizer
 from gia_jax.secure_aggregation.sharing import ShareClient, ShareServer, Sharing
 from gia_jax.secure_aggregation.wire import Bytes
@@ -28,7 +31,13 @@ def fastsecagg(sharing: Sharing, *, clip: float, bits: int = 22) -> AggregationP
 
     Threat model: an honest-but-curious server and up to `sharing.privacy` clients that collude with it learn the sum
     over the other contributors, and nothing else, on encrypted channels: the server holds no masked update, only boxes.
-    Clients that send garbage are not noticed, nor is a server that withholds the boxes of some.
+    A client answers every round once, but a server that withholds boxes from some clients and not from others is not
+    noticed before it has their answers, and may learn more than a sum: from that only `secagg` with `consistency`
+    protects.
+
+    A changed message ends the run or leaves the sum right, but for a chance of one in the prime: the shared update has
+    one entry more, which verifies the sum. Clients that share garbage are not noticed, and a client that answers with a
+    wrong share on purpose can evade the check.
 
     Args:
         sharing: `fft_sharing(...)`, or `packed_shamir(...)`, which decodes from any clients of sufficient number.
@@ -37,7 +46,7 @@ def fastsecagg(sharing: Sharing, *, clip: float, bits: int = 22) -> AggregationP
 
     Returns:
         The protocol, for `sharing.num_shares` clients. A client sends (N - 1) / num_secrets times the length of its
-        update.
+        update, and one entry more.
 
     Raises:
         ValueError: As `Quantizer`.
@@ -65,7 +74,8 @@ def fft_sharing(grid: tuple[int, int], *, zeros: tuple[int, int], secrets: tuple
     another place they would be less private.
 
     Args:
-        grid: (n0, n1), coprime: there is a share for each of N = n0 n1 clients.
+        grid: (n0, n1), coprime, each at most 2,048, up to which products are exact: there is a share for each of
+            N = n0 n1 clients.
         zeros: (d0, d1), not negative.
         secrets: (a, b), from 1 to n0 - d0 and n1 - d1.
 
@@ -75,9 +85,14 @@ def fft_sharing(grid: tuple[int, int], *, zeros: tuple[int, int], secrets: tuple
         decoding stops.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument out of range, or no integer.
     """
-    (n0, n1), (d0, d1), (a, b) = grid, zeros, secrets
+    for name, pair in {"grid": grid, "zeros": zeros, "secrets": secrets}.items():
+        for number in pair:
+            _check.integer(0, 2**LIMB, **{name: number})
+    # Python's integers: those of NumPy may overflow.
+    (n0, n1), (d0, d1), (a, b) = (tuple(map(index, pair)) for pair in (grid, zeros, secrets))
+    grid, zeros, secrets = (n0, n1), (d0, d1), (a, b)
     if min(grid) < 1 or math.gcd(n0, n1) != 1:
         raise ValueError(f"grid must be two coprime numbers, got {grid}")
     rows, columns = n0 - d0, n1 - d1
@@ -86,7 +101,8 @@ def fft_sharing(grid: tuple[int, int], *, zeros: tuple[int, int], secrets: tuple
     if not (1 <= a <= rows and 1 <= b <= columns):
         raise ValueError(f"secrets must be from (1, 1) to {(rows, columns)}, got {secrets}")
     prime = prime_above_multiples(n0 * n1)
-    points = [[pow(root_of_unity(n, prime), k, prime) for k in range(n)] for n in grid]
+    roots = [root_of_unity(n, prime) for n in grid]
+    points = [[pow(root, k, prime) for k in range(n)] for root, n in zip(roots, grid)]
     forward = [_powers(of, range(size), prime) for of, size in zip(points, (rows, columns))]
     backward = [_inverse_dft(of, size, prime) for of, size in zip(points, (a, b))]
 
@@ -151,32 +167,34 @@ def _correct(
     return found
 
 
-class FastSecAggClient(Client):
+class FastSecAggClient(ShareClient):
     """One client: its secret is its vector."""
 
     def __init__(self, client: int, vector: np.ndarray, random: RandomBytes, sharing: Sharing, minimum: int) -> None:
-        self._shares = ShareClient(client, vector, random, sharing, minimum)
-        self.rounds = (self._shares.advertise_keys, self._shares.share, self.sum_shares)
+        super().__init__(client, vector, random, sharing, minimum, self.sum_shares)
 
+    @client_round
     def sum_shares(self, message: bytes) -> bytes:
         """Round 2: of all whose boxes came."""
-        self._shares.receive(message)
-        return self._shares.sum_shares(self._shares.senders)
+        self.receive(message)
+        return self.sum_of(self.senders)
 
 
-class FastSecAggServer(Server):
+class FastSecAggServer(ShareServer):
     """The server."""
 
     def __init__(self, length: int, sharing: Sharing, minimum: int) -> None:
-        self._shares = ShareServer(length, sharing, minimum)
-        self.rounds = (self._shares.send_keys, self.send_boxes, self.recover_sum)
+        super().__init__(length, sharing, minimum)
+        self.rounds = (self.send_keys, self.send_boxes, self.recover_sum)
 
+    @server_round
     def send_boxes(self, answers: Bytes) -> Bytes:
         """Round 1."""
         self.uploads, self.contributors = answers, tuple(answers)
-        return self._shares.send_boxes(answers)
+        return super().send_boxes(answers)
 
+    @server_round
     def recover_sum(self, answers: Bytes) -> Bytes:
         """Round 2."""
-        self.total = self._shares.recover(answers)
+        self.total = self.recover(answers)
         return {}

@@ -37,7 +37,7 @@ def lagrange(known: Sequence[int], wanted: Sequence[int], prime: int) -> UInt32[
 
 def prime_above_multiples(order: int) -> int:
     """The largest prime below 2^31 with roots of unity of this order: one more than a multiple of it."""
-    return next(p for p in range((2**31 - 2) // order * order + 1, order, -order) if _is_prime(p))
+    return next(p for p in range((2**31 - 2) // order * order + 1, order, -order) if is_prime(p))
 
 
 def root_of_unity(order: int, prime: int) -> int:
@@ -46,7 +46,7 @@ def root_of_unity(order: int, prime: int) -> int:
     return next(g for g in candidates if len({pow(g, k, prime) for k in range(order)}) == order)
 
 
-def _is_prime(number: int) -> bool:
+def is_prime(number: int) -> bool:
     """The strong test to the bases 2, 3, 5 and 7: no composite below 3,215,031,751 passes it."""
     if number < 11 or number % 2 == 0:
         return number in (2, 3, 5, 7)

@@ -5,21 +5,26 @@ Paillier (EUROCRYPT 1999, scheme 1) packed as there; Fan and Vercauteren 2012 (B
 (CKKS), by tenseal. Departures: one sum of gradients instead of asynchronous steps on encrypted weights.
 """
 
+import contextlib
+import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from gia_jax import _check
+from gia_jax.secure_aggregation.errors import AggregationAborted, MalformedMessage
 from gia_jax.secure_aggregation.primitives import RandomBytes
 from gia_jax.secure_aggregation.protocol import (
-    AggregationAborted,
     AggregationProtocol,
     Client,
     Server,
+    client_round,
     require,
+    server_round,
     to_bytes,
     words,
 )
@@ -48,6 +53,11 @@ def homomorphic(
     from the operating system always, also with `insecure_seed`. CKKS decryptions that are published leak of the key
     (Li and Micciancio, EUROCRYPT 2021); here they are rounded to integers, which is no proof of the contrary.
 
+    The server believes a published sum only where all published sums are equal, so a client alone cannot lie about it.
+    But these ciphertexts have no tag, as they can be added: a client's ciphertext that was changed on its way, and
+    still is one, changes the sum unnoticed. So does one that the server sends to all clients, which publish nothing
+    or all the same wrong sum. Bytes that are no ciphertext of the right kind end the run.
+
     Args:
         num_clients: N; with Paillier at most 2^15.
         scheme: "bfv" is exact; "ckks" is approximate, its error of about 1e-6 steps is rounded off; both need the
@@ -57,7 +67,7 @@ def homomorphic(
         bits: Bits an entry.
         publish: Whether the clients tell the server the sum, as a server that holds the model in the clear needs it.
             False: the view's aggregate is None.
-        key_bits: Of Paillier, from 1024; below 3072 it is for tests.
+        key_bits: Of Paillier, from 1024 to 16384, above which it would take minutes; below 3072 it is for tests.
 
     Returns:
         The protocol.
@@ -68,27 +78,30 @@ def homomorphic(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    _check.integer(num_clients=num_clients)
     if scheme == "paillier" and num_clients > 2 ** (SLOT - 32):
         raise ValueError(f"num_clients must be at most {2 ** (SLOT - 32)} with Paillier, got {num_clients}")
-    if key_bits < 1024:
-        raise ValueError(f"key_bits must be at least 1024, got {key_bits}")
+    _check.integer(1024, 16384, key_bits=key_bits)
     quantizer = Quantizer(clip, bits, num_clients, BFV_PRIME if scheme == "bfv" else RING)
     cipher = SCHEMES[scheme]()
 
     def make_clients(residues: np.ndarray, randoms: Sequence[RandomBytes]) -> list[HomomorphicClient]:
         del randoms
         key = cipher.generate(key_bits)
-        return [HomomorphicClient(vector, cipher, key, quantizer.modulus, publish) for vector in residues]
+        shared = cipher, key, quantizer.modulus, publish
+        return [HomomorphicClient(client, vector, *shared) for client, vector in enumerate(residues)]
 
     def make_server(length: int, random: RandomBytes) -> HomomorphicServer:
         del random
-        return HomomorphicServer(length, cipher, quantizer.modulus, min(2, num_clients), publish)
+        return HomomorphicServer(length, num_clients, cipher, quantizer.modulus, publish)
 
     return AggregationProtocol(f"homomorphic {scheme}", quantizer, 0, make_clients, make_server)
 
 
 class Cipher(NamedTuple):
     """An additively homomorphic scheme on blocks of integers.
+
+    Its functions raise MalformedMessage for bytes that are no ciphertext or public key of its own.
 
     Attributes:
         generate: From the key's bits, the secret key. (Lattice schemes have a length of their own.)
@@ -128,21 +141,45 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
     )
     slots = DEGREE if name == "bfv" else DEGREE // 2
 
+    @contextlib.contextmanager
+    def refusing() -> Generator[None]:
+        try:
+            yield
+        except AggregationAborted:
+            raise
+        except (RuntimeError, ValueError, IndexError, MemoryError):  # all that tenseal and SEAL make of bad bytes
+            raise MalformedMessage(f"a ciphertext or key is not of {name}, or not of this one's parameters") from None
+
     def encrypt(key: bytes, integers: np.ndarray) -> list[bytes]:
         context = tenseal.context_from(key)
         blocks = (integers[start : start + slots].tolist() for start in range(0, integers.size, slots))
         return [make(context, block).serialize() for block in blocks]
 
     def add(public: bytes, ciphertexts: Sequence[bytes]) -> bytes:
-        context = tenseal.context_from(public)
-        total = load(context, ciphertexts[0])
-        for ciphertext in ciphertexts[1:]:
-            total += load(context, ciphertext)
-        return total.serialize()
+        with refusing():
+            context = tenseal.context_from(public)
+            summands = [load(context, ciphertext) for ciphertext in ciphertexts]
+            # tenseal repeats a vector of one entry to the other's length.
+            if len({(one.size(), len(one.ciphertext())) for one in summands}) > 1:
+                raise MalformedMessage("ciphertexts of one block must have one length, got others")
+            total = summands[0]
+            for one in summands[1:]:
+                total += one
+            return total.serialize()
 
     def decrypt(key: bytes, ciphertexts: Sequence[bytes]) -> np.ndarray:
-        context = tenseal.context_from(key)
-        values = np.concatenate([load(context, ciphertext).decrypt() for ciphertext in ciphertexts])
+        with refusing():
+            context = tenseal.context_from(key)
+            blocks = [load(context, ciphertext) for ciphertext in ciphertexts]
+            if any(block.size() != slots for block in blocks[:-1]) or not blocks[-1].size():
+                raise MalformedMessage(
+                    f"a ciphertext of {name} must have {slots} entries, fewer only in the last block"
+                )
+            values = np.concatenate([block.decrypt() for block in blocks])
+        if not np.all(np.abs(values) < 2.0**52):  # also where one is NaN
+            raise MalformedMessage(
+                f"a ciphertext of {name} must hold integers, got {values[~(np.abs(values) < 2.0**52)][0]}"
+            )
         return np.round(values).astype(np.int64)
 
     def public(key: bytes) -> bytes:
@@ -165,6 +202,12 @@ def paillier() -> Cipher:
         half = len(key) // 2
         return int.from_bytes(key[:half], "little"), int.from_bytes(key[half:], "little")
 
+    def unit(ciphertext: bytes, n: int, size: int) -> int:
+        number = int.from_bytes(ciphertext, "little")
+        if len(ciphertext) != size or number >= n * n or math.gcd(number, n) != 1:
+            raise MalformedMessage(f"a ciphertext must be {size} bytes of a unit modulo n^2, got others")
+        return number
+
     def generate(key_bits: int) -> bytes:
         numbers = rsa.generate_private_key(65537, key_bits).private_numbers()
         size = (key_bits + 15) // 16
@@ -186,10 +229,10 @@ def paillier() -> Cipher:
         return ciphertexts
 
     def add(public: bytes, ciphertexts: Sequence[bytes]) -> bytes:
-        square = int.from_bytes(public, "little") ** 2
+        n = int.from_bytes(public, "little")
         total = 1
         for ciphertext in ciphertexts:
-            total = total * int.from_bytes(ciphertext, "little") % square
+            total = total * unit(ciphertext, n, 2 * len(public)) % (n * n)
         return total.to_bytes(2 * len(public), "little")
 
     def decrypt(key: bytes, ciphertexts: Sequence[bytes]) -> np.ndarray:
@@ -199,7 +242,7 @@ def paillier() -> Cipher:
         found = []
         for ciphertext in ciphertexts:
             # (1 + plain n)^exponent = 1 + plain exponent n modulo n^2, and the noise becomes 1.
-            power = pow(int.from_bytes(ciphertext, "little"), exponent, n * n)
+            power = pow(unit(ciphertext, n, 2 * len(key)), exponent, n * n)
             plain = (power - 1) // n * inverse % n
             found += [(plain >> (SLOT * i)) % (1 << SLOT) for i in range(slots)]
         return np.array(found, np.int64)
@@ -216,9 +259,16 @@ SCHEMES: Mapping[str, Callable[[], Cipher]] = {
 
 @dataclass(frozen=True)
 class Encrypted(Wire):
-    """What the server needs to add (from clients only), and ciphertexts by block."""
+    """From a client: what the server needs to add, and ciphertexts by block."""
 
     public: bytes
+    blocks: Bytes
+
+
+@dataclass(frozen=True)
+class EncryptedSum(Wire):
+    """From the server: the ciphertexts of the sum by block."""
+
     blocks: Bytes
 
 
@@ -229,50 +279,71 @@ class HomomorphicClient(Client):
         sum: The sum's residues, once decrypted.
     """
 
-    def __init__(self, vector: np.ndarray, cipher: Cipher, key: bytes, modulus: int, publish: bool) -> None:
+    def __init__(
+        self, client: int, vector: np.ndarray, cipher: Cipher, key: bytes, modulus: int, publish: bool
+    ) -> None:
+        super().__init__(client, self.encrypt, self.decrypt)
         self._vector, self._cipher, self._key, self._modulus = vector, cipher, key, modulus
         self._publish = publish
         self.sum: np.ndarray | None = None
-        self.rounds = (self.encrypt, self.decrypt)
 
+    @client_round
     def encrypt(self, message: bytes) -> bytes:
         """Round 0."""
         del message
         signed = self._vector.astype(np.int64)
         signed[signed > (self._modulus - 1) // 2] -= self._modulus
         blocks = self._cipher.encrypt(self._key, signed)
+        self._num_blocks = len(blocks)
         return Encrypted(self._cipher.public(self._key), dict(enumerate(blocks))).to_bytes()
 
+    @client_round
     def decrypt(self, message: bytes) -> bytes:
         """Round 1."""
-        blocks = Encrypted.from_bytes(message).blocks
-        integers = self._cipher.decrypt(self._key, [blocks[i] for i in range(len(blocks))])
+        blocks = EncryptedSum.from_bytes(message).blocks
+        integers = self._cipher.decrypt(self._key, _in_order(blocks, self._num_blocks))
+        if integers.size < self._vector.size:
+            raise MalformedMessage(f"the sum must have {self._vector.size} entries, got {integers.size}")
         self.sum = (integers[: self._vector.size] % self._modulus).astype(np.uint32)
         return to_bytes(self.sum) if self._publish else b""
 
 
 class HomomorphicServer(Server):
-    """The server, without a key."""
+    """The server, without a key. It adds the ciphertexts of two clients or more, or of the only one."""
 
-    def __init__(self, length: int, cipher: Cipher, modulus: int, minimum: int, publish: bool) -> None:
-        self._length, self._cipher, self._modulus, self._minimum = length, cipher, modulus, minimum
+    def __init__(self, length: int, num_clients: int, cipher: Cipher, modulus: int, publish: bool) -> None:
+        super().__init__(num_clients)
+        self._length, self._cipher, self._modulus, self._minimum = length, cipher, modulus, min(2, num_clients)
         self._publish = publish
         self.rounds = (self.add, self.learn)
 
+    @server_round
     def add(self, answers: Bytes) -> Bytes:
         """Round 0."""
         self.uploads, self.contributors = answers, tuple(answers)
         require(len(answers), self._minimum, "with a ciphertext")
         received = [Encrypted.from_bytes(data) for data in answers.values()]
         public, count = received[0].public, len(received[0].blocks)
-        if any(one.public != public or len(one.blocks) != count for one in received):
-            raise AggregationAborted("ciphertexts must be of one key and one length, got others")
-        total = {i: self._cipher.add(public, [one.blocks[i] for one in received]) for i in range(count)}
-        return dict.fromkeys(answers, Encrypted(b"", total).to_bytes())
+        if any(one.public != public for one in received):
+            raise MalformedMessage("ciphertexts must be of one key, got others")
+        blocks = zip(*[_in_order(one.blocks, count) for one in received])
+        total = {i: self._cipher.add(public, block) for i, block in enumerate(blocks)}
+        return dict.fromkeys(answers, EncryptedSum(total).to_bytes())
 
+    @server_round
     def learn(self, answers: Bytes) -> Bytes:
-        """Round 1: what a client publishes, if they do."""
+        """Round 1: what the clients publish, if they do."""
         require(len(answers), 1, "with the decrypted sum")
+        published = set(answers.values())
+        if len(published) > 1:
+            raise AggregationAborted(f"clients must publish one sum, got {len(published)} that differ")
         if self._publish:
-            self.total = words(next(iter(answers.values())), self._length, self._modulus)
+            self.total = words(published.pop(), self._length, self._modulus)
         return {}
+
+
+def _in_order(blocks: Bytes, count: int) -> list[bytes]:
+    """The ciphertexts of the blocks from 0 to `count` - 1."""
+    if set(blocks) != set(range(count)):
+        raise MalformedMessage(f"ciphertexts must be of the {count} blocks, got {len(blocks)} of {sorted(blocks)[:9]}")
+    return [blocks[i] for i in range(count)]

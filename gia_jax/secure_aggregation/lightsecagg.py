@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gia_jax import _check
 from gia_jax.secure_aggregation.primitives import RandomBytes, uniform
 from gia_jax.secure_aggregation.protocol import (
     AggregationProtocol,
-    Client,
-    Server,
+    client_round,
     modular_sum,
     require,
+    server_round,
     to_bytes,
     words,
 )
@@ -30,23 +31,31 @@ def lightsecagg(
     """The sum over the clients that sent a masked input, modulo a prime; any `survivors` answers give it.
 
     Threat model: an honest-but-curious server and up to `privacy` clients that collude with it learn the sum over the
-    other contributors, and nothing else: of the masks information-theoretically so, on encrypted channels. Clients that
-    send garbage are not noticed, nor is a server that lies about who dropped out.
+    other contributors, and nothing else: of the masks information-theoretically so, on encrypted channels. A client
+    answers every round once, but a server that tells clients different survivors is not noticed before it has their
+    answers, and may learn more than a sum: from that only `secagg` with `consistency` protects.
+
+    A masked input that was changed on its way, or that a client made of garbage, changes the sum unnoticed. Any other
+    changed message ends the run or leaves the sum right, but for a chance of one in `prime`: the shared mask has one
+    entry more, which verifies the sum of the masks. A client that answers with a wrong share on purpose can evade that.
 
     Args:
-        num_clients: N.
+        num_clients: N, so that N U is at most 2^22.
         privacy: T, not negative, below `survivors`.
         survivors: U, at most N; N - U clients may drop out.
         clip: Largest magnitude of an entry.
         bits: Bits an entry.
-        prime: Of the field, below 2^31.
+        prime: Of the field, a prime below 2^31.
 
     Returns:
-        The protocol. A client sends (N - 1) / (U - T) times the length of its update beside its masked update.
+        The protocol. A client sends (N - 1) / (U - T) times the length of its update, and one entry more, beside its
+        masked update.
 
     Raises:
-        ValueError: As `Quantizer`, or T < U <= N does not hold.
+        ValueError: As `Quantizer` and `packed_shamir`, or T < U <= N does not hold.
     """
+    _check.integer(num_clients=num_clients, survivors=survivors)
+    _check.integer(0, privacy=privacy)
     if not 0 <= privacy < survivors <= num_clients:
         raise ValueError(
             f"privacy and survivors must hold 0 <= privacy < survivors <= {num_clients}, got {privacy} and {survivors}"
@@ -71,43 +80,45 @@ class Survivors(Wire):
     clients: tuple[int, ...]
 
 
-class LightSecAggClient(Client):
+class LightSecAggClient(ShareClient):
     """One client: it shares a uniform mask, and sends its vector under it."""
 
     def __init__(self, client: int, vector: np.ndarray, random: RandomBytes, sharing: Sharing, survivors: int) -> None:
-        self._vector, self._prime = vector, sharing.prime
-        self._mask = uniform(random, sharing.prime, vector.shape)
-        self._shares = ShareClient(client, self._mask, random, sharing, survivors)
-        self.rounds = (self._shares.advertise_keys, self._shares.share, self.mask_input, self.sum_shares)
+        mask = uniform(random, sharing.prime, vector.shape)
+        super().__init__(client, mask, random, sharing, survivors, self.mask_input, self.sum_shares)
+        self._masked = modular_sum([vector, mask], sharing.prime)
 
+    @client_round
     def mask_input(self, message: bytes) -> bytes:
         """Round 2."""
-        self._shares.receive(message)
-        return to_bytes(modular_sum([self._vector, self._mask], self._prime))
+        self.receive(message)
+        return to_bytes(self._masked)
 
+    @client_round
     def sum_shares(self, message: bytes) -> bytes:
         """Round 3."""
-        return self._shares.sum_shares(Survivors.from_bytes(message).clients)
+        return self.sum_of(Survivors.from_bytes(message).clients)
 
 
-class LightSecAggServer(Server):
+class LightSecAggServer(ShareServer):
     """The server."""
 
     def __init__(self, length: int, sharing: Sharing, survivors: int) -> None:
-        self._length, self._prime, self._survivors = length, sharing.prime, survivors
-        self._shares = ShareServer(length, sharing, survivors)
-        self.rounds = (self._shares.send_keys, self._shares.send_boxes, self.send_survivors, self.recover_sum)
+        super().__init__(length, sharing, survivors)
+        self.rounds = (self.send_keys, self.send_boxes, self.send_survivors, self.recover_sum)
 
+    @server_round
     def send_survivors(self, answers: Bytes) -> Bytes:
         """Round 2."""
-        self._masked = {client: words(data, self._length, self._prime) for client, data in answers.items()}
+        self._masked = {client: words(data, self._length, self._sharing.prime) for client, data in answers.items()}
         self.uploads, self.contributors = self._masked, tuple(answers)
-        require(len(answers), self._survivors, "with a masked input")
+        require(len(answers), self._minimum, "with a masked input")
         return dict.fromkeys(answers, Survivors(self.contributors).to_bytes())
 
+    @server_round
     def recover_sum(self, answers: Bytes) -> Bytes:
         """Round 3."""
-        mask = self._shares.recover(answers)
-        masked = modular_sum(list(self._masked.values()), self._prime)
-        self.total = modular_sum([masked, np.uint32(self._prime) - mask], self._prime)
+        prime = self._sharing.prime
+        masked = modular_sum(list(self._masked.values()), prime)
+        self.total = modular_sum([masked, np.uint32(prime) - self.recover(answers)], prime)
         return {}

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gia_jax import _check
 from gia_jax.base import Observation, Params, Updates
 from gia_jax.labels import ClassifierFn, bias_counts
+from gia_jax.precision import widened_tree
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import ServerView
 
@@ -37,8 +39,10 @@ def lone_honest_client(
         The observation, or `Ciphertext` where the server does not learn the sum.
 
     Raises:
-        ValueError: If `client` is not in the sum.
+        ValueError: If `client` is not in the sum, or the residues are not of all clients.
     """
+    if (count := view.quantizer.num_clients) != len(residues):
+        raise ValueError(f"residues must have {count} rows, one for each client, got {len(residues)}")
     if client not in view.contributors:
         raise ValueError(f"client must be a contributor, got {client}")
     colluders = {other: residues[other] for other in view.contributors if other != client}
@@ -65,10 +69,11 @@ def inconsistent_models(params: Params, layer: Path, victim: int, num_clients: i
         A tree like `params` with a leading axis of the clients, for `vmap(client_fn)`.
 
     Raises:
-        ValueError: If there is no such layer or victim.
+        ValueError: If there is no such layer or victim, or the models do not fit into memory.
     """
-    if not 0 <= victim < num_clients:
-        raise ValueError(f"victim must be from 0 to {num_clients - 1}, got {victim}")
+    _check.integer(num_clients=num_clients)
+    _check.integer(0, num_clients - 1, victim=victim)
+    _check.fits(num_clients * sum(leaf.size for leaf in jax.tree.leaves(params)), num_clients=num_clients)
     old = _layer(params, layer)
     dead = _replaced(params, layer, {"kernel": jnp.zeros_like(old["kernel"]), "bias": -jnp.ones_like(old["bias"])})
     sent = [params if client == victim else dead for client in range(num_clients)]
@@ -102,21 +107,30 @@ def imprinted(
         params: With a first layer on the flattened example, ReLU behind it, and a dense layer that follows.
         layer: Keys to the first layer, "kernel" (d, k) and "bias" (k,).
         following: Keys to the next one, "kernel" (k, c).
-        thresholds: Rising; quantiles of the mean of an input, as the attacker guesses them.
-        gain: About the largest entry of the layer's gradient, times that of an input and over the batch size.
+        thresholds: Rising and finite; quantiles of the mean of an input, as the attacker guesses them.
+        gain: About the largest entry of the layer's gradient, times that of an input and over the batch size; positive.
 
     Returns:
         The altered parameters.
 
     Raises:
-        ValueError: If a layer is missing, or has not k units.
+        ValueError: If a layer is missing, or has not k units; thresholds that do not rise; an argument out of range.
     """
+    _check.positive(gain=gain)
+    _check.finite("gain", gain)
     first, after = _layer(params, layer), _layer(params, following)
     if first["bias"].shape != thresholds.shape:
         raise ValueError(f"thresholds must have shape {first['bias'].shape}, got {thresholds.shape}")
+    _check.finite("thresholds", thresholds)
+    if _check.is_concrete(thresholds) and np.any(flat := np.diff(np.asarray(thresholds)) <= 0):
+        i = int(np.argmax(flat))
+        raise ValueError(f"thresholds must rise, got {thresholds[i]} before {thresholds[i + 1]}")
+    thresholds = jnp.where(jnp.all(jnp.diff(thresholds) > 0), thresholds, jnp.nan)
     size, num_bins = first["kernel"].shape
     kernel = jnp.full_like(first["kernel"], 1 / (size * num_bins))
-    altered = _replaced(params, layer, {**first, "kernel": kernel, "bias": -thresholds / num_bins})
+    altered = _replaced(
+        params, layer, {**first, "kernel": kernel, "bias": (-thresholds / num_bins).astype(first["bias"].dtype)}
+    )
     signs = 1 - 2 * (jnp.arange(after["kernel"].shape[1]) % 2)
     alike = jnp.broadcast_to(gain * signs, after["kernel"].shape).astype(after["kernel"].dtype)
     return _replaced(altered, following, {**after, "kernel": alike})
@@ -127,7 +141,7 @@ class Bins(NamedTuple):
 
     Attributes:
         inputs: For each bin its example, shape (k, d); a mixture where it holds several.
-        occupied: Whether the bin holds any, shape (k,).
+        occupied: Whether the bin holds any, shape (k,). A bin whose gradients are not finite counts as occupied.
     """
 
     inputs: Float[Array, "k d"]
@@ -144,13 +158,21 @@ def imprint_inversion(update: Updates, layer: Path, *, tolerance: float = 1e-4) 
         layer: As for `imprinted`.
         tolerance: Differences of bias gradients below this fraction of the largest are taken to be rounding. Behind a
             quantizer, one step of it times the root of the number of clients, in that unit, is not enough: take
-            several.
+            several. From 0 to 1.
+
+    Raises:
+        ValueError: If the layer is missing, or the tolerance out of range.
     """
-    gradient = _layer(update, layer)
+    if _check.is_concrete(tolerance) and not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance must be from 0 to 1, got {tolerance}")
+    given = _layer(update, layer)
+    gradient = widened_tree(given)
     kernel = jnp.diff(gradient["kernel"].T, axis=0, append=0)
     bias = jnp.diff(gradient["bias"], append=0)
-    occupied = jnp.abs(bias) > tolerance * jnp.max(jnp.abs(bias))
-    return Bins(jnp.where(occupied[:, None], kernel / jnp.where(occupied, bias, 1)[:, None], 0), occupied)
+    # Negated, so that what is not a number is not taken for an empty bin.
+    occupied = ~(jnp.abs(bias) <= tolerance * jnp.nanmax(jnp.abs(bias)))
+    inputs = jnp.where(occupied[:, None], kernel / jnp.where(occupied, bias, 1)[:, None], 0)
+    return Bins(inputs.astype(given["kernel"].dtype), occupied)
 
 
 def imprint_share(num_bins: int, num_examples: int) -> float:
@@ -161,9 +183,13 @@ def imprint_share(num_bins: int, num_examples: int) -> float:
     An attacker that wants more takes more bins.
 
     Args:
-        num_bins: k.
-        num_examples: n, in the sum over all clients.
+        num_bins: k, at least 1.
+        num_examples: n, in the sum over all clients, at least 1.
+
+    Raises:
+        ValueError: A number that is no integer of at least 1.
     """
+    _check.integer(num_bins=num_bins, num_examples=num_examples)
     return (num_bins / (num_bins + 1)) ** num_examples
 
 
@@ -192,15 +218,18 @@ def disaggregated(participation: Bool[np.ndarray, "rounds n"], sums: Float[np.nd
         sums: One for each round.
 
     Raises:
-        ValueError: If there is not one sum for each round.
+        ValueError: If there is not one sum for each round, or one is not finite.
     """
     if len(sums) != len(participation):
         raise ValueError(f"sums must have {len(participation)} rounds, got {len(sums)}")
+    if participation.dtype != bool:
+        raise ValueError(f"participation must be of booleans, got {participation.dtype}")
+    _check.finite("sums", sums)
     system = participation.astype(np.float64)
     inverse = np.linalg.pinv(system)
     # A client is determined where its unit vector lies in the row space, on which inverse @ system projects.
     determined = np.isclose(np.diag(inverse @ system), 1)
-    return Disaggregated(inverse @ sums, determined)
+    return Disaggregated(inverse @ sums.astype(np.float64), determined)
 
 
 def joint_labels(
@@ -215,23 +244,26 @@ def joint_labels(
     Args:
         view: After a run whose updates were gradients times counts.
         params: What the server sent.
-        counts: Examples of each contributor.
+        counts: Examples of each contributor, at least 1.
         classifier_fn: Picks the last layer; it must have a bias.
 
     Returns:
         The labels, sorted.
 
     Raises:
-        ValueError: If the counts are not of the contributors, or there is no sum.
+        ValueError: If the counts are not of the contributors, are no such numbers or add up to more labels than fit
+            into memory, or there is no sum.
     """
     if set(counts) != set(view.contributors):
         raise ValueError(f"counts must be of the contributors {view.contributors}, got {sorted(counts)}")
-    total = sum(counts.values())
-    observation = observe(view, "aggregate", params, extra={"inputs_like": jnp.zeros((total, 1))})
-    if isinstance(observation, Ciphertext):
-        raise ValueError("view must have an aggregate, got ciphertext")
-    mean = jax.tree.map(lambda leaf: leaf * (len(counts) / total), observation.update)
-    return bias_counts(classifier_fn)(observation._replace(update=mean))
+    for client, count in counts.items():
+        _check.integer(**{f"counts[{client}]": count})
+    total = sum(map(int, counts.values()))
+    _check.fits(total, counts=total)
+    if (aggregate := view.aggregate) is None:
+        raise ValueError(f"view must have an aggregate, got one of {view.protocol} without")
+    mean = jax.tree.map(lambda leaf: leaf / total, aggregate)
+    return bias_counts(classifier_fn)(Observation(params, mean, {"inputs_like": jnp.zeros((total, 1))}))
 
 
 def noise_against_server(noise_multiplier: float, *, num_clients: int, num_honest: int) -> float:
@@ -242,17 +274,17 @@ def noise_against_server(noise_multiplier: float, *, num_clients: int, num_hones
     Differential Privacy and Secure Aggregation, EuroS&P 2023. Pass both to `gia_jax.metrics.epsilon`.
 
     Args:
-        noise_multiplier: Of the sum, > 0.
+        noise_multiplier: Of the sum, > 0 and finite.
         num_clients: n.
         num_honest: From 1, the worst case, to n.
 
     Raises:
         ValueError: An argument out of range.
     """
-    if not noise_multiplier > 0:
-        raise ValueError(f"noise_multiplier must be positive, got {noise_multiplier}")
-    if not 1 <= num_honest <= num_clients:
-        raise ValueError(f"num_honest must be from 1 to {num_clients}, got {num_honest}")
+    _check.positive(noise_multiplier=noise_multiplier)
+    _check.finite("noise_multiplier", noise_multiplier)
+    _check.integer(num_clients=num_clients)
+    _check.integer(1, num_clients, num_honest=num_honest)
     return noise_multiplier * (num_honest / num_clients) ** 0.5
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gia_jax.base import Observation, Params
-from gia_jax.secure_aggregation.protocol import ServerView, decode, modular_sum
+from gia_jax.secure_aggregation.protocol import ServerView, decode, divided, modular_sum, require_residues
 
 
 class Ciphertext(NamedTuple):
@@ -46,15 +46,20 @@ def observe(
         extra: What else the threat model grants, as `gia_jax.grants` makes it.
 
     Returns:
-        The observation, for any attack; or `Ciphertext`.
+        The observation, for any attack, in the types of the clients' updates; or `Ciphertext`.
 
     Raises:
-        ValueError: An unknown target, a client that sent nothing, a colluder that is no contributor, or a sum that
-            there is not, or that is over colluders only.
+        ValueError: An unknown target, a client that sent nothing, a colluder that is no contributor or whose residues
+            are none or of another length, or a sum that there is not, or that is over colluders only.
     """
     colluders = {} if colluders is None else colluders
     if unknown := sorted(set(colluders) - set(view.contributors)):
         raise ValueError(f"colluders must be contributors, got client {unknown[0]}")
+    length = sum(leaf.size for leaf in jax.tree.leaves(view.like))
+    for client, own in colluders.items():
+        if own.shape != (length,):
+            raise ValueError(f"colluders[{client}] must have shape ({length},), got {own.shape}")
+        require_residues(f"colluders[{client}]", own, view.quantizer.modulus)
     others = set(view.contributors) - set(colluders)
     if target == "aggregate":
         seen = _rest(view, colluders)
@@ -67,7 +72,7 @@ def observe(
         count = 1
     if isinstance(seen, bytes):
         return Ciphertext(len(seen))
-    update = jax.tree.map(lambda leaf: leaf / count, decode(view.quantizer, seen, view.like))
+    update = divided(decode(view.quantizer, seen, view.like), count, view.like)
     return Observation(params, update, {} if extra is None else extra)
 
 

@@ -9,8 +9,10 @@ from gia_jax.secure_aggregation.protocol import (
     AggregationProtocol,
     Client,
     Server,
+    client_round,
     modular_sum,
     require,
+    server_round,
     to_bytes,
     words,
 )
@@ -20,6 +22,8 @@ from gia_jax.secure_aggregation.wire import Bytes
 
 def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationProtocol:
     """No protection: what the protocols are compared with. Whoever answers is in the sum.
+
+    An upload that was changed on its way changes the sum unnoticed.
 
     Args:
         num_clients: N.
@@ -36,18 +40,21 @@ def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationPr
 
     def make_clients(residues: np.ndarray, randoms: Sequence[RandomBytes]) -> list[PlainClient]:
         del randoms
-        return [PlainClient(vector) for vector in residues]
+        return [PlainClient(client, vector) for client, vector in enumerate(residues)]
 
-    return AggregationProtocol("plain_sum", quantizer, 0, make_clients, lambda length, _: PlainServer(length))
+    return AggregationProtocol(
+        "plain_sum", quantizer, 0, make_clients, lambda length, _: PlainServer(length, num_clients)
+    )
 
 
 class PlainClient(Client):
     """Sends its vector."""
 
-    def __init__(self, vector: np.ndarray) -> None:
+    def __init__(self, client: int, vector: np.ndarray) -> None:
+        super().__init__(client, self.upload)
         self._vector = vector
-        self.rounds = (self.upload,)
 
+    @client_round
     def upload(self, message: bytes) -> bytes:
         """Round 0."""
         del message
@@ -57,10 +64,12 @@ class PlainClient(Client):
 class PlainServer(Server):
     """Adds what it is sent."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, num_clients: int) -> None:
+        super().__init__(num_clients)
         self._length = length
         self.rounds = (self.add,)
 
+    @server_round
     def add(self, answers: Bytes) -> Bytes:
         """Round 0."""
         require(len(answers), 1, "the upload")

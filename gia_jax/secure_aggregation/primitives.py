@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt32
 
+from gia_jax.secure_aggregation.errors import MalformedMessage
+
 try:
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives import hashes
@@ -21,7 +23,10 @@ NONCE = 12
 
 
 def insecure_random(seed: int, party: int) -> RandomBytes:
-    """Reproducible bytes of one party, for experiments only: whoever knows the seed knows every secret."""
+    """Reproducible bytes of one party, for experiments only: whoever knows the seed knows every secret.
+
+    Two runs with one seed draw the same masks, so that the difference of a client's uploads is that of its vectors.
+    """
     key = hashlib.sha256(f"insecure {seed} {party}".encode()).digest()
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return lambda count: stream.update(bytes(count))
@@ -48,11 +53,14 @@ def agree(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
     """The 32-byte key that two parties share for one purpose: X25519 (RFC 7748), then HKDF (RFC 5869).
 
     Raises:
-        ValueError: A public key that is not 32 bytes, or of low order: the shared secret would be known to all.
+        MalformedMessage: A public key that is not 32 bytes, or of low order: the shared secret would be known to all.
     """
     pair = sorted([private.public_key().public_bytes_raw(), public])
     info = b"gia_jax secure aggregation 1, " + purpose + b"".join(pair)
-    secret = private.exchange(X25519PublicKey.from_public_bytes(public))
+    try:
+        secret = private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise MalformedMessage(f"a public key must be 32 bytes and not of low order, got {public[:32].hex()}") from None
     return HKDF(hashes.SHA256(), length=32, salt=None, info=info).derive(secret)
 
 
@@ -68,21 +76,35 @@ class Mailbox:
         self.client = client
         self._random = random
         self._private = X25519PrivateKey.from_private_bytes(random(32))
-        self._ciphers: dict[int, ChaCha20Poly1305] = {}
+        self._channels: dict[int, tuple[ChaCha20Poly1305, bytes]] = {}
         self.public = self._private.public_key().public_bytes_raw()
 
-    def connect(self, peer: int, public: bytes) -> None:
-        """Agrees on the key of the channel to `peer`."""
-        self._ciphers[peer] = ChaCha20Poly1305(agree(self._private, public, b"channel"))
+    def connect(self, peer: int, public: bytes, announced: bytes = b"") -> None:
+        """Agrees on the key of the channel to `peer`.
+
+        Args:
+            peer: The other end.
+            public: Its public key.
+            announced: What both ends must have been told alike: a box opens only for an end that was.
+        """
+        self._channels[peer] = ChaCha20Poly1305(agree(self._private, public, b"channel")), announced
 
     def seal(self, receiver: int, content: bytes) -> bytes:
         """Encrypts to one peer; the box opens for that receiver, and as from this sender, only."""
         nonce = self._random(NONCE)
-        return nonce + self._ciphers[receiver].encrypt(nonce, content, f"{self.client} to {receiver}".encode())
+        cipher, announced = self._channels[receiver]
+        return nonce + cipher.encrypt(nonce, content, f"{self.client} to {receiver} ".encode() + announced)
 
     def open(self, sender: int, box: bytes) -> bytes:
-        """Decrypts what `sender` sealed; ValueError where a bit or a name was changed."""
+        """Decrypts what `sender` sealed; MalformedMessage where a bit, a name or what was announced is another."""
+        if sender not in self._channels:
+            raise MalformedMessage(f"client {self.client} has no channel to client {sender}, and got a box from it")
+        cipher, announced = self._channels[sender]
         try:
-            return self._ciphers[sender].decrypt(box[:NONCE], box[NONCE:], f"{sender} to {self.client}".encode())
+            # Padded, because the cipher takes no nonce that is cut short.
+            nonce, sealed = box[:NONCE].ljust(NONCE, b"\0"), box[NONCE:]
+            return cipher.decrypt(nonce, sealed, f"{sender} to {self.client} ".encode() + announced)
         except InvalidTag:
-            raise ValueError(f"the box from client {sender} to client {self.client} is not what was sealed") from None
+            raise MalformedMessage(
+                f"the box from client {sender} to client {self.client} is not what was sealed"
+            ) from None

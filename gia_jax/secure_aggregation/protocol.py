@@ -3,8 +3,8 @@
 import functools
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, UInt32
 
 from gia_jax import _check
 from gia_jax.base import Updates
+from gia_jax.precision import wide_dtype, widened
+from gia_jax.secure_aggregation.errors import AggregationAborted, MalformedMessage
 from gia_jax.secure_aggregation.primitives import RandomBytes, insecure_random
 from gia_jax.secure_aggregation.quantization import Quantizer
 from gia_jax.secure_aggregation.wire import Bytes
@@ -23,11 +25,48 @@ SERVER = -1
 class Client:
     """One client's side of a protocol. It keeps its secrets, and talks in bytes only.
 
+    Every round is a method that `client_round` decorates: it answers once, in the order of `rounds`.
+
     Attributes:
         rounds: For each round, from the server's message to the client's answer.
+
+    Args:
+        client: Its number.
+        rounds: The attribute.
     """
 
     rounds: Sequence[Callable[[bytes], bytes]]
+
+    def __init__(self, client: int, *rounds: Callable[[bytes], bytes]) -> None:
+        self._client, self.rounds = client, rounds
+        self._left = [step.__name__ for step in rounds]
+
+
+ClientType = TypeVar("ClientType", bound=Client)
+
+
+def client_round(step: Callable[[ClientType, bytes], bytes]) -> Callable[[ClientType, bytes], bytes]:
+    """Makes a method of a client one of its rounds.
+
+    Two answers to one round would differ by secrets, such as a single pairwise mask. So the round counts as taken
+    before it runs, and a client that was asked out of order, or that raised, is finished: whatever it is asked after
+    that, it raises AggregationAborted.
+    """
+
+    @functools.wraps(step)
+    def answer(self: ClientType, message: bytes) -> bytes:
+        due = self._left.pop(0) if self._left else "none"
+        try:
+            if due != step.__name__:
+                raise AggregationAborted(
+                    f"client {self._client} answers each round once and in order: got {step.__name__}, next is {due}"
+                )
+            return step(self, message)
+        except BaseException:
+            self._left.clear()
+            raise
+
+    return answer
 
 
 class Server:
@@ -38,12 +77,35 @@ class Server:
         uploads: What carries each client's update: residues, shape (p,), or ciphertext.
         contributors: The clients in the sum, once they are known.
         total: The sum, shape (p,), once it is known.
+
+    Args:
+        num_clients: They have the numbers below it.
     """
 
     rounds: Sequence[Callable[[Bytes], Bytes]]
     uploads: Mapping[int, Any] = types.MappingProxyType({})
     contributors: tuple[int, ...] = ()
     total: np.ndarray | None = None
+
+    def __init__(self, num_clients: int) -> None:
+        self._asked: Collection[int] = range(num_clients)
+
+
+ServerType = TypeVar("ServerType", bound=Server)
+
+
+def server_round(step: Callable[[ServerType, Bytes], Bytes]) -> Callable[[ServerType, Bytes], Bytes]:
+    """Makes a method of a server one of its rounds: it takes answers only from the clients that it asked."""
+
+    @functools.wraps(step)
+    def take(self: ServerType, answers: Bytes) -> Bytes:
+        if unknown := [client for client in answers if client not in self._asked]:
+            raise MalformedMessage(f"client {unknown[0]} answered {step.__name__}, and was not asked")
+        messages = step(self, answers)
+        self._asked = messages.keys()
+        return messages
+
+    return take
 
 
 class AggregationProtocol(NamedTuple):
@@ -105,22 +167,15 @@ class ServerView(NamedTuple):
 
     @property
     def aggregate(self) -> Updates | None:
-        """The sum of the contributors' updates, a tree like one of them; None where the server does not learn it."""
+        """The sum of the contributors' updates, a tree like one of them; None where the server does not learn it.
+
+        It is in float32 also where the clients' updates are in half precision, which a sum may not fit into.
+        """
         return None if self.total is None else decode(self.quantizer, self.total, self.like)
 
     def num_bytes(self, client: int) -> int:
         """Bytes that one client sends and receives."""
         return sum(len(m.payload) for m in self.transcript if client in (m.sender, m.receiver))
-
-
-class AggregationAborted(RuntimeError):  # noqa: N818, the usual word
-    """The run ended without a sum.
-
-    Attributes:
-        view: What the server holds nevertheless; its total is None. None where a single party was driven by hand.
-    """
-
-    view: ServerView | None = None
 
 
 def aggregate(
@@ -140,15 +195,17 @@ def aggregate(
         protocol: Such as `secagg(...)`.
         updates: A tree of floats, every leaf with a leading axis of the protocol's number of clients.
         dropouts: From a client to the first round that it does not answer.
-        insecure_seed: None draws every secret from the operating system. A number makes a run reproducible, for
-            experiments only: whoever knows it knows every secret.
+        insecure_seed: None draws every secret from the operating system. A number, not negative, makes a run
+            reproducible, for experiments only: whoever knows it knows every secret, and two runs with one number use
+            the same masks.
 
     Returns:
         The server's view.
 
     Raises:
-        ValueError: Updates with another number of clients, or not finite; unknown clients in `dropouts`.
-        AggregationAborted: Too few clients answered.
+        ValueError: Updates with another number of clients, or not finite; unknown clients or rounds in `dropouts`; an
+            `insecure_seed` that is no such number.
+        AggregationAborted: Too few clients answered, or a party refused a message.
     """
     residues, like = quantized(key, protocol, updates)
     return aggregate_residues(protocol, residues, like=like, dropouts=dropouts, insecure_seed=insecure_seed)
@@ -175,23 +232,31 @@ def aggregate_residues(
         The server's view.
 
     Raises:
-        ValueError: Residues of another number of clients or out of range; unknown clients in `dropouts`.
-        AggregationAborted: Too few clients answered.
+        ValueError: Residues of another type or number of clients, or out of range; a `like` of another size; unknown
+            clients or rounds in `dropouts`; an `insecure_seed` that is no number, or negative.
+        AggregationAborted: Too few clients answered, or a party refused a message.
     """
-    count, length = residues.shape
-    if count != protocol.quantizer.num_clients or length == 0:
-        raise ValueError(f"residues must have shape ({protocol.quantizer.num_clients}, p > 0), got {residues.shape}")
-    if int(residues.max()) >= protocol.quantizer.modulus:
-        raise ValueError(f"residues must be below {protocol.quantizer.modulus}, got {residues.max()}")
+    count = protocol.quantizer.num_clients
+    if residues.ndim != 2 or residues.shape[0] != count or residues.shape[1] == 0:
+        raise ValueError(f"residues must have shape ({count}, p > 0), got {residues.shape}")
+    require_residues("residues", residues, protocol.quantizer.modulus)
+    length = residues.shape[1]
     like = jax.ShapeDtypeStruct((length,), np.float32) if like is None else like
+    if (size := sum(leaf.size for leaf in jax.tree.leaves(like))) != length:
+        raise ValueError(f"like must have {length} entries, as residues have, got {size}")
     dropouts = {} if dropouts is None else dropouts
-    if unknown := sorted(set(dropouts) - set(range(count))):
+    whole = {client for client in dropouts if isinstance(client, int | np.integer) and not isinstance(client, bool)}
+    if unknown := [client for client in dropouts if client not in whole or not 0 <= client < count]:
         raise ValueError(f"dropouts must name clients from 0 to {count - 1}, got {unknown[0]}")
+    if insecure_seed is not None:
+        _check.integer(0, insecure_seed=insecure_seed)
     randoms: list[RandomBytes] = [
         os.urandom if insecure_seed is None else insecure_random(insecure_seed, party) for party in range(count + 1)
     ]
+    server = protocol.make_server(length, randoms[count])
+    for client, number in dropouts.items():
+        _check.integer(0, len(server.rounds), **{f"dropouts[{client}]": number})
     clients = protocol.make_clients(residues, randoms[:count])
-    server = protocol.make_server(residues.shape[1], randoms[count])
     transcript: list[Message] = []
 
     def view() -> ServerView:
@@ -262,7 +327,7 @@ def quantized(
 # Jitted here and not by the caller, as an exception: a run of a protocol cannot be traced as a whole.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(quantizer: Quantizer, key: PRNGKeyArray, updates: Updates) -> UInt32[Array, "n p"]:
-    flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(updates)], axis=1)
+    flat = jnp.concatenate([widened(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(updates)], axis=1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(flat)))
     return jax.vmap(quantizer.encode)(keys, flat)
 
@@ -273,22 +338,38 @@ _decode = jax.jit(Quantizer.decode, static_argnums=0)
 def decode(
     quantizer: Quantizer, residues: UInt32[np.ndarray, " p"], like: PyTree[jax.ShapeDtypeStruct]
 ) -> PyTree[Array]:
-    """The tree of floats that a vector of residues, or a sum of such, stands for."""
+    """The tree of floats that a vector of residues, or a sum of such, stands for.
+
+    It is in float32 where `like` is in half precision: who divides a sum casts after that.
+    """
     leaves, treedef = jax.tree.flatten(like)
     values = np.asarray(_decode(quantizer, residues))
     parts = np.split(values, np.cumsum([leaf.size for leaf in leaves])[:-1])
     return jax.tree.unflatten(
-        treedef, [jnp.asarray(part.reshape(leaf.shape), leaf.dtype) for part, leaf in zip(parts, leaves)]
+        treedef, [jnp.asarray(part.reshape(leaf.shape), wide_dtype(leaf.dtype)) for part, leaf in zip(parts, leaves)]
     )
 
 
+def divided(tree: PyTree[Array], count: int, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """A sum divided by a number, and only then in the types of `like`."""
+    return jax.tree.map(lambda leaf, one: (leaf / count).astype(one.dtype), tree, like)
+
+
+def require_residues(name: str, residues: np.ndarray, modulus: int) -> None:
+    """Raises ValueError where an array is not of residues below `modulus`, as uint32."""
+    if residues.dtype != np.uint32:
+        raise ValueError(f"{name} must be of uint32, got {residues.dtype}")
+    if residues.size and int(residues.max()) >= modulus:
+        raise ValueError(f"{name} must be below {modulus}, got {residues.max()}")
+
+
 def words(data: bytes, count: int, modulus: int = 2**32) -> UInt32[np.ndarray, " count"]:
-    """`count` residues that travelled as bytes; AggregationAborted where they are not."""
+    """`count` residues that travelled as bytes; MalformedMessage where they are not."""
     if len(data) != 4 * count:
-        raise AggregationAborted(f"a vector must have {4 * count} bytes, got {len(data)}")
+        raise MalformedMessage(f"a vector must have {4 * count} bytes, got {len(data)}")
     found = np.frombuffer(data, "<u4")
     if found.size and int(found.max()) >= modulus:
-        raise AggregationAborted(f"a vector must be of residues below {modulus}, got {found.max()}")
+        raise MalformedMessage(f"a vector must be of residues below {modulus}, got {found.max()}")
     return found
 
 
@@ -304,10 +385,10 @@ def require(found: int, threshold: int, step: str) -> None:
 
 
 def require_own_keys(client: int, own: bytes, keys: Bytes, publics: Iterable[bytes]) -> None:
-    """Raises AggregationAborted where the keys that a client is sent have not its own, or two public keys are equal."""
+    """Raises MalformedMessage where the keys that a client is sent have not its own, or two public keys are equal."""
     publics = list(publics)
     if keys.get(client) != own or len(set(publics)) < len(publics):
-        raise AggregationAborted(f"client {client} got keys that are not its own, or not distinct")
+        raise MalformedMessage(f"client {client} got keys that are not its own, or not distinct")
 
 
 def modular_sum(vectors: Sequence[np.ndarray], modulus: int) -> UInt32[np.ndarray, " p"]:

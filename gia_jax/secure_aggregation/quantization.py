@@ -6,11 +6,15 @@ is added to a large offset before it is rounded.
 """
 
 from dataclasses import dataclass
+from operator import index
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+from gia_jax import _check
+from gia_jax.precision import widened
 
 RING = 2**32
 
@@ -24,6 +28,8 @@ class Quantizer:
     of at most sqrt(n) / (2 s); the L2 sensitivity of p clipped entries grows by at most sqrt(p) / s. Float32 holds 24
     bits: above that large entries are rounded without chance.
 
+    All arithmetic is done in float32 or wider, also for vectors in half precision.
+
     Attributes:
         clip: Largest magnitude of an entry, > 0; larger ones are clipped. Public.
         bits: Bits an entry, the sign included, from 2 to 31.
@@ -32,7 +38,8 @@ class Quantizer:
 
     Raises:
         ValueError: An argument out of range, or a sum of `num_clients` vectors that could wrap around:
-            2 num_clients (2^(bits - 1) - 1) must stay below `modulus`.
+            2 num_clients (2^(bits - 1) - 1) must stay below `modulus`; or a `clip` with which the sum, s or 1 / s are
+            beyond the range of float32.
     """
 
     clip: float
@@ -43,17 +50,19 @@ class Quantizer:
     def __post_init__(self) -> None:
         if not 0 < self.clip < float("inf"):
             raise ValueError(f"clip must be positive and finite, got {self.clip}")
-        if not 2 <= self.bits <= 31:
-            raise ValueError(f"bits must be from 2 to 31, got {self.bits}")
-        if self.num_clients < 1:
-            raise ValueError(f"num_clients must be at least 1, got {self.num_clients}")
-        if not 3 <= self.modulus <= RING:
-            raise ValueError(f"modulus must be from 3 to 2^32, got {self.modulus}")
+        _check.integer(2, 31, bits=self.bits)
+        _check.integer(num_clients=self.num_clients)
+        _check.integer(3, RING, modulus=self.modulus)
+        for name in ("bits", "num_clients", "modulus"):  # Python's integers: those of NumPy may overflow
+            object.__setattr__(self, name, index(getattr(self, name)))
         if 2 * self.num_clients * self.largest >= self.modulus:
             raise ValueError(
                 f"bits must be small enough for a sum of {self.num_clients} clients modulo {self.modulus}, "
                 f"got {self.bits}"
             )
+        largest, tiny = (float(bound) for bound in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
+        if self.num_clients * self.clip > largest or not tiny <= self.scale <= 1 / tiny:
+            raise ValueError(f"clip must leave the sum and its steps in the range of float32, got {self.clip}")
 
     @property
     def largest(self) -> int:
@@ -66,7 +75,9 @@ class Quantizer:
         return self.largest / self.clip
 
     def encode(self, key: PRNGKeyArray, values: Float[Array, " p"]) -> UInt32[Array, " p"]:
-        """Clips, rounds at random and maps to residues; one client's key, its vector, shape (p,)."""
+        """Clips, rounds at random and maps to residues; one client's key, its vector, shape (p,), finite."""
+        _check.finite("values", values)
+        values = widened(values)
         scaled = jnp.clip(values, -self.clip, self.clip) * self.scale
         below = jnp.floor(scaled)
         up = jax.random.uniform(key, values.shape, values.dtype) < scaled - below
@@ -76,13 +87,20 @@ class Quantizer:
         return jnp.where(integers < 0, residues + self._wrap, residues)
 
     def decode(self, residues: UInt32[Array, " p"]) -> Float[Array, " p"]:
-        """The float vector of residues, the half above modulus / 2 negative; a sum decodes to the sum."""
+        """The float vector of residues, the half above modulus / 2 negative; a sum decodes to the sum.
+
+        It is in JAX's default type, float32 or float64, into which every sum fits.
+        """
         signed = jnp.where(residues > (self.modulus - 1) // 2, residues - self._wrap, residues)
         return signed.astype(jnp.int32).astype(float) / self.scale
 
     def clipped(self, values: Float[Array, "*shape"]) -> Float[Array, ""]:
-        """The share of entries that `encode` clips: clipping is an effect of the defense, to be reported beside it."""
-        return jnp.mean(jnp.abs(values) > self.clip)
+        """The share of entries that `encode` clips: clipping is an effect of the defense, to be reported beside it.
+
+        It is NaN where an entry is.
+        """
+        values = widened(values)
+        return jnp.mean(jnp.where(jnp.isnan(values), values, jnp.abs(values) > self.clip))
 
     @property
     def _wrap(self) -> np.uint32:

@@ -5,7 +5,8 @@ Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Lea
 
 Departures: a commitment to every self-mask seed and a comparison with the advertised mask key, so that wrong shares end
 the run instead of giving a wrong sum; the server names survivors and dropped clients in two lists, and a client refuses
-where they overlap.
+where they overlap. Boxes are bound to all public keys of their two ends, and a client opens those for it before it
+masks: where the server told two clients different keys, they stop instead of adding masks that do not cancel.
 """
 
 import hashlib
@@ -17,15 +18,18 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from gia_jax import _check
 from gia_jax.secure_aggregation import shamir
+from gia_jax.secure_aggregation.errors import AggregationAborted, MalformedMessage
 from gia_jax.secure_aggregation.primitives import Mailbox, RandomBytes, agree, keystream
 from gia_jax.secure_aggregation.protocol import (
-    AggregationAborted,
     AggregationProtocol,
     Client,
     Server,
+    client_round,
     require,
     require_own_keys,
+    server_round,
     to_bytes,
     words,
 )
@@ -48,10 +52,13 @@ def secagg(
 
     Threat model: an honest-but-curious server and up to threshold - 1 clients that collude with it learn the sum over
     the other contributors, and nothing else; with threshold colluders they learn everything, and a sum over one
-    honest client is that client's update. Clients that send garbage are not noticed. With `consistency` also a server
-    that lies about who dropped out, where 2 threshold > num_clients + colluders and the clients' identity keys come
-    from a source it cannot forge. From a server that sends different models (`limits.inconsistent_models`) only
-    `model_hashes` protect.
+    honest client is that client's update. With `consistency` also a server that lies about who dropped out, where
+    2 threshold > num_clients + colluders and the clients' identity keys come from a source it cannot forge. A client
+    answers every round once, so that no server gets two masked inputs, whose difference is masks, or two sets of
+    shares. From a server that sends different models (`limits.inconsistent_models`) only `model_hashes` protect.
+
+    A masked input that was changed on its way, or that a client made of garbage, changes the sum unnoticed. Any other
+    changed message ends the run or leaves the sum right.
 
     Args:
         num_clients: N.
@@ -71,28 +78,36 @@ def secagg(
         The protocol.
 
     Raises:
-        ValueError: As `Quantizer`; `threshold` or `neighbours` out of range; `consistency` with neighbours; or
-            not one hash for each client.
+        ValueError: As `Quantizer`; `threshold` or `neighbours` out of range or no integer; `consistency` with
+            neighbours; or not one hash, of bytes, for each client.
     """
     quantizer = Quantizer(clip, bits, num_clients)
-    if neighbours is not None and not (0 < neighbours < num_clients and neighbours % 2 == 0):
+    if neighbours is not None:
+        _check.integer(neighbours=neighbours)
+    if neighbours is not None and not (neighbours < num_clients and neighbours % 2 == 0):
         raise ValueError(f"neighbours must be even, positive and below {num_clients}, got {neighbours}")
     if neighbours is not None and consistency:
         raise ValueError(f"consistency=True needs neighbours=None, got {neighbours}: all must sign the same survivors")
     if model_hashes is not None and len(model_hashes) != num_clients:
         raise ValueError(f"model_hashes must be {num_clients}, got {len(model_hashes)}")
-    models = [b""] * num_clients if model_hashes is None else list(model_hashes)
+    for one in () if model_hashes is None else model_hashes:
+        if not isinstance(one, bytes):
+            raise ValueError(f"model_hashes must be bytes, got {one!r}")
     holders = num_clients if neighbours is None else neighbours + 1
+    _check.integer(threshold=threshold)
     if not min(2, num_clients) <= threshold <= holders:
         raise ValueError(f"threshold must be from {min(2, num_clients)} to {holders}, got {threshold}")
 
+    def models() -> list[bytes]:
+        return [b""] * num_clients if model_hashes is None else list(model_hashes)
+
     def make_clients(residues: np.ndarray, randoms: Sequence[RandomBytes]) -> list[SecAggClient]:
         signers = _signers(randoms) if consistency else [None] * num_clients
-        parts = zip(residues, randoms, models, signers)
+        parts = zip(residues, randoms, models(), signers)
         return [SecAggClient(i, *own, threshold=threshold) for i, own in enumerate(parts)]
 
     def make_server(length: int, random: RandomBytes) -> SecAggServer:
-        return SecAggServer(length, random, threshold, neighbours, consistency, models)
+        return SecAggServer(length, random, threshold, neighbours, consistency, models())
 
     collusion = threshold - 1 if neighbours is None else min(threshold, neighbours) - 1
     return AggregationProtocol("secagg", quantizer, collusion, make_clients, make_server)
@@ -141,16 +156,18 @@ class Signer:
     directory: dict[int, bytes]
 
     def sign(self, content: bytes) -> bytes:
-        """A signature of this client."""
+        """A signature of this client, of `content` that says what it is."""
         return self.identity.sign(f"{self.client} ".encode() + content)
 
     def verify(self, client: int, content: bytes, signature: bytes) -> None:
-        """Raises AggregationAborted where `client` did not sign `content`."""
+        """Raises MalformedMessage where `client` did not sign `content`."""
+        if client not in self.directory:
+            raise MalformedMessage(f"the signature of client {client} is of nobody")
         try:
             public = Ed25519PublicKey.from_public_bytes(self.directory[client])
             public.verify(signature, f"{client} ".encode() + content)
         except InvalidSignature:
-            raise AggregationAborted(f"the signature of client {client} is wrong") from None
+            raise MalformedMessage(f"the signature of client {client} is wrong") from None
 
 
 def _signers(randoms: Sequence[RandomBytes]) -> list[Signer]:
@@ -181,24 +198,25 @@ class SecAggClient(Client):
         *,
         threshold: int,
     ) -> None:
-        self._client, self._vector, self._random, self._threshold = client, vector, random, threshold
+        middle = () if signer is None else (self.check_consistency,)
+        super().__init__(client, self.advertise_keys, self.share_keys, self.mask_input, *middle, self.unmask)
+        self._vector, self._random, self._threshold = vector, random, threshold
         self._purpose = b"mask" + model
         self._signer = signer
         self._mailbox = Mailbox(client, random)
         self._mask_key = X25519PrivateKey.from_private_bytes(random(32))
         self._seed = random(32)
-        self._answered = False
-        middle = () if signer is None else (self.check_consistency,)
-        self.rounds = (self.advertise_keys, self.share_keys, self.mask_input, *middle, self.unmask)
 
+    @client_round
     def advertise_keys(self, message: bytes) -> bytes:
         """Round 0."""
         del message
         channel, mask = self._mailbox.public, self._mask_key.public_key().public_bytes_raw()
-        signature = b"" if self._signer is None else self._signer.sign(channel + mask)
+        signature = b"" if self._signer is None else self._signer.sign(_keys(channel, mask))
         self._own_keys = Keys(channel, mask, signature).to_bytes()
         return self._own_keys
 
+    @client_round
     def share_keys(self, message: bytes) -> bytes:
         """Round 1: the mask key and the self-mask seed, shared among the peers."""
         received = ByClient.from_bytes(message).contents
@@ -209,9 +227,10 @@ class SecAggClient(Client):
         require_own_keys(self._client, self._own_keys, received, publics)
         for client, theirs in keys.items():
             if self._signer is not None:
-                self._signer.verify(client, theirs.channel + theirs.mask, theirs.signature)
+                self._signer.verify(client, _keys(theirs.channel, theirs.mask), theirs.signature)
             if client != self._client:
-                self._mailbox.connect(client, theirs.channel)
+                both = b"".join(received[end] for end in sorted((client, self._client)))
+                self._mailbox.connect(client, theirs.channel, both)
         self._peers = {client: theirs.mask for client, theirs in keys.items() if client != self._client}
         seeds = shamir.share(self._random, self._seed, self._threshold, keys)
         mask_keys = shamir.share(self._random, self._mask_key.private_bytes_raw(), self._threshold, keys)
@@ -219,46 +238,49 @@ class SecAggClient(Client):
         boxes = {peer: self._mailbox.seal(peer, seeds[peer] + mask_keys[peer]) for peer in self._peers}
         return Shares(boxes, hashlib.sha256(self._seed).digest()).to_bytes()
 
+    @client_round
     def mask_input(self, message: bytes) -> bytes:
         """Round 2: the vector, a mask of its own, and one for every peer: one side adds it, the other subtracts it."""
-        self._boxes = ByClient.from_bytes(message).contents
-        if not set(self._boxes) <= set(self._peers) or len(self._boxes) + 1 < self._threshold:
-            raise AggregationAborted(
-                f"client {self._client} got boxes of {sorted(self._boxes)}, threshold {self._threshold}"
-            )
+        boxes = ByClient.from_bytes(message).contents
+        if len(boxes) + 1 < self._threshold:
+            raise AggregationAborted(f"client {self._client} got {len(boxes)} boxes, threshold {self._threshold}")
+        # Opened before anything is masked: a box that opens shows that its sender was told the same keys.
+        self._held = {peer: self._mailbox.open(peer, box) for peer, box in boxes.items()}
+        if wrong := [peer for peer, held in self._held.items() if len(held) != 2 * shamir.SHARE]:
+            raise MalformedMessage(f"the box from client {wrong[0]} to client {self._client} holds no two shares")
         masked = self._vector + keystream(self._seed, self._vector.size)
-        for peer in self._boxes:
+        for peer in self._held:
             mask = keystream(agree(self._mask_key, self._peers[peer], self._purpose), self._vector.size)
             masked = masked + mask if self._client < peer else masked - mask
         return to_bytes(masked)
 
+    @client_round
     def check_consistency(self, message: bytes) -> bytes:
         """Round 3, where there is one: signs who is in the sum."""
         assert self._signer is not None
-        self._signed = UnmaskRequest.from_bytes(message).survivors
+        self._signed = self._checked(message).survivors
         return self._signer.sign(_survivors(self._signed))
 
+    @client_round
     def unmask(self, message: bytes) -> bytes:
         """Last round: of every peer either the share of its seed or that of its mask key, never of both."""
-        request = UnmaskRequest.from_bytes(message)
-        survivors, dropped = set(request.survivors), set(request.dropped)
-        if self._answered:
-            raise AggregationAborted(f"client {self._client} was asked to unmask twice")
-        if both := survivors & dropped:
-            raise AggregationAborted(f"client {min(both)} is named as a survivor and as dropped")
-        if unknown := (survivors | dropped) - set(self._boxes) - {self._client}:
-            raise AggregationAborted(f"client {min(unknown)} shared no keys with client {self._client}")
-        if self._client not in survivors or len(survivors) < self._threshold:
-            raise AggregationAborted(f"survivors must be {self._threshold} clients and the asked, got {len(survivors)}")
+        request = self._checked(message)
         if self._signer is not None:
             self._check_signatures(request)
-        self._answered = True
-        opened = {
-            peer: self._mailbox.open(peer, self._boxes[peer]) for peer in survivors | dropped if peer in self._boxes
-        }
-        seeds = {peer: opened[peer][: shamir.SHARE] for peer in sorted(survivors - {self._client})}
-        keys = {peer: opened[peer][shamir.SHARE :] for peer in sorted(dropped)}
+        seeds = {peer: self._held[peer][: shamir.SHARE] for peer in sorted(request.survivors) if peer != self._client}
+        keys = {peer: self._held[peer][shamir.SHARE :] for peer in sorted(request.dropped)}
         return UnmaskAnswer({**seeds, self._client: self._own_share}, keys).to_bytes()
+
+    def _checked(self, message: bytes) -> UnmaskRequest:
+        request = UnmaskRequest.from_bytes(message)
+        survivors, dropped = set(request.survivors), set(request.dropped)
+        if both := survivors & dropped:
+            raise MalformedMessage(f"client {min(both)} is named as a survivor and as dropped")
+        if unknown := (survivors | dropped) - set(self._held) - {self._client}:
+            raise MalformedMessage(f"client {min(unknown)} shared no keys with client {self._client}")
+        if self._client not in survivors or len(survivors) < self._threshold:
+            raise AggregationAborted(f"survivors must be {self._threshold} clients and the asked, got {len(survivors)}")
+        return request
 
     def _check_signatures(self, request: UnmaskRequest) -> None:
         assert self._signer is not None
@@ -266,8 +288,13 @@ class SecAggClient(Client):
             raise AggregationAborted(f"client {self._client} signed other survivors, or too few signed")
         for client, signature in request.signatures.items():
             if client not in request.survivors:
-                raise AggregationAborted(f"client {client} signed and is no survivor")
+                raise MalformedMessage(f"client {client} signed and is no survivor")
             self._signer.verify(client, _survivors(request.survivors), signature)
+
+
+# What an identity key signs says what it is, so that no signature of one content is one of the other.
+def _keys(channel: bytes, mask: bytes) -> bytes:
+    return b"keys " + channel + mask
 
 
 def _survivors(clients: tuple[int, ...]) -> bytes:
@@ -286,11 +313,13 @@ class SecAggServer(Server):
         consistency: bool,
         models: Sequence[bytes],
     ) -> None:
+        super().__init__(len(models))
         self._length, self._random, self._threshold, self._neighbours = length, random, threshold, neighbours
         self._models = tuple(models)
         middle = (self.forward_signatures,) if consistency else ()
         self.rounds = (self.send_keys, self.send_boxes, self.send_survivors, *middle, self.recover_sum)
 
+    @server_round
     def send_keys(self, answers: Bytes) -> Bytes:
         """Round 0."""
         self._keys = {client: Keys.from_bytes(data) for client, data in answers.items()}
@@ -301,9 +330,13 @@ class SecAggServer(Server):
             for client, peers in self._peers.items()
         }
 
+    @server_round
     def send_boxes(self, answers: Bytes) -> Bytes:
         """Round 1."""
         self._shares = {client: Shares.from_bytes(data) for client, data in answers.items()}
+        for client, shares in self._shares.items():
+            if set(shares.boxes) != self._peers[client] - {client}:
+                raise MalformedMessage(f"client {client} sent boxes for others than its peers")
         self._check(set(answers), set(answers), "with shares")
 
         def boxes_for(client: int) -> ByClient:
@@ -312,6 +345,7 @@ class SecAggServer(Server):
 
         return {client: boxes_for(client).to_bytes() for client in answers}
 
+    @server_round
     def send_survivors(self, answers: Bytes) -> Bytes:
         """Round 2."""
         self._masked = {client: words(data, self._length) for client, data in answers.items()}
@@ -319,11 +353,13 @@ class SecAggServer(Server):
         self._check(set(answers), set(answers), "with a masked input")
         return {client: self._request(client, {}).to_bytes() for client in answers}
 
+    @server_round
     def forward_signatures(self, answers: Bytes) -> Bytes:
         """Round 3, where there is one."""
         self._check(set(answers), set(answers), "with a signature")
         return {client: self._request(client, answers).to_bytes() for client in answers}
 
+    @server_round
     def recover_sum(self, answers: Bytes) -> Bytes:
         """Last round: takes the self masks of the survivors off, and the masks of those that dropped out."""
         self._check(set(self._shares), set(answers), "unmasking")

@@ -54,6 +54,8 @@ def recombine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """
     if len(shares) < threshold:
         raise ValueError(f"shares must be at least {threshold}, got {len(shares)}")
+    if any(len(own) != SHARE for own in shares.values()):
+        raise ValueError(f"shares must be of {SHARE} bytes, got others")
     clients = sorted(shares)[:threshold]
     weights = weights_at_zero(tuple(client + 1 for client in clients), PRIME)
     values = (int.from_bytes(shares[client], "little") for client in clients)

@@ -2,25 +2,40 @@
 
 Franklin and Yung, Communication Complexity of Secure Computation, STOC 1992, for `packed_shamir`; it is also the
 Lagrange coding of LightSecAgg (So et al., MLSys 2022, section 4).
+
+Departure: the shared vector has one entry more, a public linear combination of the others with pseudo-random
+coefficients, none of them zero. The recovered sum has it as well, so that it verifies itself: where a share was
+changed, or clients added up shares of different contributors, the run ends, but for a chance of one in `prime`. It
+costs no privacy, because it is linear: of one vector it is shared like the rest, and of the sum it follows from the
+sum. It is no signature: a client that knows it can change its share so that the sum is wrong and still verifies.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt32
 
-from gia_jax.secure_aggregation.finite_field import lagrange, matmul
-from gia_jax.secure_aggregation.primitives import Mailbox, RandomBytes, uniform
+from gia_jax import _check
+from gia_jax.secure_aggregation.errors import AggregationAborted, MalformedMessage
+from gia_jax.secure_aggregation.finite_field import LIMB, is_prime, lagrange, matmul
+from gia_jax.secure_aggregation.primitives import Mailbox, RandomBytes, keystream, uniform
 from gia_jax.secure_aggregation.protocol import (
-    AggregationAborted,
+    Client,
+    Server,
+    client_round,
     modular_sum,
     require,
     require_own_keys,
+    server_round,
     to_bytes,
     words,
 )
 from gia_jax.secure_aggregation.wire import ByClient, Bytes
+
+MATRIX = 2**22  # entries of a code's matrix, each of which Python computes: seconds
 
 
 class Sharing(NamedTuple):
@@ -47,22 +62,31 @@ def packed_shamir(num_shares: int, *, num_secrets: int, privacy: int, prime: int
     """A polynomial through the secrets and `privacy` random values: any num_secrets + privacy shares determine it.
 
     Args:
-        num_shares: N.
+        num_shares: N, so that N (S + T) is at most 2^22.
         num_secrets: S, at least 1.
-        privacy: T, not negative, S + T <= N.
-        prime: Above N + S + T and below 2^31.
+        privacy: T, not negative, S + T <= N and at most 2,048.
+        prime: A prime above N + S + T and below 2^31.
 
     Returns:
         The scheme.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument out of range, or no integer.
     """
+    _check.integer(num_shares=num_shares, num_secrets=num_secrets, prime=prime)
+    _check.integer(0, privacy=privacy)
+    # Python's integers: those of NumPy may overflow.
+    num_shares, num_secrets, privacy, prime = map(index, (num_shares, num_secrets, privacy, prime))
     needed = num_secrets + privacy
-    if num_secrets < 1 or privacy < 0 or needed > num_shares:
+    if needed > num_shares:
         raise ValueError(f"num_secrets + privacy must be from 1 to {num_shares}, got {num_secrets} + {privacy}")
-    if not num_shares + needed < prime < 2**31:
-        raise ValueError(f"prime must be above {num_shares + needed} and below 2^31, got {prime}")
+    if needed > 2**LIMB or num_shares * needed > MATRIX:
+        raise ValueError(
+            f"num_secrets + privacy must be at most {2**LIMB}, and times num_shares at most {MATRIX}, "
+            f"got {needed} times {num_shares}"
+        )
+    if not (num_shares + needed < prime < 2**31 and is_prime(prime)):
+        raise ValueError(f"prime must be one, above {num_shares + needed} and below 2^31, got {prime}")
     inside = range(num_shares + 1, num_shares + 1 + needed)
     encoding = lagrange(inside, range(1, num_shares + 1), prime)
 
@@ -84,8 +108,15 @@ def to_blocks(vector: UInt32[np.ndarray, " p"], num_secrets: int) -> UInt32[np.n
     return np.pad(vector, (0, -vector.size % num_secrets)).reshape(num_secrets, -1)
 
 
-class ShareClient:
-    """A client that shares one vector among all, and answers with the sum of what it holds, once.
+def _combination(vector: np.ndarray, prime: int) -> UInt32[np.ndarray, " 1"]:
+    """The linear combination of a vector of residues that verifies it."""
+    stream = keystream(hashlib.sha256(b"gia_jax secure aggregation 1, sum of a shared vector").digest(), vector.size)
+    coefficients = 1 + stream.astype(np.uint64) % np.uint64(prime - 1)
+    return np.array([np.sum(coefficients * vector % np.uint64(prime)) % np.uint64(prime)], np.uint32)
+
+
+class ShareClient(Client):
+    """A client that shares one vector among all, and answers with the sum of what it holds.
 
     Args:
         client: Its number.
@@ -93,25 +124,41 @@ class ShareClient:
         random: Its source of randomness.
         sharing: The scheme.
         minimum: Clients in a sum that it takes part in.
+        rounds: The protocol's own, that come after the exchange of shares.
     """
 
-    def __init__(self, client: int, secret: np.ndarray, random: RandomBytes, sharing: Sharing, minimum: int) -> None:
-        self._client, self._secret, self._random, self._sharing = client, secret, random, sharing
+    def __init__(
+        self,
+        client: int,
+        secret: np.ndarray,
+        random: RandomBytes,
+        sharing: Sharing,
+        minimum: int,
+        *rounds: Callable[[bytes], bytes],
+    ) -> None:
+        super().__init__(client, self.advertise_keys, self.share, *rounds)
+        self._secret, self._random, self._sharing = secret, random, sharing
         self._minimum = minimum
         self._mailbox = Mailbox(client, random)
-        self._answered = False
 
+    @client_round
     def advertise_keys(self, message: bytes) -> bytes:
         """The public key of its channels."""
         del message
         return self._mailbox.public
 
+    @client_round
     def share(self, message: bytes) -> bytes:
         """A box for every peer, with its share of the vector."""
         keys = ByClient.from_bytes(message).contents
         require_own_keys(self._client, self._mailbox.public, keys, keys.values())
-        shares = self._sharing.share(self._random, to_blocks(self._secret, self._sharing.num_secrets))
-        self._own_share = shares[self._client]
+        if unknown := [peer for peer in keys if peer >= self._sharing.num_shares]:
+            raise MalformedMessage(
+                f"client {self._client} got a key of client {unknown[0]}, for whom there is no share"
+            )
+        verified = np.concatenate([self._secret, _combination(self._secret, self._sharing.prime)])
+        shares = self._sharing.share(self._random, to_blocks(verified, self._sharing.num_secrets))
+        self._held = {self._client: shares[self._client]}
         boxes = {}
         for peer in keys:
             if peer != self._client:
@@ -120,32 +167,25 @@ class ShareClient:
         return ByClient(boxes).to_bytes()
 
     def receive(self, message: bytes) -> None:
-        """Keeps the boxes for it."""
-        self._boxes = ByClient.from_bytes(message).contents
+        """Opens the boxes for it, and keeps the shares."""
+        blocks, prime = self._held[self._client].size, self._sharing.prime
+        for sender, box in ByClient.from_bytes(message).contents.items():
+            self._held[sender] = words(self._mailbox.open(sender, box), blocks, prime)
 
     @property
     def senders(self) -> tuple[int, ...]:
         """Whose shares it holds, its own included."""
-        return tuple(sorted({*self._boxes, self._client}))
+        return tuple(sorted(self._held))
 
-    def sum_shares(self, contributors: tuple[int, ...]) -> bytes:
-        """The sum of the contributors' shares. A second sum would give away differences: it is refused."""
-        if self._answered:
-            raise AggregationAborted(f"client {self._client} was asked for a second sum")
-        if unknown := set(contributors) - set(self.senders):
-            raise AggregationAborted(f"client {min(unknown)} shared nothing with client {self._client}")
+    def sum_of(self, contributors: tuple[int, ...]) -> bytes:
+        """The sum of the contributors' shares."""
+        if unknown := set(contributors) - set(self._held):
+            raise MalformedMessage(f"client {min(unknown)} shared nothing with client {self._client}")
         require(len(contributors), self._minimum, "and are to be summed")
-        self._answered = True
-        held = [self._open(sender) for sender in contributors]
-        return to_bytes(modular_sum(held, self._sharing.prime))
-
-    def _open(self, sender: int) -> np.ndarray:
-        if sender == self._client:
-            return self._own_share
-        return words(self._mailbox.open(sender, self._boxes[sender]), self._own_share.size, self._sharing.prime)
+        return to_bytes(modular_sum([self._held[sender] for sender in contributors], self._sharing.prime))
 
 
-class ShareServer:
+class ShareServer(Server):
     """The server of such an exchange: it forwards keys and boxes, and recovers the sum of the vectors.
 
     Args:
@@ -155,24 +195,35 @@ class ShareServer:
     """
 
     def __init__(self, length: int, sharing: Sharing, minimum: int) -> None:
+        super().__init__(sharing.num_shares)
         self._length, self._sharing, self._minimum = length, sharing, minimum
 
+    @server_round
     def send_keys(self, answers: Bytes) -> Bytes:
-        """To everybody everybody's key."""
+        """Round 0: to everybody everybody's key."""
         require(len(answers), self._minimum, "with keys")
+        self._owners = set(answers)
         return dict.fromkeys(answers, ByClient(answers).to_bytes())
 
+    @server_round
     def send_boxes(self, answers: Bytes) -> Bytes:
-        """To each client the boxes for it."""
+        """Round 1: to each client the boxes for it."""
         require(len(answers), self._minimum, "with shares")
         boxes = {sender: ByClient.from_bytes(data).contents for sender, data in answers.items()}
+        for sender, sent in boxes.items():
+            if set(sent) != self._owners - {sender}:
+                raise MalformedMessage(f"client {sender} sent boxes for others than those that advertised keys")
         return {
             client: ByClient({sender: boxes[sender][client] for sender in boxes if sender != client}).to_bytes()
             for client in answers
         }
 
     def recover(self, answers: Bytes) -> UInt32[np.ndarray, " p"]:
-        """The sum of the contributors' vectors, from the clients' sums of shares."""
-        blocks = -(-self._length // self._sharing.num_secrets)
-        shares = {client: words(data, blocks, self._sharing.prime) for client, data in answers.items()}
-        return self._sharing.recover(shares).reshape(-1)[: self._length]
+        """The sum of the contributors' vectors, from the clients' sums of shares, verified."""
+        blocks, prime = -(-(self._length + 1) // self._sharing.num_secrets), self._sharing.prime
+        shares = {client: words(data, blocks, prime) for client, data in answers.items()}
+        found = self._sharing.recover(shares).reshape(-1)
+        total, rest = np.split(found, [self._length])
+        if rest[0] != _combination(total, prime)[0] or np.any(rest[1:]):
+            raise AggregationAborted("the sums of shares are not of one sum of vectors")
+        return total

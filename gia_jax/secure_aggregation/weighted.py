@@ -15,7 +15,14 @@ from jaxtyping import PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Updates
-from gia_jax.secure_aggregation.protocol import AggregationProtocol, ServerView, aggregate_residues, decode, quantized
+from gia_jax.secure_aggregation.protocol import (
+    AggregationProtocol,
+    ServerView,
+    aggregate_residues,
+    decode,
+    divided,
+    quantized,
+)
 
 
 class WeightedMean(NamedTuple):
@@ -84,5 +91,5 @@ def weighted_mean(
     if view.total is None:
         raise ValueError(f"protocol must give the server the sum, got {view.protocol} without")
     total = int(view.total[0])
-    mean = jax.tree.map(lambda leaf: leaf / total, decode(protocol.quantizer, view.total[1:], like))
+    mean = divided(decode(protocol.quantizer, view.total[1:], like), total, like)
     return WeightedMean(mean, total, view)

@@ -5,6 +5,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from gia_jax.secure_aggregation.errors import MalformedMessage
+
 Bytes = Mapping[int, bytes]
 MessageType = TypeVar("MessageType", bound="Wire")
 
@@ -23,11 +25,11 @@ class Wire:
 
     @classmethod
     def from_bytes(cls: type[MessageType], data: bytes) -> MessageType:
-        """The message that travelled as `data`; ValueError where it is cut short, too long or names a client twice."""
+        """The message that travelled as `data`, or MalformedMessage: cut short, too long, or naming a client twice."""
         reader = _Reader(data)
         message = cls(**{field.name: reader.read(field.type) for field in dataclasses.fields(cls)})
         if reader.left:
-            raise ValueError(f"message {cls.__name__} has {reader.left} bytes too many")
+            raise MalformedMessage(f"message {cls.__name__} has {reader.left} bytes too many")
         return message
 
 
@@ -57,7 +59,7 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         if count > self.left:
-            raise ValueError(f"message ends {count - self.left} bytes early")
+            raise MalformedMessage(f"message ends {count - self.left} bytes early")
         self._at += count
         return self._data[self._at - count : self._at]
 
@@ -73,5 +75,5 @@ class _Reader:
             if kind is Bytes:
                 contents.append(self.read(bytes))
         if len(set(clients)) < len(clients):
-            raise ValueError(f"message names a client twice, got {clients}")
+            raise MalformedMessage(f"message names a client twice, got {clients}")
         return dict(zip(clients, contents)) if kind is Bytes else tuple(clients)

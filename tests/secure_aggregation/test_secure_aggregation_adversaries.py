@@ -1,6 +1,7 @@
 """What parties refuse, that uploads are uniform, and that the tests notice a protocol that is broken."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import os
@@ -15,7 +16,7 @@ from scipy import stats
 from gia_jax import secure_aggregation as sa
 from gia_jax.secure_aggregation import shamir
 from gia_jax.secure_aggregation.primitives import agree, insecure_random, keystream
-from gia_jax.secure_aggregation.protocol import SERVER
+from gia_jax.secure_aggregation.protocol import SERVER, to_bytes
 from gia_jax.secure_aggregation.wire import ByClient
 
 secagg = importlib.import_module("gia_jax.secure_aggregation.secagg")  # the functions have the same names
@@ -48,11 +49,11 @@ def test_a_client_does_not_unmask_another(changes, message):
     clients, *_ = started()
     with pytest.raises(sa.AggregationAborted, match=message):
         clients[0].unmask(request(**changes))
-    # It may still answer the honest question, and that only once.
-    answer = secagg.UnmaskAnswer.from_bytes(clients[0].unmask(request()))
+    # After that it does not answer the honest question either; another client does.
+    with pytest.raises(sa.AggregationAborted, match="client 0 answers each round once and in order: got unmask"):
+        clients[0].unmask(request())
+    answer = secagg.UnmaskAnswer.from_bytes(clients[1].unmask(request()))
     assert (set(answer.seeds), set(answer.keys)) == ({0, 1, 2, 3}, {4})
-    with pytest.raises(sa.AggregationAborted, match="client 0 was asked to unmask twice"):
-        clients[0].unmask(request(dropped=()))
 
 
 def late_upload(clients, server, pending):
@@ -168,6 +169,104 @@ def test_boxes_of_another_run_stop_the_run():
         assert "is not what was sealed" in abort_of(replay, make=make)
 
 
+@pytest.mark.parametrize("field", ["mask", "channel", "signature"])
+def test_a_key_of_a_peer_that_the_server_changed_stops_both_before_they_mask(field):
+    """Also without signatures: a mask of another key would not cancel, and the sum would be wrong."""
+    protocol = sa.secagg(N, threshold=T, clip=1.0)
+    clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, P))
+    pending = drive(clients, server, until=1)
+    keys = dict(ByClient.from_bytes(pending[0]).contents)
+    theirs = secagg.Keys.from_bytes(keys[1])
+    keys[1] = dataclasses.replace(theirs, **{field: flip(getattr(theirs, field) or b"0", 0)}).to_bytes()
+    pending[0] = ByClient(keys).to_bytes()
+    boxes = server.send_boxes({client: clients[client].share_keys(pending[client]) for client in range(N)})
+    with pytest.raises(sa.MalformedMessage, match="the box from client 1 to client 0 is not what was sealed"):
+        clients[0].mask_input(boxes[0])
+    with pytest.raises(sa.MalformedMessage, match="the box from client 0 to client 1 is not what was sealed"):
+        clients[1].mask_input(boxes[1])
+
+
+def test_boxes_that_are_missing_or_of_strangers_are_refused():
+    for change, message in [
+        (lambda boxes: {c: box for c, box in boxes.items() if c < 2}, "client 0 got 1 boxes, threshold 3"),
+        (lambda boxes: {**boxes, 9: boxes[1]}, "client 0 has no channel to client 9, and got a box from it"),
+        (lambda boxes: {**boxes, 1: b""}, "the box from client 1 to client 0 is not what was sealed"),
+    ]:
+        clients, _, pending, _ = started(until=2)
+        boxes = ByClient.from_bytes(pending[0]).contents
+        with pytest.raises(sa.AggregationAborted, match=message):
+            clients[0].mask_input(ByClient(change(boxes)).to_bytes())
+
+    def without_one(number, sender, receiver, payload):
+        """Client 1 sends no box for client 0."""
+        if (number, sender) != (1, 1):
+            return payload
+        shares = secagg.Shares.from_bytes(payload)
+        boxes = {receiver: box for receiver, box in shares.boxes.items() if receiver}
+        return dataclasses.replace(shares, boxes=boxes).to_bytes()
+
+    assert abort_of(without_one) == "client 1 sent boxes for others than its peers"
+
+
+SHARING = {
+    "lightsecagg": lambda: sa.lightsecagg(N, privacy=1, survivors=3, clip=1.0),
+    "packed_shamir": lambda: sa.fastsecagg(sa.packed_shamir(N, num_secrets=2, privacy=1), clip=1.0),
+    "fft": lambda: sa.fastsecagg(sa.fft_sharing((1, N), zeros=(0, 1), secrets=(1, 2)), clip=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("word", [0, 7, 21])
+def test_one_bit_of_a_sum_of_shares_stops_the_run(kind, word):
+    def alter(number, sender, receiver, payload):
+        last = 3 if kind == "lightsecagg" else 2
+        return flip(payload, 4 * word) if (number, sender) == (last, 1) else payload
+
+    assert abort_of(honest, make=SHARING[kind], dropouts={}) == "the sum is right"
+    message = "the sums of shares are not of one sum of vectors"
+    assert abort_of(alter, make=SHARING[kind], dropouts={}) == message
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_different_contributors_for_one_client_stop_the_run(kind):
+    def alter(number, sender, receiver, payload):
+        if sender != SERVER or receiver != 1:
+            return payload
+        if kind == "lightsecagg" and number == 2:
+            return importlib.import_module("gia_jax.secure_aggregation.lightsecagg").Survivors((0, 1, 2, 3)).to_bytes()
+        if kind != "lightsecagg" and number == 1:
+            return ByClient(dict(list(ByClient.from_bytes(payload).contents.items())[1:])).to_bytes()
+        return payload
+
+    message = "the sums of shares are not of one sum of vectors"
+    assert abort_of(alter, make=SHARING[kind], dropouts={}) == message
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_what_verifies_a_sum_is_linear_and_has_no_zero_coefficient(kind):
+    sharing = importlib.import_module("gia_jax.secure_aggregation.sharing")
+    prime, rng = SHARING[kind]().quantizer.modulus, np.random.default_rng(0)
+    one, two = rng.integers(0, prime, (2, P), np.uint32)
+    total = ((one.astype(np.uint64) + two) % prime).astype(np.uint32)
+    parts = [int(sharing._combination(vector, prime)[0]) for vector in (one, two, total)]
+    assert (parts[0] + parts[1]) % prime == parts[2]
+    coefficients = [int(sharing._combination(row, prime)[0]) for row in np.eye(P, dtype=np.uint32)]
+    assert all(coefficients)
+    assert len(set(coefficients)) == P
+
+
+def test_a_malformed_message_of_a_client_leaves_the_view_of_the_server():
+    protocol = sa.plain_sum(3, clip=1.0)
+
+    def make_clients(residues, randoms):
+        return protocol.make_clients(residues[:, :3], randoms)
+
+    with pytest.raises(sa.MalformedMessage, match="a vector must have 16 bytes, got 12") as caught:
+        sa.aggregate_residues(protocol._replace(make_clients=make_clients), np.zeros((3, 4), np.uint32))
+    assert caught.value.view.total is None
+    assert [message.kind for message in caught.value.view.transcript] == ["upload"] * 3
+
+
 @pytest.mark.parametrize(("threshold", "opens"), [(3, True), (4, False)])
 def test_a_server_that_lies_needs_twice_the_threshold(threshold, opens):
     protocol = sa.secagg(6, threshold=threshold, clip=1.0)
@@ -247,7 +346,7 @@ def test_a_second_sum_of_shares_is_refused(kind):
     clients, server = parties(made[kind], random_residues(np.random.default_rng(0), made[kind], P))
     pending = drive(clients, server, until=-1)
     clients[0].sum_shares(pending[0])
-    with pytest.raises(sa.AggregationAborted, match="client 0 was asked for a second sum"):
+    with pytest.raises(sa.AggregationAborted, match="client 0 answers each round once and in order: got sum_shares"):
         clients[0].sum_shares(pending[0])
 
 
@@ -258,8 +357,8 @@ def test_a_sum_over_too_few_is_refused():
     light = importlib.import_module("gia_jax.secure_aggregation.lightsecagg")
     with pytest.raises(sa.AggregationAborted, match="only 1 clients answered and are to be summed, threshold 3"):
         clients[0].sum_shares(light.Survivors((2,)).to_bytes())
-    with pytest.raises(sa.AggregationAborted, match="client 9 shared nothing with client 0"):
-        clients[0].sum_shares(light.Survivors((1, 2, 9)).to_bytes())
+    with pytest.raises(sa.AggregationAborted, match="client 9 shared nothing with client 1"):
+        clients[1].sum_shares(light.Survivors((1, 2, 9)).to_bytes())
 
 
 # Uploads of a fixed seed: the p-values are numbers, not luck.
@@ -296,18 +395,21 @@ def test_uploads_are_not_uniform_without_masks():
     assert upload_p_values(lambda: sa.plain_sum(4, clip=1.0), VECTORS["small"]) < 1e-9
 
 
+@functools.wraps(secagg.SecAggClient.mask_input)
 def without_a_pair_mask(self, message, original=secagg.SecAggClient.mask_input):
-    boxes = ByClient.from_bytes(message).contents
-    masked = original(self, ByClient(dict(list(boxes.items())[1:])).to_bytes())
-    self._boxes = boxes
-    return masked
+    masked = np.frombuffer(original(self, message), "<u4")
+    peer = min(self._held)
+    mask = keystream(agree(self._mask_key, self._peers[peer], b"mask"), P)
+    return to_bytes(masked - mask if self._client < peer else masked + mask)
 
 
+@functools.wraps(secagg.SecAggClient.mask_input)
 def with_one_sign(self, message, original=secagg.SecAggClient.mask_input):
-    own, self._client = self._client, -1
-    masked = original(self, message)
-    self._client = own
-    return masked
+    masked = np.frombuffer(original(self, message), "<u4")
+    for peer in self._held:
+        mask = keystream(agree(self._mask_key, self._peers[peer], b"mask"), P)
+        masked = masked if self._client < peer else masked + mask + mask
+    return to_bytes(masked)
 
 
 @pytest.mark.parametrize("mutant", [without_a_pair_mask, with_one_sign])

@@ -1,5 +1,7 @@
 """Ciphertexts that the server adds. BFV and CKKS need tenseal, Paillier nothing."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from exchanges import drive, lenet_gradients, modular, parties, random_residues
 
 from gia_jax import secure_aggregation as sa
-from gia_jax.secure_aggregation.homomorphic import SCHEMES, Encrypted
+from gia_jax.secure_aggregation.homomorphic import SCHEMES, Encrypted, EncryptedSum
 
 SCHEME_NAMES = ["bfv", "ckks", "paillier"]
 
@@ -72,9 +74,9 @@ def test_the_server_holds_ciphertext_and_one_colluder_opens_all(scheme):
     np.testing.assert_array_equal(made_clients[1].sum, modular(residues, protocol.quantizer.modulus))
     assert residues[0].tobytes() not in server.uploads[0]
     # Two encryptions of one vector differ.
-    assert made_clients[0].encrypt(b"") != server.uploads[0]
-    blocks = Encrypted.from_bytes(server.uploads[0]).blocks
-    opened = SCHEMES[scheme]().decrypt(made_clients[2]._key, [blocks[i] for i in range(len(blocks))])[:20]
+    cipher, blocks = SCHEMES[scheme](), Encrypted.from_bytes(server.uploads[0]).blocks
+    assert cipher.encrypt(made_clients[0]._key, residues[0].astype(np.int64))[0] != blocks[0]
+    opened = cipher.decrypt(made_clients[2]._key, [blocks[i] for i in range(len(blocks))])[:20]
     np.testing.assert_array_equal(opened % protocol.quantizer.modulus, residues[0])
 
 
@@ -110,5 +112,72 @@ def test_one_ciphertext_alone_is_not_opened():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="scheme must be one of bfv, ckks, paillier, got 'rsa'"):
         sa.homomorphic(3, "rsa", clip=1.0)
-    with pytest.raises(ValueError, match="key_bits must be at least 1024, got 512"):
+    with pytest.raises(ValueError, match="key_bits must be an integer from 1024 to 16384, got 512"):
         sa.homomorphic(3, "paillier", clip=1.0, key_bits=512)
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_a_sum_that_one_client_alone_publishes_is_not_believed(publish):
+    protocol = made("paillier", 3, publish=publish)
+    clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, 3))
+    pending = drive(clients, server, until=1)
+    answers = {client: clients[client].decrypt(pending[client]) for client in range(3)} | {0: bytes(12)}
+    with pytest.raises(sa.AggregationAborted, match="clients must publish one sum, got 2 that differ"):
+        server.learn(answers)
+    assert server.total is None
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_what_is_no_ciphertext_of_the_right_kind_is_refused(scheme):
+    cipher = made(scheme) and SCHEMES[scheme]()
+    key, other = cipher.generate(1024), cipher.generate(1024)
+    public, good = cipher.public(key), cipher.encrypt(key, np.arange(3))[0]
+    for bad in (b"", b"x", good[:-1], good + b"\0", public):
+        with pytest.raises(sa.MalformedMessage, match="ciphertext"):
+            cipher.add(public, [good, bad])
+        with pytest.raises(sa.MalformedMessage, match="ciphertext"):
+            cipher.decrypt(key, [bad])
+    if scheme != "paillier":
+        with pytest.raises(sa.MalformedMessage, match="ciphertext"):
+            cipher.add(b"no key", [good])
+        with pytest.raises(sa.MalformedMessage, match="ciphertexts of one block must have one length"):
+            cipher.add(public, [good, cipher.encrypt(key, np.arange(1))[0]])
+        # Of another key: no integers, or others.
+        values = cipher.decrypt(other, [good]) if scheme == "bfv" else np.zeros(3)
+        assert not np.array_equal(values[:3], np.arange(3))
+        return
+    n = int.from_bytes(public, "little")
+    half = int.from_bytes(key[: len(key) // 2], "little")
+    for number in (0, n, half, n * n, n * n + 1):
+        with pytest.raises(sa.MalformedMessage, match="a ciphertext must be 256 bytes of a unit modulo n"):
+            cipher.decrypt(key, [number.to_bytes(256, "little")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0**55])
+def test_values_that_are_no_integers_are_refused(value, monkeypatch):
+    tenseal = pytest.importorskip("tenseal")
+    key = SCHEMES["ckks"]().generate(0)
+    opened = types.SimpleNamespace(size=lambda: 2, decrypt=lambda: [1.0, value])
+    monkeypatch.setattr(tenseal, "ckks_vector_from", lambda context, data: opened)
+    with pytest.raises(sa.MalformedMessage, match="a ciphertext of ckks must hold integers, got"):
+        SCHEMES["ckks"]().decrypt(key, [b""])
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "add"])
+def test_blocks_that_are_not_those_of_the_vector_are_refused(change):
+    protocol = made("paillier", 2)
+    clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, 40))  # two blocks
+    pending = drive(clients, server, until=1)
+
+    def changed(blocks):
+        return {"drop": {0: blocks[0]}, "rename": {0: blocks[0], 7: blocks[1]}, "add": {**blocks, 2: blocks[0]}}[change]
+
+    blocks = EncryptedSum.from_bytes(pending[0]).blocks
+    with pytest.raises(sa.MalformedMessage, match="ciphertexts must be of the 2 blocks, got"):
+        clients[0].decrypt(EncryptedSum(changed(blocks)).to_bytes())
+    clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, 40))
+    answers = {client: clients[client].encrypt(b"") for client in range(2)}
+    upload = Encrypted.from_bytes(answers[1])
+    answers[1] = Encrypted(upload.public, changed(upload.blocks)).to_bytes()
+    with pytest.raises(sa.MalformedMessage, match="ciphertexts must be of the 2 blocks, got"):
+        server.add(answers)

@@ -162,14 +162,14 @@ def test_distributed_noise_is_weaker_against_sybils():
     )
     assert limits.noise_against_server(2.0, num_clients=10, num_honest=10) == 2.0
     for bad in (0, 11):
-        with pytest.raises(ValueError, match=f"num_honest must be from 1 to 10, got {bad}"):
+        with pytest.raises(ValueError, match=f"num_honest must be an integer from 1 to 10, got {bad}"):
             limits.noise_against_server(1.0, num_clients=10, num_honest=bad)
 
 
 def test_layers_that_are_missing_are_named():
     with pytest.raises(ValueError, match=r"layer \('dense9',\) does not exist: 'dense9' not found"):
         limits.inconsistent_models(PARAMS, ["dense9"], 0, N)
-    with pytest.raises(ValueError, match="victim must be from 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="victim must be an integer from 0 to 3, got 4"):
         limits.inconsistent_models(PARAMS, ["dense0"], 4, N)
     with pytest.raises(ValueError, match=r"thresholds must have shape \(24,\), got \(3,\)"):
         limits.imprinted(PARAMS, ["dense0"], ["head"], jnp.zeros(3))

@@ -80,11 +80,14 @@ def test_clipping_is_counted():
     ("arguments", "message"),
     [
         ((0.0, 8, 1), "clip must be positive and finite, got 0.0"),
+        ((1e300, 8, 1), "clip must leave the sum and its steps in the range of float32, got 1e\\+300"),
+        ((1e38, 8, 4), "clip must leave the sum and its steps in the range of float32, got 1e\\+38"),
+        ((1e-39, 8, 1), "clip must leave the sum and its steps in the range of float32, got 1e-39"),
         ((float("nan"), 8, 1), "clip must be positive and finite, got nan"),
-        ((1.0, 1, 1), "bits must be from 2 to 31, got 1"),
-        ((1.0, 32, 1), "bits must be from 2 to 31, got 32"),
-        ((1.0, 8, 0), "num_clients must be at least 1, got 0"),
-        ((1.0, 8, 1, 2**32 + 1), "modulus must be from 3"),
+        ((1.0, 1, 1), "bits must be an integer from 2 to 31, got 1"),
+        ((1.0, 32, 1), "bits must be an integer from 2 to 31, got 32"),
+        ((1.0, 8, 0), "num_clients must be an integer of at least 1, got 0"),
+        ((1.0, 8, 1, 2**32 + 1), "modulus must be an integer from 3 to 4294967296, got 4294967297"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
