@@ -1,9 +1,16 @@
 """Pictures of what leaked. Needs matplotlib (the extra `demo`)."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from gia_jax.metrics.images import check_pixels
+from gia_jax.store import write_whole
+
+MAX_ROWS = 16
 
 
 def picture_grid(
@@ -16,44 +23,90 @@ def picture_grid(
     """One row an image, one column a version of it (the original, a reconstruction ...), as a PNG.
 
     Args:
-        columns: By heading, images in [0, 1] of shape (n, h, w, c), c one or three.
-        path: Of the file.
-        captions: By heading, a line below each image, such as its PSNR.
-        title: Above the grid.
+        columns: By heading, n images of shape (n, h, w, c), c one or three; pixels are clipped to [0, 1], and NaN is
+            drawn as 0.5. The first 16 are drawn, and the title says so where there are more.
+        path: Path of the file.
+        captions: By heading, a line below each image, such as its PSNR; not every column needs captions.
+        title: Text above the grid.
+
+    Raises:
+        ValueError: There are no columns, an array is no images or of integers, columns have different numbers of
+            images, or captions are of no column or not one for each image.
     """
     from matplotlib.figure import Figure
 
-    rows = min(len(next(iter(columns.values()))), 16)
+    columns = {heading: np.asarray(images) for heading, images in columns.items()}
+    if not columns:
+        raise ValueError("columns must hold images, got none")
+    count = len(next(iter(columns.values())))
+    for heading, images in columns.items():
+        check_pixels(f"columns[{heading!r}]", images, ("n", "h", "w", "c"), in_range=False)
+        if len(images) != count or images.shape[-1] not in (1, 3):
+            wanted = f"({count}, h, w, c) with c of 1 or 3"
+            raise ValueError(f"columns[{heading!r}] must be images of shape {wanted}, got {images.shape}")
+    for heading, lines in (captions or {}).items():
+        if heading not in columns or len(lines) != count:
+            place = f"captions[{heading!r}] must be a line for each of the {count} images of a column"
+            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+    rows = min(count, MAX_ROWS)
+    if rows < count:
+        title = f"{title} (the first {rows} of {count} images)".strip()
     figure = Figure(figsize=(1.9 * len(columns) + 0.2, 2.0 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for j, (heading, images) in enumerate(columns.items()):
         axes[0, j].set_title(heading, fontsize=9)
         for i in range(rows):
-            axes[i, j].imshow(np.clip(images[i], 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            image = np.nan_to_num(np.clip(images[i].astype(np.float32), 0, 1), nan=0.5)
+            image = image[..., 0] if image.shape[-1] == 1 else image
+            axes[i, j].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes[i, j].set_xticks([])
             axes[i, j].set_yticks([])
             if captions and heading in captions:
                 axes[i, j].set_xlabel(captions[heading][i], fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = "") -> None:
     """The attacker's loss over steps, one line each, on a logarithmic axis, as a PNG.
 
+    Where a loss is negative the axis is linear around 0 and logarithmic on both sides of it. A loss that is not finite
+    is a gap in its line.
+
     Args:
-        curves: By name, losses of shape (num_steps,).
-        path: Of the file.
-        title: Above the plot.
+        curves: By name, losses of shape (num_steps,), at least one.
+        path: Path of the file.
+        title: Text above the plot.
+
+    Raises:
+        ValueError: There are no curves, or one is not of numbers along one axis.
     """
     from matplotlib.figure import Figure
 
+    curves = {name: np.asarray(losses) for name, losses in curves.items()}
+    if not curves:
+        raise ValueError("curves must hold losses, got none")
+    for name, losses in curves.items():
+        if losses.ndim != 1 or not losses.size:
+            raise ValueError(f"curves[{name!r}] must have shape (num_steps,), at least one step, got {losses.shape}")
+    every = np.concatenate([losses.astype(np.float64) for losses in curves.values()])
+    sizes = np.abs(every[np.isfinite(every) & (every != 0)])
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, losses in curves.items():
-        axes.semilogy(np.arange(1, len(losses) + 1), losses, label=name, linewidth=1)
+        axes.plot(np.arange(1, len(losses) + 1), losses.astype(np.float64), label=name, linewidth=1)
+    if np.any(every[np.isfinite(every)] < 0):
+        axes.set_yscale("symlog", linthresh=float(sizes.min()))
+    else:
+        axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_whole(path, content.getvalue())

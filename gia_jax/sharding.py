@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -15,15 +16,16 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
 
     Args:
         fn: A function of arrays, such as an attack on one victim.
-        mesh: Devices; with several hosts, every process calls this alike.
-        axis: Name of the mesh's axis.
+        mesh: The devices; with several hosts, every process calls this alike.
+        axis: Name of the mesh's axis over which the lanes are spread.
 
     Returns:
-        The mapped function: every leaf of its arguments and results has a leading axis of lanes, a multiple of the
-        number of devices along `axis`. Call it inside `jax.jit`.
+        The mapped function: every leaf of its arguments and results has a leading axis of lanes, a positive
+        multiple of the number of devices along `axis`. Call it inside `jax.jit`.
 
     Raises:
-        ValueError: No such axis, or (when called) lanes that the devices do not divide.
+        ValueError: There is no such axis, or (when called) there are no arguments, lanes that the devices do not
+            divide, or arguments of different numbers of lanes.
     """
     if axis not in mesh.shape:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}, got {axis!r}")
@@ -34,12 +36,16 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
     mapped = jax.shard_map(jax.vmap(fn), mesh=mesh, in_specs=lanes, out_specs=lanes, check_vma=False)
 
     def checked(*args: Any) -> Any:
-        for path, leaf in jax.tree.leaves_with_path(args):
-            if leaf.ndim == 0 or leaf.shape[0] % devices:
-                name = jax.tree_util.keystr(path)
+        shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(args)]
+        if not shapes:
+            raise ValueError("args must have a leaf with lanes, got none")
+        for name, shape in shapes:
+            if not shape or not shape[0] or shape[0] % devices:
                 raise ValueError(
-                    f"lanes must be a multiple of the {devices} devices, got shape {leaf.shape} at args{name}"
+                    f"lanes must be a positive multiple of the {devices} devices, got shape {shape} at args{name}"
                 )
+            if shape[0] != shapes[0][1][0]:
+                raise ValueError(f"lanes must be {shapes[0][1][0]} as at args{shapes[0][0]}, got {shape} at args{name}")
         return mapped(*(jax.reshard(args, NamedSharding(mesh, lanes)) if explicit else args))
 
     return checked

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -199,3 +200,126 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
 def test_tables_align_their_columns() -> None:
     lines = report.table(["name", "dB"], [["a", "12.5"], ["longer", "3"]]).splitlines()
     assert lines == ["name      dB", "------------", "a       12.5", "longer     3"]
+
+
+def test_without_public_images_there_is_only_the_grey_guess(data: ImageData) -> None:
+    found = report.baselines(data.images[:2], data.images[:0])
+    assert list(found) == ["grey"]
+    np.testing.assert_allclose(found["grey"], report.baselines(data.images[:2], data.images[2:])["grey"])
+
+
+def test_what_is_no_image_of_a_baseline_is_named(data: ImageData) -> None:
+    truth, gallery = data.images[:2], data.images[2:]
+    wrong = [
+        (truth * 255, gallery, r"truth must be pixels in \[0, 1\], got"),
+        (truth, gallery * np.nan, r"gallery must be pixels in \[0, 1\], got nan"),
+        ((truth * 255).astype(np.uint8), gallery, "truth must be pixels .* floating type, got uint8: divide by 255"),
+        (truth, gallery[:, :1], r"gallery must have the shape \(n, 12, 12, 3\) of the images of truth, got \(4, 1, 12"),
+        (truth, gallery[0], r"gallery must have the shape \(n, 12, 12, 3\) of the images of truth, got \(12, 12, 3\)"),
+        (truth[:0], gallery, r"truth must be images of shape \(..., h, w, c\), at least one, got \(0, 12, 12, 3\)"),
+    ]
+    for images, public, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            report.baselines(images, public)
+    with pytest.raises(ValueError, match="labels must be class indices, integers, got float64"):
+        report.baselines(truth, gallery, labels=np.zeros(2), gallery_labels=np.zeros(4))
+
+
+def test_baselines_in_half_precision_are_those_of_its_values(data: ImageData) -> None:
+    half = data.images.astype(np.float16)
+    wide = report.baselines(half[:2].astype(np.float32), half[2:].astype(np.float32))
+    for name, psnr in report.baselines(half[:2], half[2:]).items():
+        np.testing.assert_allclose(psnr, wide[name], rtol=1e-6)
+
+
+def test_a_truth_that_is_no_image_of_the_data_is_refused(data: ImageData) -> None:
+    truth = _truth(data)
+    with pytest.raises(ValueError, match=r"denormalised truth.inputs must be pixels in \[0, 1\], got"):
+        report.score(truth, truth._replace(inputs=truth.inputs + 9), data)
+    with pytest.raises(
+        ValueError, match=r"reconstructed.inputs must have the shape \(3, 2, 12, 12, 3\) of truth.inputs"
+    ):
+        report.score(jax.tree.map(lambda leaf: leaf[:1], truth), truth, data)
+    with pytest.raises(ValueError, match=r"truth.inputs must be images of shape \(v, b, h, w, c\), at least one"):
+        report.score(truth, jax.tree.map(lambda leaf: leaf[0], truth), data)
+    with pytest.raises(ValueError, match=r"data.std must have 3 numbers, one for each channel, got \(1.0,\)"):
+        report.score(truth, truth, data._replace(std=(1.0,)))
+    with pytest.raises(ValueError, match=r"reconstructed.labels must be \(3, 2\), victims and images, got \(3, 1\)"):
+        report.score(truth._replace(labels=truth.labels[:, :1]), truth, data)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_scores_of_half_precision_are_in_float32(data: ImageData, dtype: Any) -> None:
+    truth = _truth(data)
+    half = Batch(truth.inputs.astype(dtype), truth.labels)
+    scores = report.score(half, half, data)
+    assert scores.psnr.dtype == scores.images.dtype == np.float32
+    assert np.isposinf(scores.psnr).all()
+    again = report.score(half, truth, data)
+    assert 40 < again.psnr.min() < again.psnr.max() < 90
+
+
+def test_labels_that_are_no_classes_have_no_score(data: ImageData) -> None:
+    truth = _truth(data)
+    for labels in (jnp.zeros((3, 2)), jnp.zeros((3, 2, 4), int), jnp.zeros((3, 5, 2, 4)), jnp.zeros((7, 2), bool)):
+        scores = report.score(truth._replace(labels=labels), truth, data)
+        assert np.isnan(scores.label_correct).all()
+        assert scores.label_correct.shape == (3,)
+        assert scores.psnr.min() > 100
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_random_updates_keep_norms_that_half_precision_cannot_square(dtype: Any) -> None:
+    update = {
+        "large": jnp.full((2, 400), 300.0, dtype),
+        "small": jnp.full((2, 3), 2e-4, dtype),
+        "none": jnp.zeros((2, 0)),
+    }
+    noise = report.random_updates(jax.random.key(0), Observation((), update, {})).update
+    for name, leaf in update.items():
+        assert noise[name].dtype == leaf.dtype
+        want, got = (np.linalg.norm(np.asarray(one, np.float64), axis=1) for one in (leaf, noise[name]))
+        np.testing.assert_allclose(got, want, rtol=1e-2)
+    extreme = jnp.stack([jnp.full(4, 1e-30), jnp.full(4, 1e30), jnp.full(4, jnp.nan), jnp.array([0, jnp.inf, 0, 0])])
+    found = report.random_updates(jax.random.key(0), Observation((), extreme, {})).update
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(found[:2], np.float64), axis=1), [2e-30, 2e30], rtol=1e-5)
+    assert np.isnan(found[2:]).all()
+
+
+def test_updates_that_have_no_noise_are_named() -> None:
+    def noise(update: Any) -> None:
+        report.random_updates(jax.random.key(0), Observation((), update, {}))
+
+    with pytest.raises(ValueError, match=r"observations.update must have leaves, got none"):
+        noise({})
+    with pytest.raises(ValueError, match=r"observations.update\['x'\] must be of a floating type, got int32"):
+        noise({"x": jnp.zeros((2, 3), int)})
+    with pytest.raises(
+        ValueError, match=r"update\['y'\] must have a leading axis of the \(2,\) victims, got the shape"
+    ):
+        noise({"x": jnp.zeros((2, 3)), "y": jnp.zeros(3)})
+
+
+def test_arrays_sets_and_paths_become_json() -> None:
+    content = {
+        Path("a"): jnp.asarray([1.5, jnp.nan], jnp.bfloat16),
+        2.5: np.array([[1, 2]]),
+        (1, 2): {Path("/x")},
+        "scalars": [jnp.bfloat16(0.5), np.bool_(True), jnp.float32(2), np.float16("inf"), jnp.asarray(True), None],
+    }
+    assert json.loads(report.to_json(content)) == {
+        "a": [1.5, "nan"],
+        "2.5": [[1, 2]],
+        "[1, 2]": ["/x"],
+        "scalars": [0.5, True, 2.0, "inf", True, None],
+    }
+    for value in (1j, b"x", object(), jax.random.key(0)):
+        with pytest.raises(ValueError, match="content must be of numbers, text, lists and mappings, got"):
+            report.to_json([value])
+    with pytest.raises(ValueError, match=r"content must have keys of different text, got \[1, '1'\]"):
+        report.to_json({1: 2, "1": 3})
+
+
+def test_rows_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows must have 2 cells like the header, got 1 in \['a'\]"):
+        report.table(["name", "dB"], [["a"]])

@@ -75,7 +75,7 @@ def test_equals_a_loop_on_eight_devices():
     }
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    message = "lanes must be a multiple of the 8 devices, got shape {} at args[0]['x']"
+    message = "lanes must be a positive multiple of the 8 devices, got shape {} at args[0]['x']"
     assert done.stdout.splitlines() == [message.format(shape) for shape in ("(12,)", "()")]
 
 
@@ -90,3 +90,17 @@ def test_one_device_is_vmap():
 def test_unknown_axis():
     with pytest.raises(ValueError, match=r"\('lanes',\).*'victims'"):
         map_sharded(jnp.sin, jax.make_mesh((1,), ("lanes",)), "victims")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "args must have a leaf with lanes, got none"),
+        ((1.0,), r"lanes must be a positive multiple of the 1 devices, got shape \(\) at args\[0\]"),
+        ((np.zeros((0, 2)),), r"lanes must be a positive multiple of the 1 devices, got shape \(0, 2\) at args\[0\]"),
+        ((np.zeros(2), np.zeros(3)), r"lanes must be 2 as at args\[0\], got \(3,\) at args\[1\]"),
+    ],
+)
+def test_arguments_without_common_lanes_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        map_sharded(lambda *args: args, jax.make_mesh((1,), ("lanes",)), "lanes")(*args)

@@ -1,5 +1,6 @@
 """Real images as NumPy arrays."""
 
+from gia_jax import _check
 from gia_jax.data.embedded import digits, photos
 from gia_jax.data.images import ImageData
 from gia_jax.data.prepared import prepared
@@ -9,18 +10,23 @@ def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageDa
     """Images by name: "photos", "digits", or any prepared TFDS set such as "mnist", "cifar10", "cifar100".
 
     Args:
-        name: Of the set.
-        split: Of a TFDS set; the embedded ones have one split only.
-        limit: The first so many images; None for all.
+        name: Name of the set, of a TFDS set also with a version, such as "mnist:3.0.1".
+        split: Split of a TFDS set; the embedded ones have the split "test" only.
+        limit: Number of images, at least 1, the first ones, or all where there are fewer; None for all.
 
     Returns:
         The images, in the order that makes "the first n" a public rule.
 
     Raises:
-        ValueError: The set is unknown, not prepared, or has no such split.
+        ValueError: The set is unknown, not prepared, cannot be read or has no such split, or `limit` is no positive
+            integer.
     """
     if name not in ("photos", "digits"):
         return prepared(name, split=split, limit=limit)
+    if split != "test":
+        raise ValueError(f"split must be 'test' for data {name}, got {split!r}")
+    if limit is not None:
+        _check.integer(limit=limit)
     data = photos() if name == "photos" else digits()
     return data._replace(images=data.images[:limit], labels=data.labels[:limit], ids=data.ids[:limit])
 

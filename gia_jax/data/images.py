@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from gia_jax.precision import wide_dtype
 
 
 class ImageData(NamedTuple):
     """Labelled images.
 
     Attributes:
-        name: Of the set and its split.
+        name: Name of the set and its split.
         images: Pixels in [0, 1], float32, shape (n, h, w, c).
         labels: Class indices, int32, shape (n,).
         ids: One name an image; the order of all arrays follows them.
         class_names: One name a class.
-        mean: Of each channel over the training set.
-        std: Of each channel over the training set.
+        mean: Mean of each channel, public: over the training set, or else over images that are not among these.
+        std: Standard deviation of each channel, over the same images as the mean.
     """
 
     name: str
@@ -28,12 +31,27 @@ class ImageData(NamedTuple):
     std: Sequence[float]
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
-        """From pixels in [0, 1] to the model's space: zero mean and unit variance a channel over the training set."""
-        return (images - np.asarray(self.mean, images.dtype)) / np.asarray(self.std, images.dtype)
+        """From pixels in [0, 1] to the model's space: zero mean and unit variance a channel over the training set.
+
+        Raises:
+            ValueError: `images` are integers, or have another number of channels, their last axis, than the mean.
+        """
+        wide, mean, std = self._channels("images", images)
+        return ((wide - mean) / std).astype(images.dtype)
 
     def denormalize(self, inputs: np.ndarray) -> np.ndarray:
-        """The inverse of `normalize`, clipped to [0, 1]."""
-        return np.clip(inputs * np.asarray(self.std, inputs.dtype) + np.asarray(self.mean, inputs.dtype), 0, 1)
+        """The inverse of `normalize`, clipped to [0, 1]; it raises likewise."""
+        wide, mean, std = self._channels("inputs", inputs)
+        return np.clip(wide * std + mean, 0, 1).astype(inputs.dtype)
+
+    def _channels(self, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The values, the mean and the deviation in float32 or wider."""
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a floating type, got {values.dtype}: divide pixels by 255")
+        if values.shape[-1:] != (len(self.mean),):
+            raise ValueError(f"{name} must have {len(self.mean)} channels, their last axis, got shape {values.shape}")
+        dtype = wide_dtype(values.dtype)
+        return values.astype(dtype), np.asarray(self.mean, dtype), np.asarray(self.std, dtype)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """The box of pixel values in the model's space: darkest and brightest, each of shape (c,)."""

@@ -1,11 +1,14 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow. Needs the extra `data`."""
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gia_jax import _check
 from gia_jax.data.images import ImageData
 
 # Channel statistics of the training sets, computed from their pixels.
@@ -14,6 +17,8 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "mnist": ((0.1307,), (0.3081,)),
 }
+NUM_PUBLIC = 2_000  # images that the statistics of other sets are computed from
+NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d*]+(\.[\d*]+){2})?")  # name, name/config, name:1.0.0
 
 
 def data_directory() -> Path | None:
@@ -29,51 +34,96 @@ def prepared(name: str, *, split: str = "test", limit: int | None = None) -> Ima
     """The images of a TFDS classification set, ordered by their id where they have one (TFDS shuffles them).
 
     Args:
-        name: Of the TFDS builder, such as "cifar10".
-        split: "train", "test", ...
-        limit: Images to decode, the first ones in that order; None for all.
+        name: The TFDS builder, such as "cifar10", with a version if need be, "cifar10:3.0.2".
+        split: The split by its name, such as "train" or "test", without a slice.
+        limit: Number of images to decode, the first ones in that order, at least 1; None for all.
 
     Returns:
-        The images. Sets without published channel statistics are normalised by those of the images loaded.
+        The images. Sets without published channel statistics are normalised by those of at most 2,000 images that are
+        not among the images loaded, for these may be a victim's: of the training split, or, where that is the one
+        loaded, of another split, or else of its own rest; by a mean and a deviation of 0.5 where there is no other
+        image.
 
     Raises:
-        ValueError: The set is unknown, not prepared, has no such split, or is no set of labelled images of one size.
+        ValueError: The set is unknown, not prepared, cannot be read, has no such split, or is no set of labelled images
+            of one size and 8 bits; or `limit` is no positive integer.
         ImportError: The extra `data` is not installed.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError("data sets need the extra 'data': pip install 'gia-jax[data]'") from error
+    if limit is not None:
+        _check.integer(limit=limit)
     root = data_directory()
+    if root is not None and root.exists() and not root.is_dir():
+        raise ValueError(f"GIA_JAX_DATA_DIR or TFDS_DATA_DIR must be a folder, got {str(root)!r}")
+    unknown = f"data must be photos, digits or a TFDS set, got {name!r}"
+    if not NAME.fullmatch(name):
+        raise ValueError(unknown)
     try:
         builder = tfds.builder(name, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError):
-        raise ValueError(f"data must be photos, digits or a TFDS set, got {name!r}") from None
+        raise ValueError(unknown) from None
+    except Exception as error:
+        raise ValueError(f"data {name!r} cannot be read: {_one_line(error)}") from None
     if not (Path(builder.data_path) / "dataset_info.json").exists():
         raise ValueError(
             f"data {name!r} is not prepared in {builder.data_path}: set GIA_JAX_DATA_DIR to a folder that holds it, or "
             f"prepare it once with tensorflow installed: "
             f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         )
-    if split not in builder.info.splits:
-        raise ValueError(f"split must be one of {sorted(builder.info.splits)}, got {split!r}")
-    if not {"image", "label"} <= set(builder.info.features):
-        raise ValueError(f"data {name!r} must hold 'image' and 'label', got {sorted(builder.info.features)}")
-    skip: Any = {"image": tfds.decode.SkipDecoding()}
-    source: Any = tfds.data_source(name, split=split, data_dir=root)
-    if "id" in builder.info.features:
-        records: Any = tfds.data_source(name, split=split, data_dir=root, decoders=skip)
-        names = [record["id"].decode() for record in records]
-        order = sorted(range(len(names)), key=names.__getitem__)
-    else:
-        names = [f"{split}_{i:05d}" for i in range(len(source))]
-        order = list(range(len(names)))
-    order = order[:limit]
-    examples = [source[i] for i in order]
+    splits, features = builder.info.splits, dict(builder.info.features)
+    if split not in splits:
+        raise ValueError(f"split must be one of {sorted(splits)}, got {split!r}")
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+        raise ValueError(f"data {name!r} must hold 'image' and 'label', a class, got {sorted(features)}")
+    if features["image"].np_dtype != np.uint8:
+        raise ValueError(f"data {name!r} must hold images of uint8, got {np.dtype(features['image'].np_dtype)}")
+    try:
+        source: Any = builder.as_data_source(split=split)
+        if "id" in features:
+            skip: Any = {"image": tfds.decode.SkipDecoding()}
+            records: Any = builder.as_data_source(split=split, decoders=skip)
+            names = [record["id"].decode() for record in records]
+            order = sorted(range(len(names)), key=names.__getitem__)
+        else:
+            names = [f"{split}_{i:05d}" for i in range(len(source))]
+            order = list(range(len(names)))
+        examples = [source[i] for i in order[:limit]]
+        statistics = STATISTICS.get(builder.name)
+        if statistics is None:
+            others = sorted((other for other in splits if other != split), key=lambda other: other != "train")
+            public: Any = builder.as_data_source(split=others[0]) if others else source
+            places = range(len(public)) if others else order[len(examples) :]
+            statistics = _statistics(public[i]["image"] for i in places[:NUM_PUBLIC])
+    except Exception as error:
+        raise ValueError(f"data {name!r} in {builder.data_path} cannot be read: {_one_line(error)}") from None
     if len({example["image"].shape for example in examples}) != 1:
-        raise ValueError(f"data {name!r} must hold images of one size")
+        raise ValueError(f"data {name!r} must hold images, of one size")
     images = np.stack([example["image"] for example in examples]).astype(np.float32) / 255
     labels = np.asarray([example["label"] for example in examples], np.int32)
-    mean, std = STATISTICS.get(name) or (images.mean((0, 1, 2)).tolist(), images.std((0, 1, 2)).tolist())
-    features: Any = builder.info.features
-    return ImageData(f"{name}/{split}", images, labels, [names[i] for i in order], features["label"].names, mean, std)
+    mean, std = statistics or ((0.5,) * images.shape[-1],) * 2
+    ids = [names[i] for i in order[:limit]]
+    return ImageData(f"{name}/{split}", images, labels, ids, features["label"].names, mean, std)
+
+
+def _statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Channel means and deviations of 8-bit images of any sizes, as pixels in [0, 1]; None of no images.
+
+    A channel that is the same everywhere has the deviation 1: it only loses its mean.
+    """
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    for image in images:
+        pixels = image.reshape(-1, image.shape[-1]) / 255
+        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + np.square(pixels).sum(0)
+    if not count:
+        return None
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1).tolist())
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, without the context that TFDS puts before it, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

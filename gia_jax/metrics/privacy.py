@@ -5,19 +5,26 @@ Accounting is host work in NumPy. Every number is of the Gaussian mechanism on a
 bounds, which are of one known gradient function.
 """
 
+import math
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float
 from scipy import stats
 
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, Params
+from gia_jax.precision import widened
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove", "replace_one")
+MAX_ROUNDS = 10**9  # rounding errors of a round, as often as that, are still small
+MAX_LOSSES = 2**24  # of a composed distribution: a GiB and some ten seconds
+TAIL = 1e-15  # the probability that a composed distribution counts as that of an infinite loss
 
 
 def epsilon(
@@ -34,7 +41,7 @@ def epsilon(
     Args:
         noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, > 0.
         delta: In (0, 1).
-        num_rounds: Releases, each with noise of its own.
+        num_rounds: Releases, each with noise of its own, at most 10^9.
         sampling_rate: The chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
             sampling that the adversary does not see; a server that chose the cohort saw it.
         relation: How the data sets differ: "add_or_remove", one has an example more, or "replace_one", an example has
@@ -46,7 +53,8 @@ def epsilon(
         Epsilon, as computed by the library dp-accounting.
 
     Raises:
-        ValueError: If an argument is outside its range, or "replace_one" meets "rdp" and sampling.
+        ValueError: If an argument is outside its range, "replace_one" meets "rdp" and sampling, or "pld" with sampling
+            cannot resolve so small a delta or noise, or so many rounds.
         ImportError: If the extra `privacy` is not installed.
 
     Formal Guarantees:
@@ -54,28 +62,27 @@ def epsilon(
         N(0, (noise_multiplier * norm)^2) to a sum of gradients clipped to `norm`.
     """
     _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}")
-    if accountant not in ACCOUNTANTS:
-        raise ValueError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
-    if relation not in RELATIONS:
-        raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {relation!r}")
+    _check_accounting(delta, sampling_rate, relation, accountant)
     replaces = relation == "replace_one"
-    if replaces and accountant == "rdp" and sampling_rate < 1:
-        raise ValueError(f"accountant must be 'pld' for relation 'replace_one' with sampling, got {accountant!r}")
     dp_accounting = _dp_accounting()
     if accountant == "pld" and sampling_rate == 1:
-        shift = (2 if replaces else 1) * np.sqrt(num_rounds) / noise_multiplier
+        shift = (2 if replaces else 1) * math.sqrt(num_rounds) / noise_multiplier
         return float(dp_accounting.get_epsilon_gaussian(1 / shift, delta))
     if accountant == "pld":
         relations = dp_accounting.NeighboringRelation
         relation_of = relations.REPLACE_ONE if replaces else relations.ADD_OR_REMOVE_ONE
-        ledger = dp_accounting.pld.PLDAccountant(relation_of, _spacing(noise_multiplier))
-    else:
-        # This accountant takes any relation without sampling, and disregards it.
-        noise_multiplier = noise_multiplier / 2 if replaces else noise_multiplier
-        ledger = dp_accounting.rdp.RdpAccountant()
-    release = dp_accounting.GaussianDpEvent(noise_multiplier)
+        losses = _losses(noise_multiplier, sampling_rate, relation_of)
+        if losses is None:
+            raise ValueError(_unresolved("noise_multiplier", noise_multiplier, "nearer to 1", relation))
+        if not _composable(losses, num_rounds):
+            raise ValueError(_unresolved("num_rounds", num_rounds, "smaller", relation))
+        found = float(losses.self_compose(num_rounds).get_epsilon_for_delta(delta))
+        if math.isinf(found):
+            raise ValueError(_unresolved("delta", delta, "larger", relation))
+        return found
+    # This accountant takes any relation without sampling, and disregards it.
+    ledger = dp_accounting.rdp.RdpAccountant()
+    release = dp_accounting.GaussianDpEvent(noise_multiplier / 2 if replaces else noise_multiplier)
     if sampling_rate < 1:
         release = dp_accounting.PoissonSampledDpEvent(sampling_rate, release)
     return float(ledger.compose(dp_accounting.SelfComposedDpEvent(release, num_rounds)).get_epsilon(delta))
@@ -101,7 +108,9 @@ def reconstruction_robustness(
     Returns:
         Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart (farther below
         a `noise_multiplier` of 0.3): gamma is not below the exact value; for one round and 0.3 or more it was above by
-        less than 1e-6.
+        less than 1e-6. Where that distribution would not fit into memory, or the noise is so little that its losses
+        have no numbers, gamma is the lesser of two bounds that need none: gamma without sampling, and
+        1 - (1 - sampling_rate)^num_rounds (1 - prior), as if a sampled example were reconstructed for sure.
         Without sampling, two candidates whose gradients are opposite and of full norm attain it; more do not.
 
     Raises:
@@ -109,15 +118,17 @@ def reconstruction_robustness(
         ImportError: If the extra `privacy` is not installed, and `sampling_rate` is below 1.
     """
     _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
-    if not 0 < prior < 1:
-        raise ValueError(f"prior must be in (0, 1), got {prior}")
+    _check_prior(prior)
+    unsampled = float(stats.norm.cdf(stats.norm.ppf(prior) + math.sqrt(num_rounds) / noise_multiplier))
     if sampling_rate == 1:
-        return float(stats.norm.cdf(stats.norm.ppf(prior) + np.sqrt(num_rounds) / noise_multiplier))
-    distribution = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=_spacing(noise_multiplier)
-    )
+        return max(prior, unsampled)
+    # An example that is never sampled is reconstructed with the prior's chance.
+    bound = min(unsampled, prior - math.expm1(num_rounds * math.log1p(-sampling_rate)) * (1 - prior))
+    losses = _losses(noise_multiplier, sampling_rate, _dp_accounting().NeighboringRelation.ADD_OR_REMOVE_ONE)
+    if losses is None or not _composable(losses, num_rounds):
+        return max(prior, bound)
     # The distribution takes the larger of both directions; gamma is about the removal, mu against nu, alone.
-    composed = type(distribution)(distribution._pmf_remove).self_compose(num_rounds)
+    composed = type(losses)(losses._pmf_remove).self_compose(num_rounds)
 
     def least(low: float, high: float) -> tuple[float, float]:
         grid = np.linspace(low, high, 2_001)
@@ -128,7 +139,7 @@ def reconstruction_robustness(
     highest = -float(np.log(prior))
     coarse, _ = least(-20.0, highest)
     width = (20 + highest) / 2_000
-    return min(1.0, least(coarse - width, coarse + width)[1])
+    return max(prior, min(bound, least(coarse - width, coarse + width)[1]))
 
 
 def fisher_information(
@@ -143,61 +154,131 @@ def fisher_information(
         client_fn: `(params, batch) -> update` before the noise, with its clipping. It is called with one example.
         params: Parameters.
         batch: Examples, of d numbers each.
-        scale: Standard deviation of the noise on the update, > 0.
-        batch_size: Columns of J computed at once, of d; None: all.
+        scale: Standard deviation of the noise on the update, > 0 and finite.
+        batch_size: Columns of J computed at once, of d, at least 1; None: all.
 
     Returns:
-        The matrix, in the units of the inputs to the power -2.
+        The matrix, in the units of the inputs to the power -2, in float32 or wider. NaN where a traced `scale` is not
+        positive.
 
     Raises:
-        ValueError: If `scale` is not positive.
+        ValueError: If `scale` is not positive and finite, `batch_size` no positive integer, the batch empty, of
+            integers, not finite or with another number of labels, or the derivatives do not fit into memory.
     """
     _check.positive(scale=scale)
+    _check.finite("scale", scale)
+    if batch_size is not None:
+        _check.integer(batch_size=batch_size)
+    _check.examples(batch.inputs)
+    if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
+        raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
+    _check.finite("batch.inputs", batch.inputs)
+    for leaf in jax.tree.leaves(batch.labels):
+        if leaf.shape[:1] != batch.inputs.shape[:1]:
+            raise ValueError(f"batch.labels must be {batch.inputs.shape[0]}, got the shape {leaf.shape}")
     shape = batch.inputs.shape[1:]
-    directions = jnp.eye(int(np.prod(shape)), dtype=batch.inputs.dtype)
+    number = math.prod(shape)
+    _check.fits(number**2, **{"batch.inputs": batch.inputs.shape})
+    directions = jnp.eye(number, dtype=batch.inputs.dtype)
+    deviation = jnp.where(jnp.asarray(scale) > 0, scale, jnp.nan)
 
     def one(example: Batch) -> Float[Array, "d d"]:
         def update_of(inputs: Float[Array, "d"]) -> Float[Array, "p"]:
-            update = client_fn(params, Batch(inputs.reshape(1, *shape), example.labels[None]))
+            labels = jax.tree.map(lambda leaf: leaf[None], example.labels)
+            update = client_fn(params, Batch(inputs.reshape(1, *shape), labels))
             return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(update)])
 
-        _, push = jax.linearize(update_of, example.inputs.ravel())
-        columns = jax.lax.map(push, directions, batch_size=batch_size or len(directions))
-        return columns @ columns.T / scale**2
+        update, push = jax.linearize(update_of, example.inputs.ravel())
+        _check.fits(number * update.size, **{"batch.inputs": batch.inputs.shape})
+        columns = widened(jax.lax.map(push, directions, batch_size=batch_size or number)) / deviation
+        return jnp.matmul(columns, columns.T, precision="highest")
 
     return jnp.mean(jax.lax.map(one, batch), 0)
 
 
-def fisher_bound(information: Float[Array, "d d"]) -> Float[Array, ""]:
+def fisher_bound(information: Float[Array | np.ndarray, "d d"]) -> Float[Array, ""]:
     """The least mean squared error per entry of UNBIASED estimators: d / trace(information).
 
     Hannun et al. 2021 (as above), 1 / eta^2. No ceiling for an attack with a prior, which is biased and may do better:
-    see `van_trees_bound`.
+    see `van_trees_bound`. Infinite without any information; NaN where a traced `information` is seen to be none.
+
+    Raises:
+        ValueError: If a concrete `information` is not finite, symmetric and positive semi-definite, or has no entries.
     """
-    return len(information) / jnp.trace(information)
+    if _check.is_concrete(information):
+        _semidefinite("information", information)
+    matrix, diagonal = widened(jnp.asarray(information)), widened(jnp.diagonal(jnp.asarray(information)))
+    slack = _slack(matrix.dtype) * jnp.max(jnp.abs(matrix))
+    known = jnp.all(jnp.abs(matrix - matrix.T) <= slack) & jnp.all(diagonal >= 0)
+    return jnp.where(known, len(diagonal) / jnp.sum(jnp.abs(diagonal)), jnp.nan)
 
 
-def van_trees_bound(information: Float[Array, "d d"], covariance: Float[Array, "e e"]) -> float:
+def van_trees_bound(
+    information: Float[Array | np.ndarray, "d d"], covariance: Float[Array | np.ndarray, "e e"]
+) -> float:
     """The least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian of this covariance.
 
     Van Trees, Detection, Estimation, and Modulation Theory, 1968, section 2.4.3: trace((E[F] + covariance^-1)^-1) / d,
-    here as trace((1 + covariance F)^-1 covariance) / d, which needs no inverse of a singular covariance. It is attained
-    where the update is linear in the inputs. In float64: with little noise the matrix is too ill-conditioned for less.
+    here as trace(L' (1 + L' E[F] L)^-1 L) / d with covariance = L L', which needs no inverse of a singular covariance.
+    It is attained where the update is linear in the inputs. In float64: with little noise the matrix is too
+    ill-conditioned for less. What is below the rounding of the matrices' entries as given counts as 0.
 
     Args:
         information: E[F], the Fisher information averaged over the prior (`fisher_information` of many examples).
-        covariance: Of the prior.
+        covariance: The covariance of the prior.
 
     Returns:
         The bound, in the units of the inputs squared.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or a matrix is not finite, symmetric and positive semi-definite, or has no
+            entries.
     """
     if information.shape != covariance.shape:
         raise ValueError(f"covariance must have the shape {information.shape} of information, got {covariance.shape}")
-    known, prior = np.asarray(information, np.float64), np.asarray(covariance, np.float64)
-    return float(np.trace(np.linalg.solve(np.eye(len(prior)) + prior @ known, prior)) / len(prior))
+    known, prior = _semidefinite("information", information), _semidefinite("covariance", covariance)
+    coupled = prior.T @ known
+    ones, square = np.eye(len(coupled)), coupled @ coupled.T
+    if np.trace(square) < 1e8:
+        triangle = scipy.linalg.cholesky(ones + square)
+    else:  # slower, but without the square, in whose rounding the ones would be lost
+        triangle = np.linalg.qr(np.vstack([coupled.T, ones]), mode="r")
+    return float(np.sum(np.square(scipy.linalg.solve_triangular(triangle, prior.T, trans="T"))) / len(prior))
+
+
+def _semidefinite(name: str, matrix: Float[Array | np.ndarray, "d e"]) -> Float[np.ndarray, "d r"]:
+    """The float64 factor L of a matrix L L', up to the rounding of its own type, by a pivoted Cholesky decomposition.
+
+    Raises:
+        ValueError: The matrix is not finite, symmetric and positive semi-definite, or has no entries.
+    """
+    if jnp.ndim(matrix) != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"{name} must have shape (d, d) with d > 0, got {jnp.shape(matrix)}")
+    _check.finite(name, matrix)
+    values = np.asarray(matrix, np.float64)
+    slack = _slack(matrix.dtype) * np.abs(values).max()
+    if (gap := float(np.abs(values - values.T).max())) > slack:
+        raise ValueError(f"{name} must be symmetric, got entries that differ from those across by {gap:.3g}")
+    values = (values + values.T) / 2
+    least = float(np.diagonal(values).min())
+    raised = values + math.sqrt(len(values)) * slack * np.eye(len(values))
+    decompose, decompose_pivoted = scipy.linalg.get_lapack_funcs(("potrf", "pstrf"), (values,))
+    if least < -slack or (slack > 0 and decompose(raised)[1]):
+        least = float(np.linalg.eigvalsh(values)[0])
+        raise ValueError(f"{name} must be positive semi-definite, got the eigenvalue {least:.3g}")
+    # In units in which the diagonal is 1: beside large entries small ones are no rounding.
+    units = np.sqrt(np.maximum(np.diagonal(values), 0))
+    inverse = np.divide(1, units, out=np.zeros_like(units), where=units > 0)
+    correlations = values * inverse[:, None] * inverse
+    factor, order, rank, _ = decompose_pivoted(correlations, tol=_slack(matrix.dtype) / 100, lower=1)
+    rows = np.zeros((len(values), rank))
+    rows[order - 1] = np.tril(factor)[:, :rank]
+    return rows * units[:, None]
+
+
+def _slack(dtype: jax.typing.DTypeLike) -> float:
+    """What rounding may do to the entries of a matrix of this type, beside the largest."""
+    return 100 * float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32).eps)
 
 
 def privacy_lines(
@@ -209,8 +290,8 @@ def privacy_lines(
     relation: str = "add_or_remove",
     accountant: str = "pld",
     prior: float | None = None,
-    information: Float[Array, "d d"] | None = None,
-    covariance: Float[Array, "e e"] | None = None,
+    information: Float[Array | np.ndarray, "d d"] | None = None,
+    covariance: Float[Array | np.ndarray, "e e"] | None = None,
 ) -> list[str]:
     """What belongs beside every epsilon, a line each: epsilon, gamma, and the bounds on the error of a reconstruction.
 
@@ -235,6 +316,11 @@ def privacy_lines(
     """
     if covariance is not None and information is None:
         raise ValueError("information must be given with covariance, got None")
+    # Also what is not used must be right.
+    _check_mechanism(noise_multiplier or 1.0, num_rounds, sampling_rate)
+    _check_accounting(delta, sampling_rate, relation, accountant)
+    if prior is not None:
+        _check_prior(prior)
     lines = []
     if noise_multiplier is None:
         lines += ["no epsilon: the sensitivity is unbounded"]
@@ -256,15 +342,63 @@ def privacy_lines(
     return lines
 
 
-def _check_mechanism(noise_multiplier: float, num_rounds: int, sampling_rate: float) -> None:
-    _check.positive(noise_multiplier=noise_multiplier, num_rounds=num_rounds)
+def _check_mechanism(noise_multiplier: float, num_rounds: int | float, sampling_rate: float) -> None:
+    _check.positive(noise_multiplier=noise_multiplier)
+    _check.finite("noise_multiplier", noise_multiplier)
+    if not 1e-50 <= noise_multiplier <= 1e50:
+        raise ValueError(f"noise_multiplier must be from 1e-50 to 1e+50, got {noise_multiplier}")
+    _check.integer(1, MAX_ROUNDS, num_rounds=num_rounds)
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"sampling_rate must be in (0, 1], got {sampling_rate}")
 
 
-def _spacing(noise_multiplier: float) -> float:
-    """Between privacy losses, which grow as the noise to the power -2: a grid of the same spacing would fill memory."""
-    return 1e-4 * max(1.0, (0.3 / noise_multiplier) ** 2)
+def _check_accounting(delta: float, sampling_rate: float, relation: str, accountant: str) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    if accountant not in ACCOUNTANTS:
+        raise ValueError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
+    if relation not in RELATIONS:
+        raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {relation!r}")
+    if relation == "replace_one" and accountant == "rdp" and sampling_rate < 1:
+        raise ValueError(f"accountant must be 'pld' for relation 'replace_one' with sampling, got {accountant!r}")
+
+
+def _check_prior(prior: float) -> None:
+    if not 0 < prior < 1:
+        raise ValueError(f"prior must be in (0, 1), got {prior}")
+
+
+def _losses(noise_multiplier: float, sampling_rate: float, relation: Any) -> Any | None:
+    """The privacy loss distribution of one sampled release; None where its losses are no floating-point numbers.
+
+    Losses grow as the noise to the power -2, and so does the spacing of their grid: it would fill memory.
+    """
+    try:
+        found = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
+            noise_multiplier,
+            sampling_prob=sampling_rate,
+            value_discretization_interval=1e-4 * max(1.0, (0.3 / noise_multiplier) ** 2),
+            neighboring_relation=relation,
+        )
+    except (OverflowError, ZeroDivisionError):
+        return None
+    # A sparse distribution would compute the size of its composition, an integer of as many digits as there are rounds.
+    add = () if found._symmetric else (found._pmf_add.to_dense_pmf(),)
+    return type(found)(found._pmf_remove.to_dense_pmf(), *add)
+
+
+def _composable(losses: Any, num_rounds: int) -> bool:
+    """Whether the distribution of that many releases has a size that can be computed, by its own bound of its tails."""
+    from dp_accounting.pld import common
+
+    sides = {id(side): side for side in (losses._pmf_remove, losses._pmf_add)}.values()
+    bounds = (common.compute_self_convolve_bounds(side._probs, num_rounds, TAIL) for side in sides)
+    return num_rounds == 1 or all(high - low <= MAX_LOSSES for low, high in bounds)
+
+
+def _unresolved(name: str, value: int | float, what: str, relation: str) -> str:
+    other = ": accountant 'rdp' has no such limit" if relation == "add_or_remove" else ""
+    return f"{name} must be {what} for accountant 'pld' with sampling, got {value}{other}"
 
 
 def _dp_accounting() -> ModuleType:

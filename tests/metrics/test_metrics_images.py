@@ -115,9 +115,11 @@ def test_images_must_have_one_shape():
 
 
 def test_success_share():
-    psnr = jnp.array([10.0, 20.0, 30.0, jnp.inf, jnp.nan])
+    psnr = jnp.array([10.0, 20.0, 30.0, jnp.inf, -3.0])
     assert float(metrics.success_share(psnr)) == pytest.approx(3 / 5)
     assert float(metrics.success_share(psnr, threshold=25.0)) == pytest.approx(2 / 5)
+    assert float(metrics.success_share(psnr, threshold=jnp.inf)) == pytest.approx(1 / 5)
+    assert jnp.isnan(metrics.success_share(psnr.at[0].set(jnp.nan)))  # a score that is none is no failure
 
 
 def test_retrieval_rank_counts_the_nearer_images():
@@ -143,3 +145,114 @@ def test_nearest_is_the_closest_of_the_gallery():
     gallery = images(9, 4, 4, 2, seed=6)
     found = metrics.nearest(jnp.asarray(noisy(gallery[[4, 0, 8]], 0.1)), jnp.asarray(gallery))
     np.testing.assert_array_equal(found, gallery[[4, 0, 8]])
+
+
+def test_truth_that_is_not_pixels_is_refused_or_scored_nan():
+    truth = jnp.asarray(images(3, 8, 8, 3, seed=7))
+    with pytest.raises(ValueError, match=r"truth must be pixels in \[0, 1\], got -"):
+        metrics.image_scores(truth, 2 * truth - 1)
+    with pytest.raises(ValueError, match=r"truth must be pixels in \[0, 1\], got nan"):
+        metrics.ssim(truth, truth.at[1, 0, 0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"gallery must be pixels in \[0, 1\], got 255"):
+        metrics.nearest(truth, truth.at[1, 0, 0, 0].set(255))
+    # Rounding is none: a normalised image that comes back a little too bright is as bright as can be.
+    white = jnp.ones((1, 8, 8, 3))
+    assert np.isposinf(metrics.image_scores(white, white * (1 + 5e-4)).psnr)
+    # In a trace the one image is marked, and its neighbours are not.
+    for broken in (jnp.nan, 1.5, -jnp.inf):
+        scores = jitted_scores(truth, truth.at[1, 0, 0, 0].set(broken))
+        for values in (scores.psnr, scores.mse, scores.ssim):
+            np.testing.assert_array_equal(np.isnan(values), [False, True, False])
+        np.testing.assert_array_equal(scores.assignment, [0, 1, 2])
+
+
+def test_integers_and_other_shapes_are_refused_by_name():
+    """Beneath the type checker of the tests, which refuses them first."""
+    truth, bytes_ = jnp.asarray(images(2, 8, 8, 1)), jnp.full((2, 8, 8, 1), 7, jnp.uint8)
+    scores, ssim, rank, nearest = (
+        inspect.unwrap(fn) for fn in (metrics.image_scores, metrics.ssim, metrics.retrieval_rank, metrics.nearest)
+    )
+    divide = r"must be pixels in \[0, 1\] of a floating type, got uint8: divide by 255"
+    for fn in (scores, ssim):
+        with pytest.raises(ValueError, match=f"truth {divide}"):
+            fn(truth, bytes_)
+        with pytest.raises(ValueError, match=f"reconstructed {divide}"):
+            fn(bytes_, truth)
+        with pytest.raises(ValueError, match=r"truth must be images of shape \(b, h, w, c\), .* got \(2, 8, 8\)"):
+            fn(truth[..., 0], truth[..., 0])
+        with pytest.raises(ValueError, match=r"truth must be images of shape .*, at least one, got \(0, 8, 8, 1\)"):
+            fn(truth[:0], truth[:0])
+        with pytest.raises(ValueError, match=r"reconstructed must have the shape \(2, 8, 8, 1\) of truth, got \(1, "):
+            fn(truth[:1], truth)
+    with pytest.raises(ValueError, match=f"gallery {divide}"):
+        rank(truth[0], bytes_, 0)
+    with pytest.raises(ValueError, match=f"reconstructed {divide}"):
+        rank(bytes_[0], truth, 0)
+    for fn, one in ((rank, truth[0, :1, :1]), (nearest, truth[:, :1, :1])):
+        arguments = (0,) if fn is rank else ()
+        with pytest.raises(ValueError, match=r"gallery must hold images of the shape \(1, 1, 1\) of"):
+            fn(one, truth, *arguments)
+    with pytest.raises(ValueError, match=r"gallery must be images .*, at least one, got \(0, 8, 8, 1\)"):
+        nearest(truth, truth[:0])
+
+
+@pytest.mark.parametrize("index", [3, -1, 1.0, True, np.int64(7)])
+def test_a_place_outside_of_the_gallery_is_refused(index):
+    gallery = jnp.asarray(images(3, 4, 4, 1))
+    with pytest.raises(ValueError, match=f"index must be an integer from 0 to 2, got .*{index}"):
+        inspect.unwrap(metrics.retrieval_rank)(gallery[0], gallery, index)
+
+
+def test_ranks_in_a_trace_are_nan_where_there_is_none():
+    gallery = jnp.asarray(images(3, 4, 4, 1))
+    ranks = jax.jit(jax.vmap(metrics.retrieval_rank, (None, None, 0)))
+    np.testing.assert_array_equal(
+        ranks(gallery[1], gallery, jnp.arange(-1, 4)) == 1, [False, False, True, False, False]
+    )
+    found = ranks(gallery[1], gallery, jnp.arange(-1, 4))
+    np.testing.assert_array_equal(np.isnan(found), [True, False, False, False, True])
+    assert np.isnan(ranks(gallery[1], gallery.at[2].mul(300), jnp.arange(3))).all()
+    guesses = jax.jit(metrics.nearest)(gallery.at[0].set(2), gallery.at[2].set(jnp.nan))
+    assert np.isnan(guesses[0]).all()
+    np.testing.assert_array_equal(guesses[1], gallery[1])
+    np.testing.assert_array_equal(np.isfinite(guesses[2]), True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_scores_of_half_precision_are_those_of_its_values(dtype):
+    truth = jnp.asarray(images(2, 64, 64, 3, seed=8), dtype)
+    found = jnp.asarray(noisy(np.asarray(truth, np.float32), 0.01), dtype)
+    scores = metrics.image_scores(found, truth)
+    wide = metrics.image_scores(found.astype(jnp.float32), truth.astype(jnp.float32))
+    for half, full in zip(scores, wide, strict=True):
+        assert half.dtype == full.dtype
+        np.testing.assert_array_equal(half, full)
+    np.testing.assert_array_equal(metrics.ssim(found, truth), wide.ssim)
+    # Squared distances of 12,288 entries are beyond float16's largest number, and all infinite ones are equal.
+    gallery = jnp.stack([jnp.zeros((300, 300, 3)), jnp.full((300, 300, 3), 0.1)]).astype(dtype)
+    bright = jnp.ones((300, 300, 3), dtype)
+    assert float(metrics.retrieval_rank(bright, gallery, 0)) == 2
+    np.testing.assert_array_equal(metrics.nearest(bright[None], gallery)[0], gallery[1])
+    assert metrics.nearest(bright[None], gallery).dtype == dtype
+
+
+def test_costs_are_not_held_all_at_once():
+    """Of 256 images of 28x28 they are 0.2 GB, and three times that on the way to them."""
+    one = jax.ShapeDtypeStruct((256, 28, 28, 1), jnp.float32)
+    largest = max(
+        value.aval.size
+        for equation in jax.make_jaxpr(metrics.image_scores)(one, one).eqns
+        for value in equation.outvars
+    )
+    assert largest <= 4 * 256 * 28 * 28
+
+
+def test_thresholds_and_scores_that_are_none_are_named():
+    share = inspect.unwrap(metrics.success_share)
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        share(jnp.ones(3), threshold=jnp.nan)
+    with pytest.raises(ValueError, match=r"threshold must be one number, got the shape \(3,\)"):
+        share(jnp.ones(3), threshold=jnp.ones(3))
+    for shape in ((0,), (2, 3), ()):
+        with pytest.raises(ValueError, match=r"psnr must have shape \(n,\) with n > 0, got"):
+            share(jnp.ones(shape))

@@ -42,3 +42,32 @@ def test_probabilities_count_by_their_largest():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="recovered must have 3 labels, got 2"):
         label_overlap(jnp.array([0, 1]), jnp.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("recovered", "truth", "message"),
+    [
+        ([0.0, 1.0], [0, 1], r"recovered must be class indices .*, got float32 of shape \(2,\)"),
+        ([0, 1], [True, False], r"truth must be class indices .*, got bool of shape \(2,\)"),
+        ([[0, 1], [1, 0]], [0, 1], r"recovered must be class indices .*, got int32 of shape \(2, 2\)"),
+        ([], [], r"recovered must have shape \(b,\) or \(b, c\), nothing of it 0, got \(0,\)"),
+        (0, [0], r"recovered must have shape \(b,\) or \(b, c\), nothing of it 0, got \(\)"),
+        ([[0.5, 0.5]], [[0.5, 0.25, 0.25]], "recovered must have 3 classes, got 2"),
+        ([0, 1], [0, -1], "truth must not be negative, got -1"),
+        ([0], [[jnp.nan, 1.0]], "truth must be probabilities, got nan"),
+    ],
+)
+def test_what_is_no_labels_is_named(recovered, truth, message):
+    with pytest.raises(ValueError, match=message):
+        label_overlap(jnp.array(recovered), jnp.array(truth))
+
+
+def test_a_label_that_was_not_recovered_is_never_right():
+    soft = jnp.array([[jnp.nan, 0.0], [1.0, 0.0]])
+    assert float(label_overlap(soft, jnp.array([0, 0]))) == 0.5
+    assert float(label_overlap(jnp.array([-1, 0]), jnp.array([0, 0]))) == 0.5
+    # Truth is checked before a trace; in one it is marked.
+    overlap = jax.jit(label_overlap)
+    assert jnp.isnan(overlap(jnp.array([0, 1]), jnp.array([0, -1])))
+    assert jnp.isnan(overlap(jnp.array([0, 0]), soft))
+    assert float(overlap(jnp.array([0, 1]), jnp.array([0, 1]))) == 1

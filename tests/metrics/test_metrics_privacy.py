@@ -1,5 +1,7 @@
 """Accounting against published and closed values; the bounds against what attains them and what must not beat them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,7 +239,13 @@ GOOD = {"noise_multiplier": 1.0, "delta": 1e-5, "num_rounds": 1, "sampling_rate"
     ("argument", "value", "message"),
     [
         ("noise_multiplier", 0.0, "noise_multiplier must be positive, got 0.0"),
-        ("num_rounds", 0, "num_rounds must be positive, got 0"),
+        ("noise_multiplier", float("nan"), "noise_multiplier must be positive, got nan"),
+        ("noise_multiplier", float("inf"), "noise_multiplier must be finite, got inf"),
+        ("noise_multiplier", 1e-200, r"noise_multiplier must be from 1e-50 to 1e\+50, got 1e-200"),
+        ("num_rounds", 0, "num_rounds must be an integer from 1 to 1000000000, got 0"),
+        ("num_rounds", 1.5, "num_rounds must be an integer from 1 to 1000000000, got 1.5"),
+        ("num_rounds", 10**10, "num_rounds must be an integer from 1 to 1000000000, got 10000000000"),
+        ("delta", float("nan"), r"delta must be in \(0, 1\), got nan"),
         ("sampling_rate", 0.0, r"sampling_rate must be in \(0, 1\], got 0.0"),
         ("sampling_rate", 1.5, r"sampling_rate must be in \(0, 1\], got 1.5"),
         ("delta", 1.0, r"delta must be in \(0, 1\), got 1.0"),
@@ -247,7 +255,11 @@ GOOD = {"noise_multiplier": 1.0, "delta": 1e-5, "num_rounds": 1, "sampling_rate"
 )
 def test_bad_settings_of_epsilon_are_named(argument, value, message):
     with pytest.raises(ValueError, match=message):
-        epsilon(**{**GOOD, argument: value})
+        inspect.unwrap(epsilon)(**{**GOOD, argument: value})
+    # Also where they would not be used.
+    if argument != "noise_multiplier":
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(privacy_lines)(**{**GOOD, argument: value, "noise_multiplier": None})
 
 
 def test_replacing_sampled_examples_needs_the_tight_accountant():
@@ -270,3 +282,119 @@ def test_other_bad_arguments_are_named():
         van_trees_bound(jnp.eye(2), jnp.eye(3))
     with pytest.raises(ValueError, match="information must be given with covariance, got None"):
         privacy_lines(None, covariance=jnp.eye(2))
+
+
+def test_what_the_accountant_cannot_resolve_is_named():
+    sampled = {"delta": 1e-5, "sampling_rate": 0.01}
+    other = "for accountant 'pld' with sampling, got {}: accountant 'rdp' has no such limit"
+    with pytest.raises(ValueError, match="delta must be larger " + other.format(1e-15)):
+        epsilon(1.0, **(sampled | {"delta": 1e-15}))
+    with pytest.raises(ValueError, match="num_rounds must be smaller " + other.format(10**9)):
+        epsilon(1.0, num_rounds=10**9, **sampled)
+    with pytest.raises(ValueError, match="noise_multiplier must be nearer to 1 " + other.format(1e-6)):
+        epsilon(1e-6, **sampled)
+    with pytest.raises(ValueError, match=r"delta must be larger for accountant 'pld' with sampling, got 1e-15$"):
+        epsilon(1.0, **(sampled | {"delta": 1e-15, "relation": "replace_one"}))
+    # The other accountant has them all, and the first one as many rounds as there is little to compose.
+    rounds = {"num_rounds": 10**9, "sampling_rate": 1e-9, "delta": 1e-5}
+    tight, loose = (epsilon(1.0, accountant=accountant, **rounds) for accountant in ("pld", "rdp"))
+    assert 0 < tight < loose < 0.2
+    assert 3 < epsilon(1.0, accountant="rdp", **(sampled | {"delta": 1e-15})) < 4
+    assert 5e11 < epsilon(1e-6, accountant="rdp", **sampled) < 6e11
+    assert epsilon(1.0, delta=1e-15) == pytest.approx(8.1656, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rounds", "rate", "prior"),
+    [
+        *((1e-6, 1000, rate, prior) for rate in (1e-9, 1.0) for prior in (1e-300, 0.1, 1 - 1e-12)),
+        (1.0, 10**9, 1.0, 0.1),
+        (1.0, 10**9, 0.01, 1e-300),
+        *((1e6, 10**9, 1e-9, prior) for prior in (1e-300, 0.1, 1 - 1e-12)),
+    ],
+)
+def test_gamma_of_extremes_is_a_chance_above_the_prior(prior, sigma, rounds, rate):
+    gamma = reconstruction_robustness(sigma, prior=prior, num_rounds=rounds, sampling_rate=rate)
+    sampled = -np.expm1(rounds * np.log1p(-rate)) if rate < 1 else 1.0
+    assert prior <= gamma <= prior + sampled * (1 - prior) + 1e-12
+    assert gamma <= max(prior, stats.norm.cdf(stats.norm.ppf(prior) + rounds**0.5 / sigma))
+    if sigma == 1e-6:  # whoever is sampled is reconstructed
+        assert gamma == pytest.approx(prior + sampled * (1 - prior), rel=1e-9)
+
+
+NO_MATRIX = [
+    ([[1, 0], [0, jnp.nan]], "must be finite, got nan"),
+    ([[1, 0], [0, -1e-3]], "must be positive semi-definite, got the eigenvalue -0.001"),
+    ([[0, 1], [1, 0]], "must be positive semi-definite, got the eigenvalue -1"),
+    ([[1, 1], [0, 1]], "must be symmetric, got entries that differ from those across by 1"),
+]
+
+
+@pytest.mark.parametrize(("matrix", "message"), NO_MATRIX)
+def test_what_is_no_information_and_no_covariance_is_named(matrix, message):
+    matrix, right = jnp.array(matrix, jnp.float32), jnp.eye(2)
+    with pytest.raises(ValueError, match=f"information {message}"):
+        van_trees_bound(matrix, right)
+    with pytest.raises(ValueError, match=f"covariance {message}"):
+        van_trees_bound(right, matrix)
+    with pytest.raises(ValueError, match=f"information {message}"):
+        fisher_bound(matrix)
+    found = jax.jit(fisher_bound)(matrix)
+    assert not jnp.isfinite(found)
+
+
+def test_no_information_bounds_nothing_that_is_unbiased():
+    assert jnp.isposinf(fisher_bound(jnp.zeros((3, 3))))
+    assert jnp.isposinf(jax.jit(fisher_bound)(jnp.zeros((3, 3))))
+    many = 300 * jnp.eye(300, dtype=jnp.float16)  # their sum is beyond float16
+    assert float(fisher_bound(many)) == pytest.approx(1 / 300)
+    assert van_trees_bound(many, jnp.eye(300)) == pytest.approx(1 / 301, rel=1e-6)
+    with pytest.raises(ValueError, match=r"information must have shape \(d, d\) with d > 0, got \(0, 0\)"):
+        fisher_bound(jnp.zeros((0, 0)))
+
+
+def test_van_trees_takes_information_of_any_size():
+    """A direction that is known exactly is worth nothing, one of which nothing is known its variance."""
+    for strength in (1e3, 1e20, 1e200):
+        information = np.diag([strength, 0.0])
+        covariance = np.array([[1.0, 0.5], [0.5, 2.0]])
+        assert van_trees_bound(information, covariance) == pytest.approx((2 - 0.25) / 2, abs=1 / strength + 1e-9)
+        # Beside it a direction of little information is still worth what it is.
+        beside = van_trees_bound(np.diag([strength, 1.0]), np.eye(2))
+        assert beside == pytest.approx((1 / (1 + strength) + 0.5) / 2, rel=1e-9)
+
+
+def test_information_in_half_precision_is_that_of_its_values():
+    matrix = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (600, 3)), jnp.float32)
+    batch = Batch(jnp.ones((2, 3), jnp.bfloat16), jnp.zeros(2, int))
+    found = fisher_information(linear_client(matrix.astype(jnp.bfloat16)), {}, batch, 0.5)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, 4 * matrix.T @ matrix, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scale": jnp.nan}, "scale must be positive, got nan"),
+        ({"scale": jnp.inf}, "scale must be finite, got inf"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"inputs": jnp.ones((1, 2), int)}, "batch.inputs must be of a floating type, got int32"),
+        ({"inputs": jnp.full((1, 2), jnp.nan)}, "batch.inputs must be finite, got nan"),
+        ({"inputs": jnp.ones((0, 2))}, r"batch.inputs must have shape \(b, \*d\) with b > 0"),
+        ({"inputs": jnp.ones((2, 2))}, r"batch.labels must be 2, got the shape \(1,\)"),
+        ({"inputs": jax.ShapeDtypeStruct((1, 10**7), jnp.float32)}, "batch.inputs must fit into memory"),
+    ],
+)
+def test_arguments_of_the_information_are_named(changed, message):
+    given = {"scale": 1.0, "inputs": jnp.ones((1, 2))} | changed
+
+    def found(inputs):
+        batch = Batch(inputs, jnp.zeros(1, int))
+        options = {"batch_size": given["batch_size"]} if "batch_size" in given else {}
+        return inspect.unwrap(fisher_information)(linear_client(jnp.eye(2)), {}, batch, given["scale"], **options)
+
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(found, given["inputs"]) if isinstance(given["inputs"], jax.ShapeDtypeStruct) else found(
+            given["inputs"]
+        )
