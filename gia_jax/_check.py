@@ -1,5 +1,6 @@
 """Checks of concrete arguments. Inside a trace values are unknown and these pass; shapes are always checked."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,13 @@ def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[
 def _bounded(values: dict[str, Any], holds: Callable[[np.ndarray], np.ndarray], requirement: str) -> None:
     for name, tree in values.items():
         for leaf in jax.tree.leaves(tree):
-            if is_concrete(leaf) and not np.all(holds(np.asarray(leaf))):
-                raise ValueError(f"{name} must {requirement}, got {np.asarray(leaf)[~holds(np.asarray(leaf))].flat[0]}")
+            if not is_concrete(leaf):
+                continue
+            numbers = np.asarray(leaf)
+            if numbers.dtype.kind in "OSUc":  # objects, strings and complex numbers have no order
+                raise ValueError(f"{name} must be a number, got {leaf!r}")
+            if not np.all(holds(numbers)):
+                raise ValueError(f"{name} must {requirement}, got {numbers[~holds(numbers)].flat[0]}")
 
 
 def positive(**values: Any) -> None:
@@ -68,39 +74,67 @@ def integer(low: int = 1, high: int | None = None, **values: Any) -> None:
             raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
 
 
+def fits(num_entries: int, **values: Any) -> None:
+    """Raises ValueError naming the value that asks for an array of more float32 entries than memory can hold.
+
+    To be called before the array is made: an allocation that fails ends the process, or takes minutes to do so.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * num_entries > memory:
+        ((name, value),) = values.items()
+        needed, there = (f"{number / 2**30:,.0f} GiB" for number in (4 * num_entries, memory))
+        raise ValueError(f"{name} must fit into memory: it needs {needed} of {there}, got {value!r}")
+
+
 def examples(inputs: Array | np.ndarray) -> None:
     """Raises ValueError for inputs of a batch that is empty, or has no axis of examples."""
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {jnp.shape(inputs)}")
 
 
-def batch(inputs: Array, labels: Array, num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, non-finite inputs, or labels that are not those of its examples."""
+def batch(inputs: Array, labels: PyTree[Array], num_classes: int | None = None) -> None:
+    """Raises ValueError for an empty batch, non-finite inputs, or labels that are not those of its examples.
+
+    Labels are classes only where their number is given; otherwise they are targets of any kind.
+    """
     examples(inputs)
-    classes(labels, inputs.shape[0], num_classes)
+    for path, leaf in jax.tree.leaves_with_path(labels):
+        if jnp.shape(leaf)[:1] != inputs.shape[:1]:
+            where, size = f"batch.labels{jax.tree_util.keystr(path)}", inputs.shape[0]
+            raise ValueError(
+                f"batch.labels must have a first axis of {size} examples, got {jnp.shape(leaf)} at {where}"
+            )
     finite("batch.inputs", inputs)
+    finite("batch.labels", labels)
+    if num_classes is not None:
+        integer(num_classes=num_classes)
+        if not isinstance(labels, jax.Array | np.ndarray):
+            raise ValueError(f"batch.labels must be one array where num_classes is given, got {type(labels).__name__}")
+        are_indices = labels.ndim == 1 or jnp.issubdtype(labels.dtype, jnp.integer)
+        classes(labels, labels.shape if are_indices else labels.shape[:-1], num_classes)
 
 
-def classes(labels: Array, size: int, num_classes: int | None = None) -> None:
-    """Raises ValueError for labels of a batch that are neither `size` class indices nor `size` rows of probabilities.
+def classes(labels: Array | np.ndarray, shape: tuple[int, ...], num_classes: int | None = None) -> None:
+    """Raises ValueError for labels of a batch that are neither class indices of that shape nor rows of probabilities.
 
     Rows may add up to less than 1, as where public images are mixed in; to more only by the rounding of bfloat16.
     """
-    if jnp.ndim(labels) not in (1, 2) or labels.shape[0] != size:
-        raise ValueError(f"batch.labels must have shape ({size},) or ({size}, c), got {jnp.shape(labels)}")
-    if jnp.ndim(labels) == 2:
+    rows = f"({', '.join(map(str, (*shape, 'c' if num_classes is None else num_classes)))})"
+    if jnp.shape(labels)[: len(shape)] != shape or jnp.ndim(labels) > len(shape) + 1:
+        raise ValueError(f"batch.labels must have shape {shape} or {rows}, got {jnp.shape(labels)}")
+    if jnp.ndim(labels) > len(shape):
         if not jnp.issubdtype(labels.dtype, jnp.floating):
-            raise ValueError(f"batch.labels of shape (b, c) must be probabilities, got {labels.dtype}")
+            raise ValueError(f"batch.labels of shape {labels.shape} must be probabilities, got {labels.dtype}")
         finite("batch.labels", labels)
         not_negative(**{"batch.labels": labels})
-        if num_classes is not None and labels.shape[1] != num_classes:
-            raise ValueError(f"batch.labels must have {num_classes} columns, got {labels.shape[1]}")
-        if is_concrete(labels) and (total := np.asarray(labels, np.float64).sum(1).max(initial=0)) > 1.02:
+        if num_classes is not None and labels.shape[-1] != num_classes:
+            raise ValueError(f"batch.labels must have {num_classes} columns, got {labels.shape[-1]}")
+        if is_concrete(labels) and (total := np.asarray(labels, np.float64).sum(-1).max(initial=0)) > 1.02:
             raise ValueError(f"batch.labels must add up to at most 1 in each row, got {total:.7g}")
         return
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"batch.labels of shape (b,) must be integers, got {labels.dtype}")
-    if is_concrete(labels) and size:
+        raise ValueError(f"batch.labels of shape {labels.shape} must be integers, got {labels.dtype}")
+    if is_concrete(labels) and labels.size:
         indices = np.asarray(labels)  # NumPy also where a trace goes on around concrete labels
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or (num_classes is not None and high >= num_classes):

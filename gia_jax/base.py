@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 Params = PyTree[Array]
 Updates = PyTree[Array]
@@ -16,11 +16,12 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: Inputs in the model's own (normalised) space, shape (b, *d).
-        labels: Class indices, shape (b,), or class probabilities, shape (b, c).
+        labels: Class indices, shape (b,), or class probabilities, shape (b, c). For a client with a loss of its own,
+            any tree of arrays whose first axis is that of the examples.
     """
 
-    inputs: Float[Array, "b *d"]
-    labels: Int[Array, "b"] | Float[Array, "b c"]
+    inputs: Shaped[Array, "b *d"]
+    labels: PyTree[Shaped[Array, "b ..."]]
 
 
 class Observation(NamedTuple):
@@ -35,6 +36,7 @@ class Observation(NamedTuple):
             * "inputs_like": zeros of the batch's shape (b, *d): the shape of an example and the size of the batch;
             * "labels": the batch's labels, shuffled unless the threat model grants their order;
             * "statistics": the batch-normalisation statistics of the client's own forward pass;
+            * "draws": the key of the client's own random draws;
             * "batch_indices": the records that each round used, shape (t, b), places in "inputs_like".
     """
 
@@ -109,8 +111,25 @@ class Attack(NamedTuple):
         init: `(key, observation) -> state`.
         step: `(key, state, observation) -> (state, info)`; one update of the dummy data.
         finalize: `(candidate, observation) -> reconstruction`; it evaluates the loss of the candidate.
+        warm_up: The attack that runs inside `init`, where there is one: a driver may run it step by step in place of
+            `init`, to show progress and to survive an interruption. Made by `gia_jax.matching.run.warmed_up`.
     """
 
     init: Callable[[PRNGKeyArray, Observation], AttackState]
     step: Callable[[PRNGKeyArray, AttackState, Observation], tuple[AttackState, AttackInfo]]
     finalize: Callable[[Any, Observation], Reconstruction]
+    warm_up: "WarmUp | None" = None
+
+
+class WarmUp(NamedTuple):
+    """What an attack does before its own steps. The three parts of `init`'s key go to the three fields.
+
+    Attributes:
+        attack: The attack that runs first.
+        num_steps: Number of its steps, at least 0.
+        hand_over: `(key, state, observation) -> state`; from where `attack` ended to where the attack itself starts.
+    """
+
+    attack: Attack
+    num_steps: int
+    hand_over: Callable[[PRNGKeyArray, AttackState, Observation], AttackState]

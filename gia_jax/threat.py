@@ -26,6 +26,8 @@ class ThreatModel:
             (observation.extra["statistics"]); True, or their kind where there are several, such as "inferred".
         batch_indices: Whether it is known which records each of several rounds used
             (observation.extra["batch_indices"]).
+        draws: Whether the client's own random draws, such as dropout masks and noise layers, are known
+            (observation.extra["draws"], the key that they come from).
     """
 
     name: str = "honest-but-curious server"
@@ -34,6 +36,7 @@ class ThreatModel:
     label_order: bool = False
     statistics: bool | str = False
     batch_indices: bool = False
+    draws: bool = False
 
     def __post_init__(self) -> None:
         if self.label_order and not self.labels:
@@ -47,6 +50,7 @@ class ThreatModel:
         kind = f"{self.statistics} " if isinstance(self.statistics, str) else ""
         known += [f"{kind}batch statistics"] if self.statistics else []
         known += ["batch indices"] if self.batch_indices else []
+        known += ["the client's random draws"] if self.draws else []
         return f"{self.name}; knows {', '.join(known)}"
 
 
@@ -60,6 +64,7 @@ def observe(
     num_classes: int | None = None,
     statistics: PyTree[Array] | None = None,
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
+    draws: PRNGKeyArray | None = None,
 ) -> Observation:
     """Lets the client work on its batch, and keeps of it what the threat model grants.
 
@@ -69,17 +74,20 @@ def observe(
         client_fn: `(params, batch) -> update`.
         params: The parameters the server sent.
         batch: The client's data; nothing of it reaches the observation unless granted.
-        num_classes: If given, concrete labels are checked against it.
+        num_classes: The number of classes, where the labels are classes: then they must be indices (b, *t) below it, or
+            (b, *t, num_classes) probabilities. None leaves them to the client's loss.
         statistics: The statistics to grant where `threat.statistics` is True.
         batch_indices: For a client of t rounds, such as `clients.vertical_sgd`, whose update has a leading axis of
             rounds: the records of each; granted where `threat.batch_indices` is True.
+        draws: For a client that draws, such as one with a loss of `models.stochastic`: its key, granted where
+            `threat.draws` is True.
 
     Returns:
         The observation, all arrays: `vmap` over keys and batches observes many victims.
 
     Raises:
-        ValueError: Empty batch, labels out of range, non-finite inputs or parameters, an update unlike `params`, or
-            granted statistics or batch indices that are missing.
+        ValueError: An empty batch, labels of another number of examples or out of range, non-finite inputs, labels or
+            parameters, an update unlike `params`, or granted statistics, batch indices or draws that are missing.
     """
     _check.batch(batch.inputs, batch.labels, num_classes)
     _check.finite("params", params)
@@ -87,7 +95,7 @@ def observe(
     one_round = update if batch_indices is None else _first_round(update, len(batch_indices))
     _check.same_structure("update", one_round, "params", params)
     _check.finite("update", update)
-    extra = grants(key, threat, batch, statistics=statistics, batch_indices=batch_indices)
+    extra = grants(key, threat, batch, statistics=statistics, batch_indices=batch_indices, draws=draws)
     return Observation(params, update, extra)
 
 
@@ -98,6 +106,7 @@ def grants(
     *,
     statistics: PyTree[Array] | None = None,
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
+    draws: PRNGKeyArray | None = None,
 ) -> dict[str, Any]:
     """What the threat model grants beside the parameters and the update: `Observation.extra`.
 
@@ -107,23 +116,24 @@ def grants(
         batch: The data behind the update: of one client, or of all clients behind a sum.
         statistics: The statistics to grant where `threat.statistics` is True.
         batch_indices: The records of each round, to grant where `threat.batch_indices` is True.
+        draws: The key of the client's draws, to grant where `threat.draws` is True.
 
     Raises:
-        ValueError: Granted statistics or batch indices that are missing.
+        ValueError: Granted statistics, batch indices or draws that are missing.
     """
     extra: dict[str, Any] = {}
     if threat.batch_size:
         extra["inputs_like"] = jnp.zeros_like(batch.inputs)
     if threat.labels:
-        extra["labels"] = batch.labels if threat.label_order else jax.random.permutation(key, batch.labels)
-    if threat.statistics:
-        if statistics is None:
-            raise ValueError("statistics must be given where the threat model grants them, got None")
-        extra["statistics"] = statistics
-    if threat.batch_indices:
-        if batch_indices is None:
-            raise ValueError("batch_indices must be given where the threat model grants them, got None")
-        extra["batch_indices"] = jnp.asarray(batch_indices)
+        size = batch.inputs.shape[0]
+        order = jnp.arange(size) if threat.label_order else jax.random.permutation(key, size)
+        extra["labels"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], batch.labels)
+    given = {"statistics": statistics, "batch_indices": batch_indices, "draws": draws}
+    for name, value in given.items():
+        if getattr(threat, name):
+            if value is None:
+                raise ValueError(f"{name} must be given where the threat model grants them, got None")
+            extra[name] = jnp.asarray(value) if name == "batch_indices" else value
     return extra
 
 
@@ -143,6 +153,6 @@ def granted(observation: Observation, name: str) -> Any:
     return observation.extra[name]
 
 
-def granted_labels(observation: Observation) -> Array:
+def granted_labels(observation: Observation) -> PyTree[Array]:
     """The label rule of an adversary that knows the labels."""
     return granted(observation, "labels")

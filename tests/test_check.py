@@ -54,6 +54,13 @@ def test_not_negative_refuses(value):
         _check.not_negative(width=value)
 
 
+@pytest.mark.parametrize("value", ["1", 1j, [1, "a"]])
+def test_what_has_no_order_is_refused(value):
+    for check in (_check.positive, _check.not_negative):
+        with pytest.raises(ValueError, match="width must be a number, got "):
+            check(width=value)
+
+
 def test_bounds_accept():
     _check.positive(a=1, b=1e-30, c=None, d={"x": jnp.ones(2)})
     _check.not_negative(a=0, b=0.0, c=None)
@@ -64,18 +71,20 @@ def test_bounds_accept():
     [
         (jnp.zeros((0, 3)), jnp.zeros(0, jnp.int32), r"batch\.inputs must have shape .* got \(0, 3\)"),
         (jnp.zeros(3), LABELS, r"batch\.inputs must have shape .* got \(3,\)"),
-        (INPUTS, jnp.array([0]), r"batch\.labels must have shape \(2,\) or \(2, c\), got \(1,\)"),
-        (INPUTS, jnp.zeros((2, 1, 1)), r"batch\.labels must have shape .* got \(2, 1, 1\)"),
-        (INPUTS, jnp.array(1), r"batch\.labels must have shape .* got \(\)"),
+        (INPUTS, jnp.array([0]), r"batch\.labels must have a first axis of 2 examples, got \(1,\)"),
+        (INPUTS, jnp.zeros((2, 1, 1)), r"batch\.labels must have 5 columns, got 1"),
+        (INPUTS, jnp.array(1), r"batch\.labels must have a first axis .* got \(\)"),
+        (INPUTS, {"a": LABELS, "b": LABELS[:1]}, r"a first axis of 2 examples, got \(1,\) at batch\.labels\['b'\]"),
+        (INPUTS, {"a": LABELS}, r"batch\.labels must be one array where num_classes is given, got dict"),
+        (INPUTS, jnp.array([[0, 1], [4, 5]]), r"batch\.labels must be at least 0 and below 5, got 5"),
         (INPUTS.at[1, 2].set(jnp.nan), LABELS, r"batch\.inputs must be finite, got nan"),
         (INPUTS.at[0, 0].set(jnp.inf), LABELS, r"batch\.inputs must be finite, got inf"),
         (INPUTS, jnp.array([[0.5, 0.5], [jnp.nan, 1.0]]), r"batch\.labels must be finite, got nan"),
         (INPUTS, jnp.full((2, 4), 0.25), r"batch\.labels must have 5 columns, got 4"),
         (INPUTS, jnp.full((2, 5), 0.2).at[1, 1].set(-0.5), r"batch\.labels must not be negative, got -0\.5"),
-        (INPUTS, jnp.array([[0], [1]]), r"batch\.labels of shape \(b, c\) must be probabilities, got int32"),
-        (INPUTS, jnp.ones((2, 5), bool), r"batch\.labels of shape \(b, c\) must be probabilities, got bool"),
+        (INPUTS, jnp.ones((2, 5), bool), r"batch\.labels of shape \(2, 5\) must be probabilities, got bool"),
         (INPUTS, jnp.full((2, 5), 0.2).at[1, 1].set(1.5), r"batch\.labels must add up to at most 1 .* got 2\.3"),
-        (INPUTS, jnp.array([0.0, 1.0]), r"batch\.labels of shape \(b,\) must be integers, got float32"),
+        (INPUTS, jnp.array([0.0, 1.0]), r"batch\.labels of shape \(2,\) must be integers, got float32"),
         (INPUTS, jnp.array([0, -1]), r"batch\.labels must be at least 0 and below 5, got -1"),
         (INPUTS, jnp.array([5, 0]), r"batch\.labels must be at least 0 and below 5, got 5"),
     ],
@@ -112,10 +121,37 @@ def test_integers_of_numpy_are_integers():
     _check.integer(2, 16, n=np.int64(2), m=16, bits=np.uint8(3))
 
 
-def test_without_the_number_of_classes_only_negative_labels_are_refused():
-    _check.batch(INPUTS, jnp.array([0, 1_000]))
-    with pytest.raises(ValueError, match="must be at least 0, got -7"):
-        _check.batch(INPUTS, jnp.array([-7, 0]))
+@pytest.mark.parametrize(
+    "labels",
+    [
+        jnp.array([0, 1_000]),
+        jnp.array([-7, 0]),
+        jnp.array([-1.5, 2.0]),
+        jnp.full((2, 1), -3.0),
+        jnp.zeros((2, 4, 3), jnp.int32),
+        {"a": LABELS, "b": (jnp.zeros((2, 5)),)},
+        (),
+    ],
+)
+def test_without_the_number_of_classes_labels_are_targets_of_any_kind(labels):
+    _check.batch(INPUTS, labels)
+
+
+def test_targets_are_finite():
+    with pytest.raises(ValueError, match=r"batch\.labels must be finite, got nan at batch\.labels\['a'\]"):
+        _check.batch(INPUTS, {"a": jnp.array([0.0, jnp.nan])})
+
+
+def test_labels_of_several_places_are_classes_of_as_many_shapes():
+    _check.batch(INPUTS, jnp.zeros((2, 7), jnp.int32), 5)
+    _check.batch(INPUTS, jnp.full((2, 7, 5), 0.2), 5)
+    _check.classes(jnp.zeros((2, 7), jnp.int32), (2, 7), 5)
+    _check.classes(jnp.full((2, 7, 5), 0.2), (2, 7), 5)
+    for labels in (jnp.zeros(2, jnp.int32), jnp.zeros((2, 6), jnp.int32), jnp.full((2, 5, 7), 0.1)):
+        with pytest.raises(ValueError, match=r"batch\.labels must have shape \(2, 7\) or \(2, 7, 5\), got \(2,"):
+            _check.classes(labels, (2, 7), 5)
+    with pytest.raises(ValueError, match=r"batch\.labels of shape \(2, 5\) must be probabilities, got int32"):
+        _check.classes(jnp.zeros((2, 5), jnp.int32), (2,), 5)
 
 
 def test_traced_values_pass_and_traced_shapes_do_not():
@@ -127,10 +163,10 @@ def test_traced_values_pass_and_traced_shapes_do_not():
         return inputs
 
     traced(jnp.full((2, 3), jnp.nan), jnp.array([-1, 9]), -1.0)
-    with pytest.raises(ValueError, match=r"batch\.labels must have shape"):
+    with pytest.raises(ValueError, match=r"batch\.labels must have a first axis of 2"):
         traced(INPUTS, jnp.array([0]), 1.0)
-    with pytest.raises(ValueError, match="must be probabilities, got int32"):
-        traced(INPUTS, jnp.zeros((2, 5), jnp.int32), 1.0)
+    with pytest.raises(ValueError, match="must be probabilities, got bool"):
+        traced(INPUTS, jnp.zeros((2, 5), bool), 1.0)
 
 
 def test_concrete_values_within_a_trace_are_checked():

@@ -96,6 +96,29 @@ def test_statistics_are_passed_on_or_missed():
         see(ThreatModel(statistics=True), statistics=None)
 
 
+def test_draws_are_passed_on_or_missed():
+    key = jax.random.key(9)
+    found = observe(key, ThreatModel(draws=True), CLIENT, PARAMS, BATCH, draws=key).extra
+    assert found["draws"] == key
+    assert "draws" not in observe(key, ThreatModel(), CLIENT, PARAMS, BATCH, draws=key).extra
+    with pytest.raises(ValueError, match="draws must be given where the threat model grants them, got None"):
+        see(ThreatModel(draws=True))
+    assert ThreatModel(draws=True).describe().endswith("update, batch size, the client's random draws")
+
+
+def test_a_tree_of_labels_is_shuffled_by_one_permutation():
+    many = {"place": 10.0 * jnp.arange(8)[:, None], "number": (jnp.arange(8),)}
+    found = see(ThreatModel(labels=True), BATCH._replace(labels=many), client_fn=silent_client).extra["labels"]
+    order = np.asarray(found["number"][0])
+    np.testing.assert_array_equal(np.sort(order), np.arange(8))
+    assert not np.array_equal(order, np.arange(8))
+    np.testing.assert_array_equal(found["place"][:, 0], 10.0 * order)
+    np.testing.assert_array_equal(
+        order,
+        see(ThreatModel(labels=True), BATCH._replace(labels=jnp.arange(8)), client_fn=silent_client).extra["labels"],
+    )
+
+
 def test_description_names_every_grant():
     assert ThreatModel(batch_size=False).describe() == "honest-but-curious server; knows parameters, update"
     everything = ThreatModel(name="eavesdropper", labels=True, statistics=True).describe()
@@ -137,7 +160,7 @@ def not_a_number(params, batch):
     ("arguments", "message"),
     [
         ({"batch": Batch(BATCH.inputs[:0], BATCH.labels[:0])}, r"batch\.inputs .* got \(0, 4\)"),
-        ({"batch": Batch(BATCH.inputs[:3], BATCH.labels)}, r"batch\.labels must have shape \(3,\) .* got \(8,\)"),
+        ({"batch": Batch(BATCH.inputs[:3], BATCH.labels)}, r"batch\.labels must have a first axis of 3 .* got \(8,\)"),
         ({"batch": BATCH._replace(labels=BATCH.labels + 1)}, r"batch\.labels must be at least 0 and below 3, got 3"),
         ({"batch": BATCH._replace(labels=BATCH.labels - 2)}, r"batch\.labels .* got -2"),
         ({"batch": BATCH._replace(inputs=BATCH.inputs * jnp.nan)}, r"batch\.inputs must be finite, got nan"),

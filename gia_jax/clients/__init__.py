@@ -2,7 +2,7 @@
 
 from gia_jax.clients.averaging import federated_averaging
 from gia_jax.clients.gradient import parameter_gradient
-from gia_jax.clients.sgd import binary_cross_entropy, cross_entropy, federated_sgd, per_example
+from gia_jax.clients.sgd import binary_cross_entropy, cross_entropy, federated_sgd, per_example, squared_error
 from gia_jax.clients.vertical import quadrants, vertical_model, vertical_sgd
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "parameter_gradient",
     "per_example",
     "quadrants",
+    "squared_error",
     "vertical_model",
     "vertical_sgd",
 ]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
+from gia_jax import _check
 from gia_jax.lowering import Lowering, lower, lowers_to_matmul
 from gia_jax.lowering.linear import call, captured, linear, moving, opened, transpose
 
@@ -33,11 +34,13 @@ def parameter_gradient(loss_fn: Callable[..., jax.Array], *, lowering: Lowering 
         `(params, *data) -> ` gradient with respect to `params`, a tree like `params`.
 
     Raises:
-        ValueError: If the loss is not a scalar, or a leaf of `params` is not floating point.
+        ValueError: If the loss is not a scalar, a leaf of `params` is not floating point, or (where the data are
+            concrete) for what the loss refuses in them.
     """
     prepare = lower if lowers_to_matmul(lowering) else (lambda closed: closed)
 
     def gradient_fn(params: Any, *data: Any) -> Any:
+        check_data(loss_fn, params, *data)
         leaves, tree = jax.tree.flatten(params)
         for path, leaf in jax.tree.leaves_with_path(params):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -57,6 +60,16 @@ def parameter_gradient(loss_fn: Callable[..., jax.Array], *, lowering: Lowering 
         return jax.tree.unflatten(tree, _gradient(lambda *values: losses(*values)[0], operands, count, prepare))
 
     return gradient_fn
+
+
+def check_data(loss_fn: Callable[..., jax.Array], params: Any, *data: Any) -> None:
+    """Lets a loss see concrete data, such as labels that are no classes, so that it can refuse them; it is not run.
+
+    Where the gradient is derived the data are traced, and a loss can only answer with a NaN.
+    """
+    if jax.tree.leaves(data) and _check.is_concrete(data):
+        data = jax.tree.map(jnp.asarray, data)
+        jax.eval_shape(lambda params: loss_fn(params, *data), params)
 
 
 def _gradient(loss: Callable[..., jax.Array], operands: Sequence[Any], count: int, prepare: Callable) -> list[Any]:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
-from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.clients.gradient import check_data, parameter_gradient
 from gia_jax.lowering import Lowering
+from gia_jax.precision import cast_like, widened_tree
 
 SplitFn = Callable[[Any], Sequence[Any]]
 
@@ -81,7 +82,7 @@ def vertical_sgd(
     Args:
         loss_fn: `(params, batch) -> ` scalar, such as `cross_entropy(vertical_model(...))`.
         batch_indices: The records of each round, shape (t, b), integers >= 0.
-        learning_rate: Of the step between two rounds, >= 0; with 0 the model is frozen.
+        learning_rate: Rate of the step between two rounds, >= 0 and finite; with 0 the model is frozen.
         transformation: A defense: what is shared, and trained with, is its output; its state passes from round to
             round. None shares the gradient.
         lowering: As for `federated_sgd`.
@@ -95,19 +96,23 @@ def vertical_sgd(
     """
     check_batch_indices(batch_indices)
     _check.not_negative(learning_rate=learning_rate)
+    _check.finite("learning_rate", learning_rate)
     gradient_fn = parameter_gradient(loss_fn, lowering=lowering)
     defense = optax.identity() if transformation is None else transformation
 
     def client_fn(params: Params, records: Batch) -> Updates:
         check_batch_indices(batch_indices, records.inputs.shape[0])
+        check_data(loss_fn, params, records)
 
         def one_round(state: tuple[Params, optax.OptState], chosen: Int[Array, " b"]) -> tuple[tuple, Updates]:
-            current, memory = state
+            # Trained in float32 or wider, because half precision loses a small step.
+            trained, memory = state
+            current = cast_like(trained, params)
             gradient = gradient_fn(current, jax.tree.map(lambda leaf: leaf[chosen], records))
             shared, memory = defense.update(gradient, memory, current)
-            return (optax.tree.add_scale(current, -learning_rate, shared), memory), shared
+            return (optax.tree.add_scale(trained, -learning_rate, widened_tree(shared)), memory), shared
 
-        return jax.lax.scan(one_round, (params, defense.init(params)), jnp.asarray(batch_indices))[1]
+        return jax.lax.scan(one_round, (widened_tree(params), defense.init(params)), jnp.asarray(batch_indices))[1]
 
     return client_fn
 

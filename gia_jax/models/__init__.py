@@ -12,6 +12,7 @@ from gia_jax.models.functional import (
     headless,
     inferred_statistics,
     running_statistics,
+    stochastic,
 )
 from gia_jax.models.generator import Decoder, VariationalAutoencoder, load_decoder, save_decoder
 from gia_jax.models.lenet import LeNet
@@ -57,4 +58,5 @@ __all__ = [
     "running_statistics",
     "save_decoder",
     "sigmoid",
+    "stochastic",
 ]

@@ -3,20 +3,40 @@
 Models of other libraries (linen, haiku, equinox, hand-written) already are such functions, or become one by a lambda.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.interpreters import partial_eval
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from gia_jax import _check
 from gia_jax.base import Params, Statistics
+from gia_jax.precision import widened, widened_tree
 
-ApplyFn = Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]
+ApplyFn = Callable[[Params, Shaped[Array, "b *d"]], PyTree[Array]]
 BatchNormMode = Literal["evaluation", "training", "exact"]
+
+# What a batch-normalisation layer does before it normalises: `(layer, inputs, mask) -> None`.
+BeforeFn = Callable[[nnx.BatchNorm, Array, Array | None], None]
+
+# The client that is calling its loss on single examples, while it does.
+_APART: ContextVar[str | None] = ContextVar("apart", default=None)
+
+
+@contextlib.contextmanager
+def examples_apart(client: str) -> Generator[None]:
+    """Within it, batch normalisation in training mode is refused in the name of `client`: it would mix the examples."""
+    token = _APART.set(client)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
 
 
 def functional(
@@ -30,42 +50,59 @@ def functional(
     * "training": each forward pass uses the statistics of its own batch; the running ones do not change.
     * "exact": `statistics` in place of the running ones, such as those of the client's own batch.
 
+    The mode holds for every `nnx.BatchNorm`, whatever the module itself passes to it.
+
     Args:
-        module: Any `flax.nnx` module. It is not changed; dropout is off except in "training" mode, which needs none.
+        module: Any `flax.nnx` module. It is not changed. Dropout is off in every mode; for a module that is to draw,
+            see `stochastic`.
         batch_norm: The mode.
-        statistics: Mean and biased variance of every batch-normalisation layer in the order of the forward pass, for
-            the mode "exact"; they may be traced.
+        statistics: Mean and biased variance for every call of a batch-normalisation layer in the order of the forward
+            pass, for the mode "exact"; they may be traced.
 
     Returns:
         `apply_fn(params, inputs) -> ` outputs, and params as a nested dict of arrays. It raises ValueError, naming the
-        entry, for parameters of another structure or of other shapes.
+        entry, for parameters of another structure or of other shapes, and where the forward pass draws random numbers
+        from a state in the module: victim and attacker would share them.
 
     Raises:
         ValueError: An unknown mode, or statistics given or missing against it.
     """
-    if batch_norm not in ("evaluation", "training", "exact"):
-        raise ValueError(f"batch_norm must be 'evaluation', 'training' or 'exact', got {batch_norm!r}")
-    if (statistics is None) == (batch_norm == "exact"):
-        raise ValueError(
-            f"statistics are for batch_norm='exact' and needed there, got {statistics is not None} with {batch_norm!r}"
-        )
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-    like = jax.eval_shape(lambda: nnx.to_pure_dict(params))
+    forward, params = _forward(module, batch_norm, statistics)
+    return lambda params, inputs: forward(params, inputs, None), params
 
-    def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b *c"]:
-        _check.same_structure("params", params, "the module", like)
-        model = nnx.merge(graph, params, rest, copy=True)
-        model.train() if batch_norm == "training" else model.eval()
-        if statistics is None:
-            return model(inputs)
-        take = functools.partial(next, iter(statistics), None)
-        _wrap_batch_norms(model, lambda norm: _WithStatistics(norm, take))
-        outputs = model(inputs)
-        if take() is not None:
-            raise ValueError("statistics must have one entry for every batch-normalisation layer, got more")
-        return outputs
 
-    return apply_fn, nnx.to_pure_dict(params)
+def stochastic(
+    module: nnx.Module, *, batch_norm: BatchNormMode = "evaluation", statistics: Statistics | None = None
+) -> tuple[Callable[[PRNGKeyArray], ApplyFn], Params]:
+    """The forward pass of a module that draws, such as one with dropout, as a pure function of a key.
+
+    Every random state in the module (`nnx.Rngs`, `nnx.RngStream`, a key of its own) is replaced by one split off the
+    key, and dropout is on. One key is for one forward pass: its owner gives the next one another key. A client's
+    loss is then a function of a key as well, for the `loss_key` of the clients that call it several times:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from gia_jax import clients, models
+    >>> apply_of, params = models.stochastic(nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+    >>> loss_of = lambda key: clients.cross_entropy(apply_of(key))
+    >>> apply_of(jax.random.key(1))(params, jnp.ones((2, 3))).shape
+    (2, 3)
+
+    Args:
+        module: A `flax.nnx` module that holds a random state. It is not changed.
+        batch_norm: The mode of batch normalisation, as for `functional`.
+        statistics: The statistics of the mode "exact", as for `functional`.
+
+    Returns:
+        `apply_of(key) -> apply_fn`, a function as `functional` returns, and params.
+
+    Raises:
+        ValueError: As for `functional`, or a module without a random state.
+    """
+    forward, params = _forward(module, batch_norm, statistics)
+    if not _keys(nnx.split(module, nnx.Param, ...)[2]):
+        raise ValueError(f"module must hold a random state to draw from, got none in {type(module).__name__}")
+    return lambda key: lambda params, inputs: forward(params, inputs, key), params
 
 
 def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
@@ -73,15 +110,15 @@ def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
 
     Args:
         module: Any `flax.nnx` module whose forward pass ends in the layer `name`.
-        name: Of the layer, an attribute of the module.
+        name: The layer, an attribute of the module.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: If there is no such attribute.
+        ValueError: If there is no such layer.
     """
-    if not hasattr(module, name):
+    if not isinstance(getattr(module, name, None), nnx.Module):
         raise ValueError(f"name must be a layer of {type(module).__name__}, got {name!r}")
     body = nnx.clone(module)
     setattr(body, name, _Identity())
@@ -101,17 +138,15 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
         batch_norm: The mode the forward pass runs in.
 
     Returns:
-        `statistics_fn(params, inputs) -> ` mean and biased variance over all axes but the last of every layer's input,
-        in the order of the forward pass. It raises ValueError if there is no such layer.
+        `statistics_fn(params, inputs) -> ` mean and biased variance of every layer's input, in float32 or wider, over
+        all axes but the features' and where its mask is True, in the order of the forward pass. It raises ValueError
+        if there is no such layer, and for what `functional` refuses.
     """
-    graph, _, rest = nnx.split(module, nnx.Param, ...)
+    forward, _ = _forward(module, batch_norm)
 
-    def statistics_fn(params: Params, inputs: Float[Array, "b *d"]) -> Statistics:
-        model = nnx.merge(graph, params, rest, copy=True)
-        model.train() if batch_norm == "training" else model.eval()
+    def statistics_fn(params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
         recorded: Statistics = []
-        _wrap_batch_norms(model, lambda norm: _Recorder(norm, recorded))
-        model(inputs)
+        forward(params, inputs, None, lambda *call: recorded.append(_statistics_of(*call)))
         if not recorded:
             raise ValueError(f"module must have nnx.BatchNorm layers, got none in {type(module).__name__}")
         return recorded
@@ -119,7 +154,7 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
     return statistics_fn
 
 
-def running_statistics(module: nnx.Module, params: Params, inputs: Float[Array, "b *d"]) -> Statistics:
+def running_statistics(module: nnx.Module, params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
     """The running statistics of a module's batch-normalisation layers, in the order of the forward pass.
 
     Args:
@@ -128,14 +163,11 @@ def running_statistics(module: nnx.Module, params: Params, inputs: Float[Array, 
         inputs: Any inputs of the right shape: they only show the order of the layers.
 
     Returns:
-        Mean and (biased: flax keeps it so) variance of every layer.
+        Mean and (biased: flax keeps it so) variance of every layer, in float32 or wider.
     """
-    graph, _, rest = nnx.split(module, nnx.Param, ...)
-    model = nnx.merge(graph, params, rest, copy=True)
-    model.eval()
+    forward, _ = _forward(module, "evaluation")
     found: Statistics = []
-    _wrap_batch_norms(model, lambda norm: _RunningReader(norm, found))
-    model(inputs)
+    forward(params, inputs, None, lambda norm, *_: found.append((widened(norm.mean[...]), widened(norm.var[...]))))
     return found
 
 
@@ -154,7 +186,7 @@ def inferred_statistics(before: Statistics, after: Statistics, *, momentum: floa
         momentum: Share of the old state that is kept, as flax counts it (0.9 in the models here), in [0, 1).
 
     Returns:
-        Mean and variance of every layer's inputs.
+        Mean and variance of every layer's inputs, in float32 or wider.
 
     Raises:
         ValueError: A momentum out of range, or two states that do not fit each other.
@@ -162,42 +194,153 @@ def inferred_statistics(before: Statistics, after: Statistics, *, momentum: floa
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     _check.same_structure("after", after, "before", before)
+    before, after = widened_tree(before), widened_tree(after)
     return jax.tree.map(lambda old, new: (new - momentum * old) / (1 - momentum), before, after)
 
 
-class _Wrapper(nnx.Module):
-    """A batch-normalisation layer that does something else on the side."""
+def _forward(
+    module: nnx.Module, batch_norm: str, statistics: Statistics | None = None
+) -> tuple[Callable[..., PyTree[Array]], Params]:
+    """`forward(params, inputs, key, before=None)`, which draws from the key or, where it is None, nothing; and params.
 
-    def __init__(self, norm: nnx.BatchNorm, side: Any) -> None:
-        self.norm = norm
-        self.side = nnx.static(side)
+    `before` sees every call of a batch-normalisation layer.
+    """
+    if batch_norm not in ("evaluation", "training", "exact"):
+        raise ValueError(f"batch_norm must be 'evaluation', 'training' or 'exact', got {batch_norm!r}")
+    if (statistics is None) == (batch_norm == "exact"):
+        raise ValueError(
+            f"statistics are for batch_norm='exact' and needed there, got {statistics is not None} with {batch_norm!r}"
+        )
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    like = jax.eval_shape(lambda: nnx.to_pure_dict(params))
+    keys = _keys(rest)
+
+    def run(params: Params, inputs: Array, state: PyTree, draws: bool, before: BeforeFn | None) -> PyTree[Array]:
+        model = nnx.merge(graph, params, state, copy=True)
+        model.set_attributes(use_running_average=batch_norm != "training", raise_if_not_found=False)
+        model.set_attributes(deterministic=not draws, raise_if_not_found=False)
+        if statistics is None:
+            _watch(model, before)
+            return model(inputs)
+        take = functools.partial(next, iter(statistics), None)
+        _watch(model, lambda norm, *_: _set_statistics(norm, take()))
+        outputs = model(inputs)
+        if take() is not None:
+            raise ValueError("statistics must have one entry for every batch-normalisation layer, got more")
+        return outputs
+
+    def forward(
+        params: Params, inputs: Shaped[Array, "b *d"], key: PRNGKeyArray | None, before: BeforeFn | None = None
+    ) -> PyTree[Array]:
+        _check.same_structure("params", params, "the module", like)
+        if key is not None:
+            return run(params, inputs, _reseeded(rest, key), True, before)
+        if keys:
+            draws = _drawn(lambda state: run(params, inputs, state, False, None), rest, keys)
+            if draws:
+                raise ValueError(
+                    f"module must not draw in its forward pass, got draws from module{draws[0]}: "
+                    "victim and attacker would share them, take models.stochastic and a key for each"
+                )
+        return run(params, inputs, rest, False, before)
+
+    return forward, nnx.to_pure_dict(params)
 
 
-class _Recorder(_Wrapper):
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        axes = tuple(range(x.ndim - 1))
-        mean = jnp.mean(x, axes)
-        self.side.append((mean, jnp.mean(jnp.square(x - mean), axes)))
-        return self.norm(x, *args, **kwargs)
+def _is_key(leaf: Array) -> bool:
+    """Whether it is a key, typed or raw."""
+    is_raw = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+    return is_raw or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-class _RunningReader(_Wrapper):
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        self.side.append((self.norm.mean[...], self.norm.var[...]))
-        return self.norm(x, *args, **kwargs)
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
-class _WithStatistics(_Wrapper):
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        own = self.side()
-        if own is None:
-            raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer")
-        self.norm.mean[...], self.norm.var[...] = own
-        return self.norm(x, *args, **kwargs)
+def _keys(rest: PyTree) -> dict[int, str]:
+    """The places of the keys among the leaves of a module's state, and the names of what holds them."""
+    found, place = {}, 0
+    for path, node in jax.tree.leaves_with_path(rest, is_leaf=_is_variable):
+        for leaf in jax.tree.leaves(node):
+            if _is_key(leaf) and not isinstance(node, nnx.RngCount):
+                found[place] = jax.tree_util.keystr(path)
+            place += 1
+    return found
 
 
-def _wrap_batch_norms(model: nnx.Module, wrap: Callable[[nnx.BatchNorm], nnx.Module]) -> None:
-    for _, parent in list(nnx.iter_modules(model)):
-        for name, child in list(vars(parent).items()):
-            if isinstance(child, nnx.BatchNorm):
-                setattr(parent, name, wrap(child))
+def _drawn(outputs_fn: Callable[[PyTree], PyTree[Array]], rest: PyTree, keys: dict[int, str]) -> list[str]:
+    """The names of the keys that the outputs depend on."""
+    leaves, tree = jax.tree.flatten(rest)
+
+    def of_keys(values: list[Array]) -> PyTree[Array]:
+        places = dict(zip(keys, values, strict=True))
+        return outputs_fn(jax.tree.unflatten(tree, [places.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    traced = jax.make_jaxpr(of_keys)([leaves[place] for place in keys]).jaxpr
+    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return [name for name, is_used in zip(keys.values(), used, strict=True) if is_used]
+
+
+def _reseeded(rest: PyTree, key: PRNGKeyArray) -> PyTree:
+    """The state of a module with every key split off `key`, and every count of draws at zero."""
+    places, fresh = _keys(rest), []
+    for node in jax.tree.leaves(rest, is_leaf=_is_variable):
+        for leaf in jax.tree.leaves(node):
+            if len(fresh) in places:
+                own = jax.random.fold_in(key, len(fresh))
+                if leaf.dtype == jnp.uint32:
+                    leaf = jax.random.key_data(own)
+                else:
+                    leaf = jax.random.split(own, leaf.shape) if leaf.shape else own
+            elif isinstance(node, nnx.RngCount):
+                leaf = jnp.zeros_like(leaf)
+            fresh.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(rest), fresh)
+
+
+class _Watched(nnx.BatchNorm):
+    """A batch-normalisation layer in the mode that was asked for, which does something before it normalises."""
+
+    before: BeforeFn | None
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        del use_running_average  # of the module's own choosing
+        if not self.use_running_average and (client := _APART.get()) is not None:
+            raise ValueError(
+                f"batch_norm must not be 'training' where {client} takes examples apart, as it mixes them: "
+                "use 'evaluation' or group normalisation"
+            )
+        if self.before is not None:
+            self.before(self, x, mask)
+        return super().__call__(x, self.use_running_average, mask=mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _watched(layer: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """The class of a layer with `_Watched` in the place of `nnx.BatchNorm`: what a subclass does around it stays."""
+    return _Watched if layer is nnx.BatchNorm else type(layer.__name__, (layer, _Watched), {})
+
+
+def _watch(model: nnx.Module, before: BeforeFn | None) -> None:
+    """Has every batch-normalisation layer of a model of one's own call `before`; it stays the layer it is."""
+    for _, layer in list(nnx.iter_modules(model)):
+        if isinstance(layer, nnx.BatchNorm):
+            object.__setattr__(layer, "__class__", _watched(type(layer)))
+            cast(_Watched, layer).before = nnx.static(before)
+
+
+def _statistics_of(norm: nnx.BatchNorm, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Mean and biased variance of the inputs of a layer, over all axes but the features', where the mask is True."""
+    x = widened(x)
+    axes = tuple(axis for axis in range(x.ndim) if axis != norm.axis % x.ndim)
+    mean = jnp.mean(x, axes, keepdims=True, where=mask)
+    return mean.reshape(-1), jnp.mean(jnp.square(x - mean), axes, where=mask)
+
+
+def _set_statistics(norm: nnx.BatchNorm, own: tuple[Array, Array] | None) -> None:
+    if own is None:
+        raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer")
+    for variable, value in zip((norm.mean, norm.var), own, strict=True):
+        if jnp.shape(value) != variable.shape:
+            raise ValueError(f"statistics of this layer must have shape {variable.shape}, got {jnp.shape(value)}")
+        variable.set_value(jnp.asarray(value))

@@ -1,7 +1,10 @@
 """Small generators of images: a decoder in the manner of DCGAN, and the variational autoencoder that trains it."""
 
+import io
+import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,10 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.models.layers import flatten
+from gia_jax.precision import widened
+from gia_jax.store import write_whole
 
 
 class Decoder(nnx.Module):
@@ -75,40 +81,67 @@ class VariationalAutoencoder(nnx.Module):
 
 
 def save_decoder(path: Path, decoder: Decoder) -> None:
-    """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz."""
-    weights = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), sep="/")
-    with path.open("wb") as file:  # an open file keeps its name, whatever its suffix
-        np.savez(file, input_shape=np.asarray(decoder.input_shape), **jax.tree.map(np.asarray, weights))
+    """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz.
+
+    The file appears when it is complete: whoever reads `path` meanwhile, or after a crash, finds what was there before.
+    """
+    weights: dict[str, Any] = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), sep="/")
+    arrays: dict[str, Any] = {name: np.asarray(widened(leaf)) for name, leaf in weights.items()}  # .npz has no bfloat16
+    content = io.BytesIO()
+    np.savez(content, input_shape=np.asarray(decoder.input_shape), **arrays)
+    write_whole(path, content.getvalue())
 
 
 def load_decoder(path: Path) -> Decoder:
     """The decoder that `save_decoder` wrote.
 
     Args:
-        path: Of the .npz; nothing in it is executed.
+        path: The .npz file. Nothing in it is executed, and no weight is read before all sizes are found to fit.
 
     Returns:
-        The decoder, of the size that its weights have.
+        The decoder, of the size that its weights have, in float32 or wider.
 
     Raises:
-        ValueError: A file that is not there, or is none of a decoder.
+        ValueError: A file that is not there, that is none of a decoder, that is damaged or too large, or that holds
+            weights which are not finite.
     """
     try:
-        with np.load(path) as file:
-            weights = {name: jnp.asarray(file[name]) for name in file.files}
-        input_shape = tuple(weights.pop("input_shape").tolist())
-        (latent_size, _), width = weights["dense/kernel"].shape, weights["up1/kernel"].shape[-1]
-        decoder = Decoder(input_shape, latent_size, width=width, rngs=nnx.Rngs(0))
-        state = nnx.state(decoder, nnx.Param)
-        expected = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep="/")
-        if jax.tree.map(_kind, weights) != jax.tree.map(_kind, expected):
-            raise ValueError("its arrays do not fit together")
-    except (OSError, EOFError, IndexError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"path must be of a generator that save_decoder wrote, got {str(path)!r}: {error}") from None
+        return _load(path)
+    except Exception as error:  # a damaged archive may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"path must be of a generator that save_decoder wrote, got {str(path)!r}: {reason}"
+    raise ValueError(message)
+
+
+def _load(path: Path) -> Decoder:
+    with zipfile.ZipFile(path) as archive:
+        headers = {info.filename.removesuffix(".npy"): _header(archive, info) for info in archive.infolist()}
+    if not {"input_shape", "dense/kernel", "up1/kernel"} <= set(headers):
+        raise ValueError(f"it holds {sorted(headers)}")
+    if headers.pop("input_shape") != ((3,), "i"):
+        raise ValueError("its input_shape is no three integers")
+    (latent_size, _), width = headers["dense/kernel"][0], headers["up1/kernel"][0][-1]
+    with np.load(path) as file:
+        input_shape = tuple(file["input_shape"].tolist())
+    if min(*input_shape, latent_size, width) < 1:
+        raise ValueError(f"its sizes are {input_shape}, {latent_size} and {width}")
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(input_shape, latent_size, width=width, rngs=nnx.Rngs(0))))
+    expected: dict[str, Any] = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep="/")
+    if headers != {name: (leaf.shape, "f") for name, leaf in expected.items()}:
+        raise ValueError("its arrays do not fit together")
+    _check.fits(sum(math.prod(shape) for shape, _ in headers.values()), input_shape=input_shape)
+    with np.load(path) as file:
+        weights = {name: widened(jnp.asarray(file[name])) for name in expected}
+    _check.finite("weights", weights)
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights, sep="/"))
-    nnx.update(decoder, state)
-    return decoder
+    return nnx.merge(graph, state)
 
 
-def _kind(leaf: Array) -> tuple[tuple[int, ...], str]:
-    return leaf.shape, jnp.result_type(leaf).kind
+def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], str]:
+    """The shape of an array in a .npz, and the kind of its type, before any of it is read."""
+    with archive.open(info) as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+        if info.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its array {info.filename!r} has {info.file_size} bytes")
+    return shape, dtype.kind

@@ -1,5 +1,8 @@
 """Generators: shapes, ranges, and images that do not depend on each other."""
 
+import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import jax
@@ -70,3 +73,106 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
             ValueError, match=f"path must be of a generator that save_decoder wrote, got '.*{what}.npz': "
         ):
             models.load_decoder(path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("decoder") / "decoder.npz"
+    models.save_decoder(file, models.Decoder((8, 8, 1), 3, width=1, rngs=nnx.Rngs(0)))
+    return file
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError, match="path must be of a generator that save_decoder wrote, got ") as refused:
+        models.load_decoder(path)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert "pickle" not in message.replace(str(path), "")
+    return message.split(": ", 1)[1]
+
+
+def test_sizes_are_refused_before_a_decoder_of_them_is_made(saved: Path, tmp_path: Path) -> None:
+    """A model of 40,000 x 40,000 pixels has more weights than there is memory."""
+    weights, file = dict(np.load(saved)), tmp_path / "large.npz"
+    np.savez(file, **weights | {"input_shape": np.asarray((40_000, 40_000, 1))})
+    assert refusal(file) == "its arrays do not fit together"
+    for name, array, reason in (
+        ("input_shape", np.asarray((8, 8)), "its input_shape is no three integers"),
+        ("input_shape", np.asarray((8.0, 8, 1)), "its input_shape is no three integers"),
+        ("input_shape", np.asarray((8, 0, 1)), "its sizes are (8, 0, 1), 3 and 1"),
+        ("dense/kernel", np.zeros((0, 8), np.float32), "its sizes are (8, 8, 1), 0 and 1"),
+    ):
+        np.savez(file, **weights | {name: array})
+        assert refusal(file) == reason
+
+
+def test_damaged_files_are_refused_or_read_as_they_were(saved: Path, tmp_path: Path) -> None:
+    rng, raw, file = np.random.default_rng(0), saved.read_bytes(), tmp_path / "damaged.npz"
+    right = nnx.state(models.load_decoder(saved))
+    for _ in range(60):
+        content = bytearray(raw)
+        for place in rng.integers(0, len(raw), rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        file.write_bytes(content)
+        try:
+            found = nnx.state(models.load_decoder(file))
+        except ValueError:
+            refusal(file)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found, right)
+    file.write_bytes(raw[: len(raw) // 2])
+    refusal(file)
+    # Methods of compression that nobody has, and encryption.
+    for place, value, reason in ((10, 99, "compression method is not supported"), (8, 1, "is encrypted")):
+        content = bytearray(raw)
+        content[raw.index(b"PK\x01\x02") + place] = value
+        file.write_bytes(content)
+        assert reason in refusal(file)
+
+
+def test_nothing_is_unpickled(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "objects.npz"
+    np.savez(file, **dict(np.load(saved)) | {"up1/bias": np.asarray([{}], object)})
+    assert "up1/bias.npy" in refusal(file) or refusal(file) == "its arrays do not fit together"
+    file.write_bytes(pickle.dumps({"input_shape": 3}))
+    assert refusal(file) == "File is not a zip file"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("input_shape.npy", pickle.dumps(3))
+    refusal(file)
+    np.save(file.open("wb"), np.zeros(3))
+    refusal(file)
+
+
+def test_weights_of_other_precisions_are_read_in_float32(saved: Path, tmp_path: Path) -> None:
+    weights, file = dict(np.load(saved)), tmp_path / "other.npz"
+    for dtype in (np.float16, np.float64):
+        np.savez(
+            file, **{name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf for name, leaf in weights.items()}
+        )
+        kernel = models.load_decoder(file).up1.kernel[...]
+        assert kernel.dtype == jnp.float32
+        np.testing.assert_array_equal(kernel, weights["up1/kernel"].astype(dtype).astype(np.float32))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.load_decoder(saved))
+    models.save_decoder(file, half)
+    np.testing.assert_array_equal(models.load_decoder(file).up1.kernel[...], half.up1.kernel[...].astype(jnp.float32))
+
+
+def test_weights_that_are_no_numbers_are_refused(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "nan.npz"
+    np.savez(file, **dict(np.load(saved)) | {"up1/bias": np.asarray([np.nan], np.float32)})
+    assert refusal(file).startswith("weights must be finite, got nan at weights['up1/bias']")
+
+
+def test_a_decoder_is_written_whole_or_not_at_all(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "decoder.npz"
+    models.save_decoder(file, models.load_decoder(saved))
+    before = file.read_bytes()
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        models.save_decoder(file, models.load_decoder(saved))
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["decoder.npz"]
