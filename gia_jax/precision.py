@@ -1,9 +1,42 @@
-"""Half precision has too few values for norms, tails and probabilities: these are computed in more."""
+"""Half precision has too few values for sums, norms, tails and probabilities: arithmetic is done in float32 or wider.
 
+Every module widens what it is given before it computes with it, and casts its result to the caller's type last.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 def widened(leaf: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """In float32, or in its own type where that is wider."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    """The array in float32, or in its own type where that is wider."""
+    return leaf.astype(wide_dtype(leaf.dtype))
+
+
+def wide_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Float32, or `dtype` itself where it is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widened_tree(tree: PyTree[Array]) -> PyTree[Array]:
+    """A tree whose floating-point leaves are `widened`; integers, booleans and keys are left as they are."""
+    return jax.tree.map(lambda leaf: widened(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
+def cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """The tree with every leaf in the type of the leaf of `like` in its place."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
+def widening(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of two updates, such as an objective or its residuals, which sees both of them widened."""
+
+    @functools.wraps(fn)
+    def wide_fn(simulated: PyTree[Array], observed: PyTree[Array], /, **settings: Any) -> Any:
+        return fn(widened_tree(simulated), widened_tree(observed), **settings)
+
+    return wide_fn

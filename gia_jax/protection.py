@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gia_jax import clients, defenses, metrics, models
+from gia_jax import _check, clients, defenses, metrics, models
 from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
 from gia_jax.defenses.mixing import InputDefenseFn
 from gia_jax.labels import dense
@@ -70,6 +70,7 @@ COMBINATIONS = {
 NAMES = ("none", *DEFENSES, *COMBINATIONS)
 INTEGERS = ("bits", "k", "num_probes", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
+WEIGHTS = 0x9EC0DE  # sets PRECODE's default weights, which are public, apart from all that a user draws from key 0
 CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
 UNBIASED = (*NOISE, "ternary", "quantize")  # their expectation is what enters them
 ZEROING = ("prune", "topk", "ternary", "quantize", "soteria")  # a zero they share need not be one of the gradient
@@ -107,19 +108,17 @@ def parse(text: str) -> tuple[Part, ...]:
         The parts, every setting filled in; none of them for "none".
 
     Raises:
-        ValueError: An unknown name or setting, or a value that is no number.
+        ValueError: An unknown name or setting, a value that is no number, or one that the defense refuses.
     """
-    if text == "none":
-        return ()
-    name, _, rest = text.partition(":")
-    if name in COMBINATIONS:
-        if rest:
+    name, colon, rest = text.partition(":")
+    if name == "none" or name in COMBINATIONS:
+        if colon:
             raise ValueError(f"defense {name} takes no settings, got {rest!r}")
-        return tuple(part for one in COMBINATIONS[name] for part in parse(one))
+        return tuple(part for one in COMBINATIONS.get(name, ()) for part in parse(one))
     if name not in DEFENSES:
         raise ValueError(f"defense must be one of {', '.join(NAMES)}, got {name!r}")
     settings = dict(DEFENSES[name].settings)
-    for item in filter(None, rest.split(",")):
+    for item in rest.split(",") if colon else ():
         key, _, value = item.partition("=")
         if key not in settings:
             known = ", ".join(settings) or "nothing"
@@ -131,7 +130,53 @@ def parse(text: str) -> tuple[Part, ...]:
         except ValueError:
             kind = "an integer" if key in INTEGERS else "a number"
             raise ValueError(f"defense {name} needs {kind} for {key}, got {value!r}") from None
-    return (Part(name, settings),)
+    part = Part(name, settings)
+    _check_part(part)
+    return (part,)
+
+
+def _check_part(part: Part) -> None:
+    """Raises ValueError, naming the defense, for settings that it does not have or refuses, without data or a model."""
+    if part.name not in DEFENSES:
+        raise ValueError(f"defense must be one of {', '.join(DEFENSES)}, got {part.name!r}")
+    if part.settings.keys() != DEFENSES[part.name].settings.keys():
+        names = ", ".join(DEFENSES[part.name].settings) or "nothing"
+        raise ValueError(f"defense {part.name} must set {names}, got {', '.join(part.settings) or 'nothing'}")
+
+    def unused(*_: Any) -> Any:
+        raise NotImplementedError
+
+    try:
+        if part.acts_on == "update":
+            _transformation(part, jax.random.key(0))
+        elif part.acts_on == "input":
+            _encoding({part.name: part.settings}, 2)
+        elif part.name == "dpsgd":
+            defenses.dp_sgd(unused, jax.random.key(0), **part.settings)
+        elif part.name == "soteria":
+            defenses.soteria(unused, unused, unused, **part.settings)
+        else:  # PRECODE has as many layers of this size, whatever the model
+            _check.integer(size=part.settings["size"])
+            _check.fits(3 * part.settings["size"], size=part.settings["size"])
+    except ValueError as error:
+        raise ValueError(f"defense {part}: {error}") from None
+
+
+def check_together(parts: Sequence[Part], *, local_steps: int = 1) -> None:
+    """Raises ValueError for defenses that cannot be in one client, and for those that local steps would weaken.
+
+    Args:
+        parts: From `parse`; of DP-SGD, PRECODE, Soteria and the encodings there can be one each.
+        local_steps: Local steps of the client; in more than one the noise of DP-SGD and PRECODE would be the same.
+    """
+    alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
+    for kind, names in alone.items():
+        found = [part.name for part in parts if part.name in names]
+        if len(found) > 1:
+            raise ValueError(f"defenses must name one {kind} at most, got {' and '.join(found)}")
+    for part in parts:
+        if part.name in ("dpsgd", "precode") and local_steps > 1:
+            raise ValueError(f"defense {part.name} is for one step on the whole batch, got {local_steps} local steps")
 
 
 def protect(
@@ -170,32 +215,36 @@ def protect(
         parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
             the encodings there can be one each.
         module: A model whose last operation is the dense layer `head`.
-        num_classes: Of the model.
-        head: Its last layer.
-        key: Of the initial weights that PRECODE adds; None: key 0.
-        batch_norm: As for `models.functional`.
-        make_client: From a loss, what the client does with it without a defense.
+        num_classes: Number of classes of the model.
+        head: Name of its last layer.
+        key: Key of the initial weights that PRECODE adds; None takes the same public key in every call.
+        batch_norm: Mode of batch normalisation, as for `models.functional`.
+        make_client: From a loss, what the client does with it without a defense. Beside DP-SGD and PRECODE it must be
+            `clients.federated_sgd`, or a `functools.partial` of it, whose lowering DP-SGD and Soteria then take too.
 
     Returns:
         The protected client.
 
     Raises:
         ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD or PRECODE with
-            local steps: their noise would be the same in every step.
+            another client than that of one step: their noise would be the same in every step.
     """
-    alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
-    for kind, names in alone.items():
-        found = [part.name for part in parts if part.name in names]
-        if len(found) > 1:
-            raise ValueError(f"defenses must name one {kind} at most, got {' and '.join(found)}")
+    for part in parts:
+        _check_part(part)
+    check_together(parts)
     settings: dict[str, dict[str, Any]] = {part.name: part.settings for part in parts}
+    # DP-SGD is a client of its own: what is left of `make_client` beside it are the options of federated SGD.
+    plain = make_client if isinstance(make_client, functools.partial) else functools.partial(make_client)
+    one_step = plain.func is clients.federated_sgd and not plain.args
+    options = plain.keywords if one_step else {}
     for name in ("dpsgd", "precode"):
-        if name in settings and make_client is not clients.federated_sgd:
-            raise ValueError(f"defense {name} is for one step on the whole batch, got a client with local steps")
+        if name in settings and not one_step:
+            needed = "make_client must be clients.federated_sgd or a functools.partial of it"
+            raise ValueError(f"defense {name} is for one step on the whole batch: {needed}, got {make_client!r}")
 
     classifier_fn = dense(head)
     if "precode" in settings:
-        key = jax.random.key(0) if key is None else key
+        key = jax.random.fold_in(jax.random.key(0), WEIGHTS) if key is None else key
         features_fn, params = models.functional(models.headless(module, head), batch_norm=batch_norm)
         num_features = classifier_fn(models.functional(module)[1]).kernel.shape[0]
         size = settings["precode"]["size"]
@@ -216,11 +265,11 @@ def protect(
         if "dpsgd" in settings:
             loss_key = keys.get("precode")
             loss_fn = loss_of(None) if loss_key is None else loss_of
-            inner = defenses.dp_sgd(loss_fn, keys["dpsgd"], loss_key=loss_key, **settings["dpsgd"])
+            inner = defenses.dp_sgd(loss_fn, keys["dpsgd"], loss_key=loss_key, **settings["dpsgd"], **options)
         else:
             inner = make_client(loss_of(keys.get("precode")))
         if "soteria" in settings:
-            inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"])
+            inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"], **options)
         chain = [_transformation(part, own) for part, own in drawn if part.acts_on == "update"]
         return defenses.defended(inner, optax.chain(*chain)) if chain else inner
 
@@ -228,7 +277,7 @@ def protect(
     assumed_fn = make_client(loss_of(None))
     if "dpsgd" in settings:
         norm = settings["dpsgd"]["norm"]
-        assumed_fn = defenses.dp_sgd(loss_of(None), jax.random.key(0), norm=norm, noise_multiplier=0.0)
+        assumed_fn = defenses.dp_sgd(loss_of(None), jax.random.key(0), norm=norm, noise_multiplier=0.0, **options)
     acting = [part for part in parts if 0 not in (part.settings.get("ratio"), part.settings.get("scale"))]
     reading = _reading(acting)
     if reading is not None and reading.simulated:
@@ -333,14 +382,22 @@ def promises(
         the client shares those. That there is no epsilon: for noise without clipping before it, for DP-SGD beside
         Soteria, which chooses features by the images, and without the extra `privacy`. Nothing for other noise after
         clipping, whose epsilon is not computed.
+
+    Raises:
+        ValueError: `information` or `covariance` is given where there is no noise of DP-SGD, or Soteria beside it.
     """
     names = [part.name for part in parts]
     noise = [i for i, part in enumerate(parts) if part.name in ("gaussian", "laplace") and part.settings["scale"] > 0]
     private = next((part for part in parts if part.name == "dpsgd"), None)
+    chosen = any(part.name == "soteria" and part.settings["ratio"] > 0 for part in parts)
+    for name, matrix in (("information", information), ("covariance", covariance)):
+        if matrix is not None and (private is None or private.settings["noise_multiplier"] == 0 or chosen):
+            wanted = "None but for dpsgd with noise and without soteria"
+            raise ValueError(f"{name} must be {wanted}, got an array of {len(matrix)} rows")
     if private is None:
         clipped = "clip" in names and any(i > names.index("clip") for i in noise)
         return metrics.privacy_lines(None) if noise and not clipped else []
-    if any(part.name == "soteria" and part.settings["ratio"] > 0 for part in parts):
+    if chosen:
         return ["no epsilon is computed: Soteria chooses the features it leaves out by the images"]
     multiplier = private.settings["noise_multiplier"]
     if multiplier == 0 and noise:
@@ -363,18 +420,21 @@ def live_shares(
     """Of the features that are not 0 for every example of a batch, the share that Soteria prunes, in [0, 1].
 
     Args:
-        parts: Of the client; Soteria is one of them.
+        parts: Defenses of the client; Soteria is one of them.
         apply_fn: The client's model.
         params: Its parameters.
-        inputs: Batches of v victims, as the model sees them.
-        head: The model's last layer.
+        inputs: Batches of v victims, as the model sees them, of a floating type and finite.
+        head: The name of the model's last layer.
 
     Returns:
         One share for each victim.
 
     Raises:
-        ValueError: No Soteria among `parts`.
+        ValueError: There is no Soteria among `parts`, or `inputs` are not such batches.
     """
+    if jnp.ndim(inputs) < 3 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise ValueError(f"inputs must be floating (v, b, *d), nothing of it 0, got {inputs.dtype} {jnp.shape(inputs)}")
+    _check.finite("inputs", inputs)
     found = [part.settings for part in parts if part.name == "soteria"]
     if not found:
         raise ValueError(f"parts must have soteria, got {[part.name for part in parts]}")
@@ -389,13 +449,27 @@ def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: 
     """The first encodings of a client's whole data set, as many as `batch` has examples.
 
     Args:
-        encode_fn: MixUp or InstaHide, or nothing.
-        key: The client's.
-        batch: The examples of this round, labels (b,).
-        others: The client's other examples, which may be mixed in, labels (m,).
+        encode_fn: MixUp or InstaHide, or what returns a batch as it is.
+        key: The client's key.
+        batch: The examples of this round, labels (b,) or (b, c).
+        others: The client's other examples, which may be mixed in, none or more, with labels of the same kind.
 
     Returns:
-        Encoding i mixes example i of `batch` with others, labels of shape (b, c).
+        Encoding i mixes example i of `batch` with others, labels of shape (b, c); or the batch as it is.
+
+    Raises:
+        ValueError: The examples of the two do not fit each other, or a batch and its labels.
     """
+    if jax.tree.structure(batch) != jax.tree.structure(others):
+        raise ValueError(f"others must be {jax.tree.structure(batch)} like batch, got {jax.tree.structure(others)}")
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(others), strict=True):
+        name, kinds = jax.tree_util.keystr(path), [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (ours, theirs)]
+        if theirs.shape[1:] != ours.shape[1:] or kinds[0] != kinds[1]:
+            wanted = f"{ours.dtype} of shape (m{''.join(f', {size}' for size in ours.shape[1:])})"
+            raise ValueError(f"others{name} must be {wanted} like batch{name}, got {theirs.dtype} {theirs.shape}")
+        for whose, leaf, one in (("batch", ours, batch), ("others", theirs, others)):
+            if leaf.shape[:1] != one.inputs.shape[:1]:
+                size = one.inputs.shape[0]
+                raise ValueError(f"{whose}{name} must be {size}, one for each example, got {leaf.shape}")
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, others)
-    return jax.tree.map(lambda leaf: leaf[: len(batch.labels)], encode_fn(key, whole))
+    return jax.tree.map(lambda leaf: leaf[: batch.inputs.shape[0]], encode_fn(key, whole))

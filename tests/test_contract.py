@@ -439,3 +439,28 @@ def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> N
     attack = make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
     parameters = [list(inspect.signature(fn).parameters) for fn in attack]
     assert parameters == [["key", "observation"], ["key", "state", "observation"], ["candidate", "observation"]]
+
+
+# One of each attack: the others are these with another setting. A dense first layer compiles sooner.
+HALF = {name: "bfloat16" for name, case in CASES.items() if not case.x64}
+HALF |= {"gradient_matching": "float16", "linear_inversion": "float16", "levenberg_marquardt": "bfloat16"}
+HALF = {name: dtype for name, dtype in HALF.items() if name not in ("latent_search", "deep image prior")}
+
+
+@pytest.mark.parametrize("name", [*HALF, "r_gap"])
+def test_half_precision_is_attacked_in_wider_arithmetic(name: str) -> None:
+    case, dtype = CASES[name]._replace(first_layer="dense"), HALF.get(name, "bfloat16")
+    client_fn, key = _client(case), _keys()[0]
+    reconstruct_fn = _reconstruct_fn(case.build(_target(case, client_fn)))
+    params = jax.tree.map(lambda leaf: (0.2 * leaf).astype(dtype), _params(case))  # no sigmoid rounds to 0 or 1
+    subject = Subject(case, client_fn, params, None, None, None)
+    batch = _batch(subject, 10)
+    batch = batch._replace(inputs=batch.inputs.astype(dtype))
+    observation = _observe(subject, batch)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(observation.update)} == {dtype}
+    with jax.enable_x64(name == "r_gap"):
+        found = jax.jit(reconstruct_fn)(key, observation)
+    assert found.is_finite
+    assert found.batch.inputs.dtype == dtype
+    assert found.batch.inputs.shape == batch.inputs.shape
+    assert found.loss.dtype == jnp.float32

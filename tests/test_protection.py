@@ -1,6 +1,7 @@
 """Defenses by name: what is parsed, what a client with several does, and what its attacker may not know."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -16,7 +17,7 @@ from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_a
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean
-from gia_jax.protection import COMBINATIONS, DEFENSES, encoded, live_shares, parse, promises, protect
+from gia_jax.protection import COMBINATIONS, DEFENSES, Part, encoded, live_shares, parse, promises, protect
 
 MODULE = models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
@@ -71,7 +72,7 @@ def test_what_cannot_be_parsed_is_named(text, message):
         ("prune:ratio=1", r"ratio must be in \[0, 1\), got 1\.0"),
         ("gaussian:scale=-1", r"scale must not be negative, got -1\.0"),
         ("clip:norm=0", r"norm must be positive, got 0\.0"),
-        ("mixup:k=0", "k must be an integer of at least 1, got 0"),
+        ("mixup:k=0", "k must be an integer from 1 to 10000, got 0"),
         ("quantize:bits=1", "bits must be an integer from 2 to 16, got 1"),
         ("soteria:ratio=2", r"ratio must be in \[0, 1\), got 2\.0"),
         ("soteria:num_probes=-1", "num_probes must be an integer of at least 0, got -1"),
@@ -496,3 +497,95 @@ def test_every_attack_takes_the_defended_client(name, text):
         assert np.isfinite(one.batch.inputs).all()
         assert one.is_finite
     assert distance(first.batch.inputs, second.batch.inputs) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip:norm=nan", "defense clip:norm=nan: norm must be positive, got nan"),
+        ("prune:ratio=1e400", r"defense prune:ratio=inf: ratio must be in \[0, 1\), got inf"),
+        ("prune:ratio=", "defense prune needs a number for ratio, got ''"),
+        ("prune:ratio", "defense prune needs a number for ratio, got ''"),
+        ("prune:ratio=0.9:x", "defense prune needs a number for ratio, got '0.9:x'"),
+        ("prune:", "defense prune can be set ratio, got ''"),
+        (" prune", "defense must be one of none, .*, got ' prune'"),
+        ("clip:norm=1,,", "defense clip can be set norm, got ''"),
+        ("quantize:bits=3.0", "defense quantize needs an integer for bits, got '3.0'"),
+        ("none:x=1", "defense none takes no settings, got 'x=1'"),
+        ("prune_mixup:", "defense prune_mixup takes no settings, got ''"),
+        ("precode:size=100000000000", "defense precode:size=100000000000: size must fit into memory"),
+    ],
+)
+def test_a_setting_is_refused_before_there_is_data_or_a_model(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_parse_would_not_make_are_refused():
+    with pytest.raises(ValueError, match="defense clip:norm=-1: norm must be positive, got -1"):
+        protect([Part("clip", {"norm": -1.0})], MODULE, num_classes=4)
+    with pytest.raises(ValueError, match="defense clip must set norm, got nothing"):
+        protect([Part("clip", {})], MODULE, num_classes=4)
+    with pytest.raises(ValueError, match=r"defense must be one of prune, .*, got 'shield'"):
+        protect([Part("shield", {})], MODULE, num_classes=4)
+
+
+@pytest.mark.parametrize("text", ["dpsgd:noise_multiplier=0,norm=0.1", "precode:size=4", "soteria"])
+def test_an_option_of_federated_sgd_is_that_of_its_defenses(text):
+    for lowering in ("native", "matmul"):
+        make_client = functools.partial(clients.federated_sgd, lowering=lowering)
+        one = protect(parse(text), MODULE, num_classes=4, make_client=make_client)
+        program = str(jax.make_jaxpr(one.client_fn(KEYS[0]))(one.params, BATCH))
+        assert ("conv_general_dilated" in program) == (lowering == "native")
+
+
+def test_another_client_than_of_one_step_is_refused_beside_dp_sgd_and_precode():
+    for name in ("dpsgd", "precode"):
+        for make_client in (lambda loss_fn: clients.federated_sgd(loss_fn), clients.per_example):
+            with pytest.raises(ValueError, match=f"defense {name} is for one step on the whole batch: make_client"):
+                protect(parse(name), MODULE, num_classes=4, make_client=make_client)
+
+
+def test_precode_s_weights_are_public_and_of_no_key_that_a_user_has():
+    default, again = protected_by("precode:size=4"), protected_by("precode:size=4")
+    assert distance(default.params["encoder"], again.params["encoder"]) == 0
+    own = protect(parse("precode:size=4"), MODULE, num_classes=4, key=jax.random.key(0))
+    assert distance(default.params["encoder"], own.params["encoder"]) > 0.1
+
+
+def test_examples_that_do_not_fit_each_other_are_named():
+    encode_fn, one = protected_by("mixup").encode_fn, jax.tree.map(lambda leaf: leaf[:1], BATCH)
+    wrong = [
+        (one, BATCH._replace(labels=jnp.eye(4)), r"others.labels must be int32 of shape \(m\) like batch.labels, got"),
+        (one, BATCH._replace(labels=jnp.zeros(4)), r"others.labels must be int32 of shape \(m\) like batch.labels"),
+        (one, BATCH._replace(inputs=BATCH.inputs[:, :4]), r"others.inputs must be float32 of shape \(m, 8, 8, 3\)"),
+        (one, BATCH._replace(labels=BATCH.labels[:2]), r"others.labels must be 4, one for each example, got \(2,\)"),
+        (one._replace(labels=BATCH.labels), BATCH, r"batch.labels must be 1, one for each example, got \(4,\)"),
+    ]
+    for batch, others, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            encoded(encode_fn, KEYS[0], batch, others)
+
+
+def test_bounds_without_the_noise_that_they_are_of_are_refused():
+    for texts in (("prune",), ("dpsgd:noise_multiplier=0",), ("dpsgd", "soteria")):
+        for name in ("information", "covariance"):
+            with pytest.raises(ValueError, match=f"{name} must be None but for dpsgd with noise and without soteria"):
+                promises([part for text in texts for part in parse(text)], **{name: jnp.eye(2)})
+
+
+def test_batches_that_have_no_live_features_are_named():
+    apply_fn, params = models.functional(MODULE)
+    for inputs in (BATCH.inputs[:0, None], BATCH.inputs[None].astype(int)):
+        with pytest.raises(ValueError, match=r"inputs must be floating \(v, b, \*d\), nothing of it 0, got"):
+            inspect.unwrap(live_shares)(parse("soteria"), apply_fn, params, inputs)
+    with pytest.raises(ValueError, match="inputs must be finite, got nan"):
+        live_shares(parse("soteria"), apply_fn, params, jnp.nan * BATCH.inputs[None])
+
+
+def test_dp_sgd_refuses_batch_normalisation_that_mixes_examples():
+    module = models.ResNet((8, 8, 3), 4, blocks=(1,), width=4, rngs=nnx.Rngs(0))
+    protected = protect(parse("dpsgd"), module, num_classes=4, batch_norm="training")
+    with pytest.raises(ValueError, match="dp_sgd"):
+        jax.eval_shape(protected.client_fn(KEYS[0]), protected.params, BATCH)

@@ -39,10 +39,11 @@ from gia_jax.clients.vertical import SplitFn, check_batch_indices
 from gia_jax.labels import ClassifierFn
 from gia_jax.labels.classifier import Dense
 from gia_jax.matching import priors
-from gia_jax.matching.initializations import near_grey
+from gia_jax.matching.initializations import as_granted, granted_like, near_grey
 from gia_jax.matching.objectives import euclidean
 from gia_jax.matching.run import keep_best, run
 from gia_jax.matching.solver import box, gradient_matching
+from gia_jax.precision import wide_dtype, widened_tree, widening
 from gia_jax.threat import granted, granted_labels
 
 NUM_RECORDS = 800
@@ -98,9 +99,10 @@ def cafe(
     """
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
-        like, indices = granted(observation, "inputs_like"), granted(observation, "batch_indices")
-        layers = [rounds_of(layer, len(indices)) for layer in layers_fn(observation.update)]
-        classifier = rounds_of(classifier_fn(observation.update), len(indices))
+        like, indices = granted_like(observation), granted(observation, "batch_indices")
+        update = widened_tree(observation.update)
+        layers = [rounds_of(layer, len(indices)) for layer in layers_fn(update)]
+        classifier = rounds_of(classifier_fn(update), len(indices))
         check_identifiable(indices, len(like))
         selection = selection_matrix(indices, len(like))
         inverse, rank = pseudo_inverse(selection)
@@ -111,9 +113,10 @@ def cafe(
         else:
             size = indices.shape[1]  # a round shares the mean of its records' gradients
             alone = jax.tree.map(
-                lambda leaf: size * jnp.einsum("nt,t...->n...", inverse, leaf, precision="highest"), observation.update
+                lambda leaf: size * jnp.einsum("nt,t...->n...", inverse, leaf, precision="highest"), update
             )
             inputs = invert_fn(key, observation.params, features, Batch(like, labels), alone)
+        inputs = as_granted(inputs, observation)
         loss = _unexplained(selection, layers, features, gradients)
         finite = (rank == len(like)) & jnp.isfinite(loss) & jnp.all(jnp.isfinite(inputs))
         return Reconstruction(Batch(inputs, labels), loss, finite)
@@ -150,7 +153,8 @@ def feature_matching(
         ValueError: A negative weight, no steps, or bounds in the wrong order.
     """
     _check.not_negative(total_variation_weight=total_variation_weight)
-    _check.positive(num_steps=num_steps)
+    _check.finite("total_variation_weight", total_variation_weight)
+    _check.integer(num_steps=num_steps)
     project_fn = box(*bounds)
 
     def invert_fn(
@@ -178,6 +182,7 @@ def feature_matching(
     return invert_fn
 
 
+@widening
 def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """The sum over leaves and records of |s - o|^2 / |o|^2; a record whose o is zero does not count in that leaf.
 
@@ -225,8 +230,8 @@ def cafe_descent(
         client_fn: The client of one round that the attacker assumes, such as `federated_sgd`.
         layers_fn: As for `cafe`.
         features_fn: As for `feature_matching`.
-        num_classes: Of the model, >= 2.
-        learning_rate: Of Adam, > 0.
+        num_classes: Number of classes of the model, >= 2.
+        learning_rate: Learning rate of Adam, > 0 and finite.
 
     Returns:
         The attack. Its reconstruction has probabilities for labels and the loss of `cafe`.
@@ -234,19 +239,20 @@ def cafe_descent(
     Raises:
         ValueError: Fewer than two classes, or a rate that is not positive.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    _check.integer(2, num_classes=num_classes)
     _check.positive(learning_rate=learning_rate)
+    _check.finite("learning_rate", learning_rate)
     optimizer = optax.adam(learning_rate)
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
-        like, indices = granted(observation, "inputs_like"), granted(observation, "batch_indices")
+        like, indices = granted_like(observation), granted(observation, "batch_indices")
         check_batch_indices(indices, len(like))
+        _check.fits(len(like) * num_classes, num_classes=num_classes)
         layers = [rounds_of(layer, len(indices)) for layer in layers_fn(observation.update)]
         key_v, key_h, key_x, key_y = jax.random.split(key, 4)
 
         def draw(key: PRNGKeyArray, shape: tuple[int, ...], low: float, high: float) -> Array:
-            return jax.random.uniform(key, (len(like), *shape), like.dtype, low, high)
+            return jax.random.uniform(key, (len(like), *shape), wide_dtype(like.dtype), low, high)
 
         widths = [layer.kernel.shape[1:] for layer in layers]
         keys_v, keys_h = jax.random.split(key_v, len(widths)), jax.random.split(key_h, len(widths))
@@ -262,7 +268,7 @@ def cafe_descent(
         indices = granted(observation, "batch_indices")
         this_round = jax.random.randint(key, (), 0, len(indices))
         chosen = indices[this_round]
-        update = jax.tree.map(lambda leaf: leaf[this_round], observation.update)
+        update = widened_tree(jax.tree.map(lambda leaf: leaf[this_round], observation.update))
         layers = layers_fn(update)
         guess, memory = rows(state.candidate, chosen), rows(state.memory, chosen)
 
@@ -272,10 +278,12 @@ def cafe_descent(
         ]
 
         def distance(inputs: Array, logits: Array) -> Float[Array, ""]:
-            return euclidean(client_fn(observation.params, Batch(inputs, jax.nn.softmax(logits))), update)
+            batch = Batch(as_granted(inputs, observation), jax.nn.softmax(logits))
+            return euclidean(client_fn(observation.params, batch), update)
 
         def data_loss(inputs: Array) -> Float[Array, ""]:
-            missed = euclidean(list(features_fn(observation.params, inputs)), guess.features)
+            seen = features_fn(observation.params, as_granted(inputs, observation))
+            missed = euclidean(list(seen), guess.features)
             variation = jnp.sum(jnp.abs(jnp.diff(inputs, axis=1))) + jnp.sum(jnp.abs(jnp.diff(inputs, axis=2)))
             variation /= len(inputs)
             return 1e-3 * missed + 1e-4 * jnp.where(variation > 25, variation, 0)
@@ -290,11 +298,11 @@ def cafe_descent(
 
     def finalize(candidate: Guess, observation: Observation) -> Reconstruction:
         indices = granted(observation, "batch_indices")
-        layers = [rounds_of(layer, len(indices)) for layer in layers_fn(observation.update)]
+        layers = [rounds_of(layer, len(indices)) for layer in layers_fn(widened_tree(observation.update))]
         selection = selection_matrix(indices, len(candidate.inputs))
-        features = features_fn(observation.params, candidate.inputs)
+        batch = Batch(as_granted(candidate.inputs, observation), jax.nn.softmax(candidate.logits))
+        features = widened_tree(list(features_fn(observation.params, batch.inputs)))
         loss = _unexplained(selection, layers, features, candidate.gradients)
-        batch = Batch(candidate.inputs, jax.nn.softmax(candidate.logits))
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(batch.inputs)) & jnp.all(jnp.isfinite(batch.labels))
         return Reconstruction(batch, loss, finite)
 
@@ -398,7 +406,7 @@ def joined(features: Sequence[Float[Array, "n d"]], split_fn: SplitFn, like: Flo
     places = split_fn(np.arange(like[0].size).reshape(1, *like.shape[1:]))
     if len(places) != len(features):
         raise ValueError(f"split_fn must give one slice a worker, got {len(places)} for {len(features)} layers")
-    flat = jnp.zeros((len(like), like[0].size), like.dtype)
+    flat = jnp.zeros((len(like), like[0].size), jnp.result_type(*features))
     for place, feature in zip(places, features, strict=True):
         if feature.shape[1] != place.size:
             raise ValueError(f"the layer must see the slice {place.shape[1:]}, got {feature.shape[1]} inputs")

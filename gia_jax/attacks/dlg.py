@@ -4,6 +4,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Attack, Batch, ClientFn, InitFn, ObjectiveFn, Observation
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import euclidean
@@ -34,7 +35,7 @@ def dlg(
 
     Args:
         client_fn: The client the attacker assumes; its loss takes class probabilities.
-        num_classes: Classes c of the model, >= 2.
+        num_classes: Number of classes c of the model, >= 2.
         init_fn: Of the inputs. Default: standard normal, as in the paper.
         objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
         optimizer: Default: L-BFGS with fixed steps of 1, as in the paper.
@@ -43,15 +44,15 @@ def dlg(
         The attack. Its labels are probabilities (b, c).
 
     Raises:
-        ValueError: Fewer than two classes.
+        ValueError: If `num_classes` is no integer of at least 2.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    _check.integer(2, num_classes=num_classes)
     inputs_fn = normal() if init_fn is None else init_fn
 
     def init_pair(key: PRNGKeyArray, observation: Observation) -> Batch:
         key_inputs, key_labels = jax.random.split(key)
         inputs = inputs_fn(key_inputs, observation)
+        _check.fits(inputs.shape[0] * num_classes, num_classes=num_classes)
         return Batch(inputs, jax.random.normal(key_labels, (inputs.shape[0], num_classes), inputs.dtype))
 
     def decode(pair: Batch, labels: tuple[()]) -> Batch:

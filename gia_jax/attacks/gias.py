@@ -9,12 +9,23 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
-from gia_jax.base import Attack, Batch, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params
+from gia_jax.base import (
+    Attack,
+    AttackState,
+    Batch,
+    ClientFn,
+    InitFn,
+    LabelFn,
+    ObjectiveFn,
+    Observation,
+    Params,
+    WarmUp,
+)
 from gia_jax.lowering import lowered
 from gia_jax.matching import priors
 from gia_jax.matching.adaptive import supported
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.matching.run import advance, keep_best
+from gia_jax.matching.run import best_start, from_starts, keep_best, warmed_up
 from gia_jax.matching.solver import gradient_matching
 from gia_jax.threat import granted, granted_labels
 
@@ -141,8 +152,8 @@ def gias(
     Raises:
         ValueError: A negative weight or number of steps, a learning rate of 0 or less, or no latents.
     """
-    _check.positive(num_latents=num_latents)
-    _check.not_negative(num_latent_steps=num_latent_steps)
+    _check.integer(num_latents=num_latents)
+    _check.integer(0, num_latent_steps=num_latent_steps)
     search = keep_best(
         latent_search(
             client_fn,
@@ -158,32 +169,34 @@ def gias(
         )
     )
 
-    def best_latents(key: PRNGKeyArray, observation: Observation) -> Generated:
-        def one(key: PRNGKeyArray) -> Any:
-            key_init, key_steps = jax.random.split(key)
-            state = search.init(key_init, observation)
-            return advance(search, key_steps, state, observation, start=0, num_steps=num_latent_steps)[0].candidate
-
-        found = jax.vmap(one)(jax.random.split(key, num_latents))
-        latents = found.best.variables[jnp.argmin(found.best_loss)]
-        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(latents), *leaf.shape)), generator_params)
-        return Generated(latents, copies)
-
     def decode(variables: Generated, labels: Any) -> Batch:
         def one(latent: Array, parameters: Params) -> Array:
             return generator_fn(parameters, jax.lax.stop_gradient(latent)[None])[0]  # z* stays: Adam sees zeros
 
         return Batch(lowered(jax.vmap(one))(*variables), labels)
 
-    return gradient_matching(
-        client_fn,
-        init_fn=best_latents,
-        objective_fn=supported() if objective_fn is None else objective_fn,
-        prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
-        label_fn=label_fn,
-        decode_fn=decode,
-        optimizer=optax.adam(step_schedule(learning_rate, num_steps)),
-    )
+    def from_latents(latents_fn: InitFn) -> Attack:
+        def init_fn(key: PRNGKeyArray, observation: Observation) -> Generated:
+            latents = latents_fn(key, observation)
+            copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(latents), *leaf.shape)), generator_params)
+            return Generated(latents, copies)
+
+        return gradient_matching(
+            client_fn,
+            init_fn=init_fn,
+            objective_fn=supported() if objective_fn is None else objective_fn,
+            prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
+            label_fn=label_fn,
+            decode_fn=decode,
+            optimizer=optax.adam(step_schedule(learning_rate, num_steps)),
+        )
+
+    def hand_over(key: PRNGKeyArray, state: AttackState, observation: Observation) -> AttackState:
+        latents = best_start(search, state, observation).variables
+        return from_latents(lambda *_: latents).init(key, observation)
+
+    second = from_latents(_normal_latents(generator_fn, generator_params, latent_shape))
+    return warmed_up(second, WarmUp(from_starts(search, num_latents), num_latent_steps, hand_over))
 
 
 def _normal_latents(generator_fn: GeneratorFn, generator_params: Params, latent_shape: tuple[int, ...]) -> InitFn:

@@ -12,10 +12,14 @@ from jaxtyping import PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Attack, AttackInfo, Observation, Params
 from gia_jax.matching.run import advance
+from gia_jax.precision import widened_tree
 
 
 class MetaState(NamedTuple):
-    """The generator learned so far, which `gias` takes as `generator_params`, and the state of its optimizer."""
+    """The generator learned so far, which `gias` takes as `generator_params`, and the state of its optimizer.
+
+    Both are float32 or wider, because half precision loses the steps of learning.
+    """
 
     generator_params: Params
     memory: Any
@@ -60,12 +64,13 @@ def giml(
     Raises:
         ValueError: If `num_steps` is below one.
     """
-    _check.positive(num_steps=num_steps)
+    _check.integer(num_steps=num_steps)
     optimizer = optax.adam(1e-2) if optimizer is None else optimizer
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
 
     def init(generator_params: Params) -> MetaState:
-        return MetaState(generator_params, optimizer.init(generator_params))
+        params = widened_tree(generator_params)
+        return MetaState(params, optimizer.init(params))
 
     def step(key: PRNGKeyArray, state: MetaState, observation: Observation) -> tuple[MetaState, AttackInfo]:
         params, memory = state

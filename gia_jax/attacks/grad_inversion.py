@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
@@ -114,10 +116,22 @@ def grad_inversion(
         distinct; its first step for statistics that do not fit the model's.
 
     Raises:
-        ValueError: No seeds, no steps after the warm-up, a negative weight, or bounds in the wrong order.
+        ValueError: No seeds, no steps after the warm-up, a weight that is negative or not finite, or bounds in the
+            wrong order.
     """
-    _check.positive(num_seeds=num_seeds, learning_rate=learning_rate, match_weight=match_weight)
-    _check.not_negative(num_warm_up_steps=num_warm_up_steps, noise_scale=noise_scale)
+    _check.integer(num_seeds=num_seeds, num_steps=num_steps)
+    _check.integer(0, num_warm_up_steps=num_warm_up_steps)
+    _check.positive(learning_rate=learning_rate, match_weight=match_weight)
+    weights = {
+        "total_variation_weight": total_variation_weight,
+        "norm_weight": norm_weight,
+        "statistics_weight": statistics_weight,
+        "consistency_weight": consistency_weight,
+        "noise_scale": noise_scale,
+    }
+    _check.not_negative(**weights)
+    for name, value in {"learning_rate": learning_rate, "match_weight": match_weight, **weights}.items():
+        _check.finite(name, value)
     if num_steps <= num_warm_up_steps:
         raise ValueError(f"num_steps must be above num_warm_up_steps={num_warm_up_steps}, got {num_steps}")
     weighted: list[tuple[float, PriorFn]] = [
@@ -142,12 +156,13 @@ def grad_inversion(
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
         state = group.init(key, observation)
-        _check_distinct(state.candidate.labels[0])
+        _check_distinct(jax.tree.map(lambda leaf: leaf[0], state.candidate.labels))
         return state
 
     return group._replace(init=init)
 
 
 def _check_distinct(labels: Any) -> None:
-    if _check.is_concrete(labels) and np.ndim(labels) == 1 and len(np.unique(labels)) < len(labels):
+    are_classes = isinstance(labels, jax.Array) and labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer)
+    if are_classes and _check.is_concrete(labels) and len(np.unique(labels)) < len(labels):
         raise ValueError(f"labels must be distinct, or seeds order their images differently, got {labels.tolist()}")

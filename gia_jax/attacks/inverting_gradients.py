@@ -4,6 +4,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from gia_jax import _check
 from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
 from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
@@ -53,8 +54,10 @@ def inverting_gradients(
         The attack.
 
     Raises:
-        ValueError: Bounds in the wrong order, a negative weight, or no steps.
+        ValueError: Bounds in the wrong order, a weight that is negative or not finite, or no steps.
     """
+    _check.not_negative(total_variation_weight=total_variation_weight)
+    _check.finite("total_variation_weight", total_variation_weight)
     paper = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
     return gradient_matching(
         client_fn,

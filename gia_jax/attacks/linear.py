@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Batch, LabelFn, Observation, ReconstructFn, Reconstruction
 from gia_jax.labels import ClassifierFn
-from gia_jax.threat import granted, granted_labels
+from gia_jax.matching.initializations import as_granted, granted_like
+from gia_jax.precision import widened_tree
+from gia_jax.threat import granted_labels
 
 # Rows whose bias gradient is below this fraction of the largest are noise: their quotient is not formed.
 NEGLIGIBLE = 1e-9
@@ -32,29 +35,32 @@ def linear_inversion(
     Args:
         layer_fn: Picks the first layer, such as `gia_jax.labels.dense("dense0")`.
         label_fn: Labels of the reconstruction; they take no part in the inversion.
-        tolerance: Relative L2 distance below which two rows agree, > 0.
+        tolerance: Relative L2 distance below which two rows agree, > 0 and finite; four units of rounding of the update
+            where that is more, as in half precision.
 
     Returns:
         `(key, observation) -> reconstruction`; the key is not used. Its loss is the share of the layer's gradient, in
         L2 norm, that no combination of the inputs found explains. It raises ValueError for a layer without a bias or
-        whose input is not the (flattened) example.
+        whose input is not the (flattened) example, and for integer inputs.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    _check.positive(tolerance=tolerance)
+    _check.finite("tolerance", tolerance)
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
         del key
-        layer, like = layer_fn(observation.update), granted(observation, "inputs_like")
-        if layer.bias is None:
+        shared, like = layer_fn(observation.update), granted_like(observation)
+        if shared.bias is None:
             raise ValueError("linear_inversion needs a bias in the layer, got none")
+        rounding = float(max(jnp.finfo(leaf.dtype).eps for leaf in (shared.kernel, shared.bias)))
+        layer = widened_tree(shared)
         if layer.kernel.shape[0] * like.shape[0] != like.size:
             raise ValueError(f"the layer must see the example {like.shape[1:]}, got {layer.kernel.shape[0]} inputs")
         usable = jnp.abs(layer.bias) > NEGLIGIBLE * jnp.max(jnp.abs(layer.bias))
         rows = jnp.where(usable, layer.kernel / jnp.where(usable, layer.bias, 1), 0).T
-        found = _most_agreed(rows, layer.bias, usable, like.shape[0], tolerance)
+        found = _most_agreed(rows, layer.bias, usable, like.shape[0], max(tolerance, 4 * rounding))
         explained = jnp.linalg.lstsq(found.T, layer.kernel)[0]
         loss = jnp.linalg.norm(layer.kernel - found.T @ explained) / jnp.linalg.norm(layer.kernel)
-        inputs = found.reshape(like.shape)
+        inputs = as_granted(found.reshape(like.shape), observation)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(inputs)) & jnp.any(usable)
         return Reconstruction(Batch(inputs, label_fn(observation)), loss, finite)
 

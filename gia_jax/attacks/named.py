@@ -75,6 +75,7 @@ class Named(NamedTuple):
         summary: One line.
         num_steps: The paper's; 0 for an analytic attack.
         labels: Whether it takes them for "known" or finds them, "inferred".
+        options: The options of the command line that it takes, beside those of the setting that is attacked.
         model: Its default.
         x64: Whether it needs float64.
     """
@@ -82,29 +83,47 @@ class Named(NamedTuple):
     summary: str
     num_steps: int
     labels: str
+    options: tuple[str, ...]
     model: str = "lenet"
     x64: bool = False
 
 
+STEPWISE = ("labels", "steps", "restarts", "lanes", "adaptive")  # options of attacks that go step by step
+
+
 ATTACKS = {
-    "dlg": Named("Deep Leakage from Gradients, Zhu et al. 2019: data and labels by L-BFGS", DLG_STEPS, "inferred"),
-    "idlg": Named("iDLG, Zhao et al. 2020: label by sign, data by L-BFGS", IDLG_STEPS, "inferred"),
+    "dlg": Named(
+        "Deep Leakage from Gradients, Zhu et al. 2019: data and labels by L-BFGS",
+        DLG_STEPS,
+        "inferred",
+        (*STEPWISE, "solver"),
+    ),
+    "idlg": Named(
+        "iDLG, Zhao et al. 2020: label by sign, data by L-BFGS", IDLG_STEPS, "inferred", (*STEPWISE, "solver")
+    ),
     "inverting_gradients": Named(
         "Inverting Gradients, Geiping et al. 2020: cosine, total variation, signed Adam",
         INVERTING_GRADIENTS_STEPS,
         "known",
+        (*STEPWISE, "solver"),
     ),
     "grad_inversion": Named(
         "GradInversion, Yin et al. 2021: seeds that agree, feature statistics",
         GRAD_INVERSION_STEPS,
         "inferred",
+        (*STEPWISE, "solver", "statistics"),
         "resnet20_4",
     ),
     "gias": Named(
-        "GIAS, Jeon et al. 2021: latents of a generator, then its weights for each image", GIAS_STEPS, "known"
+        "GIAS, Jeon et al. 2021: latents of a generator, then its weights for each image",
+        GIAS_STEPS,
+        "known",
+        (*STEPWISE, "generator", "latent_steps"),
     ),
-    "linear": Named("analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred", "mlp"),
-    "r_gap": Named("R-GAP, Zhu and Blaschko 2021: closed form, layer by layer", 0, "inferred", "cnn6", x64=True),
+    "linear": Named(
+        "analytic inversion of a fully connected first layer, Phong et al. 2018", 0, "inferred", ("labels",), "mlp"
+    ),
+    "r_gap": Named("R-GAP, Zhu and Blaschko 2021: closed form, layer by layer", 0, "inferred", (), "cnn6", x64=True),
 }
 FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
 INVERTIBLE = {"linear": tuple(FIRST_LAYER), "r_gap": ("cnn6",)}  # models of the analytic attacks
@@ -113,8 +132,11 @@ SOLVERS = {
     "adam": "Adam, 0.1 a step",
     "fixed_step_lbfgs": "L-BFGS with fixed steps of 1, as in DLG",
     "lbfgs": "L-BFGS with a zoom line search (optax)",
-    "levenberg_marquardt": "1,500 fixed steps of L-BFGS from near grey, then Levenberg-Marquardt (float64)",
+    "levenberg_marquardt": "1,500 fixed steps of L-BFGS from the best of 8 near-grey starts, then Levenberg-Marquardt "
+    "(float64)",
 }
+# L-BFGS with fixed steps sticks from some starts, where Levenberg-Marquardt cannot get away either: that shows early.
+WARM_UP_STARTS, SCREENING = 8, 300
 WARM_UP = 1_500
 LEVENBERG_MARQUARDT_STEPS = 20
 
@@ -201,8 +223,7 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
     if name == "grad_inversion" and solver == "levenberg_marquardt":
         raise ValueError("solver levenberg_marquardt is for one seed, got the attack grad_inversion")
     if solver == "levenberg_marquardt":
-        first = keep_best(build(fixed_step_lbfgs(), near_grey()))
-        return keep_best(continued(first, build(levenberg_marquardt()), num_steps=WARM_UP))
+        return keep_best(continued(warm_up(build), build(levenberg_marquardt()), num_steps=WARM_UP))
     optimizers: dict[str, Callable[[], optax.GradientTransformation | None]] = {
         "paper": lambda: None,
         "adam": lambda: optax.adam(0.1),
@@ -210,6 +231,19 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
         "lbfgs": lambda: optax.lbfgs(memory_size=100),
     }
     return keep_best(build(optimizers[solver]()))
+
+
+def warm_up(build_fn: Callable[[optax.GradientTransformation, InitFn], Attack]) -> Attack:
+    """What comes before Levenberg-Marquardt: fixed steps of L-BFGS, from the best of several near-grey starts.
+
+    Args:
+        build_fn: `(optimizer, init_fn) -> attack`, a gradient-matching attack.
+
+    Returns:
+        The attack, with the starts as its warm-up.
+    """
+    one = build_fn(fixed_step_lbfgs(), near_grey())
+    return keep_best(continued(keep_best(one), one, num_steps=SCREENING, num_starts=WARM_UP_STARTS))
 
 
 def make_analytic(name: str, target: Target, *, model: str, labels: str) -> ReconstructFn:

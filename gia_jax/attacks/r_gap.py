@@ -31,6 +31,7 @@ from gia_jax.attacks.constraints import (
 )
 from gia_jax.attacks.rank_analysis import LayerRank, check_network, check_parameters, counted_ranks
 from gia_jax.base import Batch, Observation, Params, ReconstructFn, Reconstruction, Updates
+from gia_jax.matching.initializations import as_granted, granted_like
 from gia_jax.matching.solver import box
 from gia_jax.models.network import (
     Convolution,
@@ -42,7 +43,7 @@ from gia_jax.models.network import (
     output_shape,
     shapes,
 )
-from gia_jax.threat import granted
+from gia_jax.precision import wide_dtype
 
 # The maximum of mu / (1 + e^mu) is at 1 + W(1 / e); its two roots lie on the two sides.
 TURNING_POINT = 1.2784645427610738
@@ -105,7 +106,7 @@ def r_gap(
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
         del key
-        like = granted(observation, "inputs_like")
+        like = granted_like(observation)
         for name, unknowns, rank in counted_ranks(network, like.shape[1:]) if ranks is None else ranks:
             if rank < unknowns:
                 most, least = ("at most ", "at least ") if ranks is None else ("", "")
@@ -114,9 +115,9 @@ def r_gap(
                     f"{least}{unknowns - rank} are missing"
                 )
         twins = twins_fn(observation)
-        inputs = twins.inputs[twins.chosen][None].astype(like.dtype)
+        inputs = as_granted(twins.inputs[twins.chosen][None], observation)
         finite = jnp.all(jnp.isfinite(inputs)) & jnp.isfinite(twins.residual)
-        return Reconstruction(Batch(inputs, twins.label[None]), twins.residual.astype(like.dtype), finite)
+        return Reconstruction(Batch(inputs, twins.label[None]), twins.residual.astype(wide_dtype(like.dtype)), finite)
 
     return reconstruct_fn
 
@@ -136,11 +137,13 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
         ValueError: As `r_gap`.
     """
     _check.not_negative(tolerance=tolerance)
+    _check.finite("tolerance", tolerance)
     project_fn = box(*bounds)
+    _check.finite("bounds", bounds)
     check_network(network)
 
     def twins_fn(observation: Observation) -> Twins:
-        like = granted(observation, "inputs_like")
+        like = granted_like(observation)
         if like.shape[0] != 1:
             raise ValueError(f"r_gap needs a batch of one example, got {like.shape[0]}")
         check_parameters(network, observation.params, like.shape[1:])

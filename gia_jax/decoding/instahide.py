@@ -18,6 +18,7 @@ from scipy.sparse import coo_matrix, csgraph
 from gia_jax import _check
 from gia_jax.decoding.mixup import system
 from gia_jax.defenses.mixing import Mixing
+from gia_jax.precision import widened
 
 POLISH = 10  # alternating projections after the reflections, which hover around a solution
 
@@ -73,7 +74,10 @@ def decode_instahide(
         ValueError: Shapes that do not fit, rank below N, fewer than 2 N - 1 encodings (then other images fit as well),
             a mixing that falls apart into groups of images, whose signs are then unrelated, or a bad setting.
     """
-    _check.positive(num_restarts=num_restarts, num_steps=num_steps, tolerance=tolerance, weights=weights)
+    _check.integer(num_restarts=num_restarts, num_steps=num_steps)
+    _check.positive(tolerance=tolerance, weights=weights)
+    _check.finite("tolerance", tolerance)
+    _check.finite("weights", weights)
     _check.finite("encodings", encodings)
     matrix, flat, shape = system(mixing, encodings, num_images)
     if len(matrix) < 2 * num_images - 1:
@@ -84,14 +88,15 @@ def decode_instahide(
     if weights is not None:
         if weights.shape != mixing.sources.shape[:-1]:
             raise ValueError(f"weights must have shape {mixing.sources.shape[:-1]} like mixing, got {weights.shape}")
-        root = jnp.sqrt(weights).reshape(-1, 1).astype(matrix.dtype)
+        root = jnp.sqrt(widened(weights)).reshape(-1, 1).astype(matrix.dtype)
         matrix, flat = root * matrix, root * flat
     images, residuals = retrieve(
         key, matrix, jnp.abs(flat), num_restarts=num_restarts, num_steps=num_steps, tolerance=tolerance
     )
     images, residuals = images.reshape(num_images, *shape), residuals.reshape(shape)
     solved = residuals <= tolerance
-    return InstaHideDecoding(synchronize(images, solved, bounds=bounds), residuals, solved)
+    images = synchronize(images, solved, bounds=bounds).astype(encodings.dtype)
+    return InstaHideDecoding(images, residuals, solved)
 
 
 def retrieve(
@@ -116,14 +121,24 @@ def retrieve(
         matrix: Of rank n.
         magnitudes: Not negative.
         num_restarts: At most, for every column.
-        num_steps: Of each restart.
+        num_steps: Reflections in each restart, >= 1.
         tolerance: Relative residual at which a column is solved.
         relaxation: b in (0, 1].
         batch_size: Columns at a time: memory is proportional to it.
 
     Returns:
-        The columns x and their relative residuals.
+        The columns x and their relative residuals, in float32 or wider.
+
+    Raises:
+        ValueError: If a count is no positive integer, the tolerance not positive and finite, or the relaxation outside
+            (0, 1].
     """
+    _check.integer(num_restarts=num_restarts, num_steps=num_steps, batch_size=batch_size)
+    _check.positive(tolerance=tolerance)
+    _check.finite("tolerance", tolerance)
+    if not 0 < relaxation <= 1:
+        raise ValueError(f"relaxation must be in (0, 1], got {relaxation}")
+    matrix, magnitudes = widened(matrix), widened(magnitudes)
     q, r = jnp.linalg.qr(matrix)
 
     def project(z: Array) -> Array:
@@ -187,7 +202,7 @@ def synchronize(
     """
     if solved.shape != images.shape[1:]:
         raise ValueError(f"solved must have shape {images.shape[1:]} of an image, got {solved.shape}")
-    values = np.asarray(images)
+    values = np.asarray(widened(images))
     signs = _tree_signs(values, np.asarray(solved))
     found = values * signs
     trusted = found[:, np.asarray(solved)] if np.any(solved) else found
@@ -197,7 +212,7 @@ def synchronize(
         low, high = (bound[np.asarray(solved)] if np.any(solved) else bound for bound in (low, high))
         outside = [float(np.sum(np.maximum(0, low - s * trusted) + np.maximum(0, s * trusted - high))) for s in (1, -1)]
     flip = outside[0] > outside[1] if outside[0] != outside[1] else trusted.mean() < 0
-    return jnp.asarray(-found if flip else found)
+    return jnp.asarray(-found if flip else found).astype(images.dtype)
 
 
 def _tree_signs(values: np.ndarray, solved: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from gia_jax import _check
 from gia_jax.decoding.instahide import retrieve
 from gia_jax.decoding.mixup import mixing_matrix
 from gia_jax.defenses.mixing import Mixing
+from gia_jax.precision import widened
 
 EPSILON = 1e-12  # keeps a factor's update from dividing by zero
 JITTER = 1e-4  # gives images that no encoding is thought to mix a rank
@@ -42,16 +43,17 @@ def similarity(
         ValueError: Shapes that differ, fewer than two public encodings, or a ridge that is not positive.
     """
     _check.positive(ridge=ridge)
+    _check.finite("ridge", ridge)
     if encodings.shape[1:] != public.shape[1:]:
         raise ValueError(f"public must have shape (q, *{encodings.shape[1:]}) like encodings, got {public.shape}")
     if len(public) < 2:
         raise ValueError(f"public must have at least 2 encodings, got {len(public)}")
-    known = jnp.square(public.reshape(len(public), -1))
+    known = jnp.square(widened(public).reshape(len(public), -1))
     mean = jnp.mean(known, 0)
     covariance = jnp.matmul((known - mean).T, known - mean) / len(known)
     size = len(covariance)
     factor = jnp.linalg.cholesky(covariance + ridge * jnp.trace(covariance) / size * jnp.eye(size, dtype=mean.dtype))
-    squares = jnp.square(encodings.reshape(len(encodings), -1)) - mean
+    squares = jnp.square(widened(encodings).reshape(len(encodings), -1)) - mean
     white = jax.scipy.linalg.solve_triangular(factor, squares.T, lower=True)
     white /= jnp.maximum(jnp.linalg.norm(white, axis=0), EPSILON)
     return jnp.matmul(white.T, white)
@@ -130,9 +132,11 @@ def recover_mixing(
     Raises:
         ValueError: k outside 1 to N, or a count that is not positive.
     """
-    _check.positive(num_images=num_images, num_restarts=num_restarts, num_steps=num_steps)
-    if not 1 <= k <= num_images:
-        raise ValueError(f"k must be from 1 to num_images={num_images}, got {k}")
+    _check.integer(num_images=num_images, num_restarts=num_restarts, num_steps=num_steps)
+    _check.integer(1, num_images, k=k)
+    _check.fits(len(values) * num_images, num_images=num_images)
+    _check.fits(len(values) * num_images * num_restarts, num_restarts=num_restarts)
+    values = widened(values)
     off = 1 - jnp.eye(len(values), dtype=values.dtype)
     above, below = off * jnp.maximum(values, 0), off * jnp.maximum(-values, 0)
 
@@ -184,11 +188,12 @@ def refine_mixing(
     Raises:
         ValueError: Lengths that differ, or a count that is not positive.
     """
-    _check.positive(num_rounds=num_rounds, num_pixels=num_pixels)
+    _check.integer(num_rounds=num_rounds, num_pixels=num_pixels)
+    _check.fits(2 * num_rounds, num_rounds=num_rounds)
     if len(encodings) != len(mixing.sources):
         raise ValueError(f"encodings must be {len(mixing.sources)} like mixing, got {len(encodings)}")
     key_pixels, *keys = jax.random.split(key, num_rounds + 1)
-    flat = jnp.abs(encodings).reshape(len(encodings), -1)
+    flat = jnp.abs(widened(encodings)).reshape(len(encodings), -1)
     sizes = flat[:, jax.random.permutation(key_pixels, flat.shape[1])[:num_pixels]]
     weights, best, least, reseeded = np.ones(len(flat)), mixing, np.inf, mixing
     for key_round in keys:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from gia_jax import _check
 from gia_jax.defenses.mixing import Mixing
+from gia_jax.precision import widened
 
 
 def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
@@ -22,13 +23,13 @@ def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
         num_images: Private images N >= 1 that mix with each other and with no others.
 
     Returns:
-        M, a row an encoding.
+        M, a row an encoding, in float32 or wider.
 
     Raises:
         ValueError: The fields have different shapes, or a source is no image.
     """
     sources, coefficients = mixing
-    _check.positive(num_images=num_images)
+    _check.integer(num_images=num_images)
     if sources.shape != coefficients.shape or sources.ndim < 2:
         raise ValueError(f"mixing.sources must have shape (m, k) like coefficients, got {sources.shape}")
     if _check.is_concrete(sources):
@@ -38,7 +39,8 @@ def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
             raise ValueError(f"mixing.sources must be at least 0 and below num_images={num_images}, got {outside[0]}")
     k = sources.shape[-1]
     sources, coefficients = sources.reshape(-1, k), coefficients.reshape(-1, k)
-    rows = jnp.arange(len(sources))[:, None]
+    _check.fits(len(sources) * num_images, num_images=num_images)
+    rows, coefficients = jnp.arange(len(sources))[:, None], widened(coefficients)
     return jnp.zeros((len(sources), num_images), coefficients.dtype).at[rows, sources].add(coefficients)
 
 
@@ -63,14 +65,17 @@ def decode_mixup(mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: in
     matrix, flat, shape = system(mixing, encodings, num_images)
     q, r = jnp.linalg.qr(matrix)
     projected = jnp.matmul(q.T, flat, precision="highest")
-    return jax.scipy.linalg.solve_triangular(r, projected).reshape(num_images, *shape)
+    return jax.scipy.linalg.solve_triangular(r, projected).reshape(num_images, *shape).astype(encodings.dtype)
 
 
 def system(
     mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int
 ) -> tuple[Float[Array, "m n"], Float[Array, "m p"], tuple[int, ...]]:
-    """The matrix, the encodings as rows, and the shape of an image; ValueError where the rank is below N."""
-    matrix = mixing_matrix(mixing, num_images).astype(encodings.dtype)
+    """The matrix, the encodings as rows, both widened, and an image's shape; ValueError where the rank is below N."""
+    if not jnp.issubdtype(encodings.dtype, jnp.floating):
+        raise ValueError(f"encodings must be floating point, got {encodings.dtype}")
+    wide = widened(encodings)
+    matrix = mixing_matrix(mixing, num_images).astype(wide.dtype)
     leading = mixing.sources.shape[:-1]
     if encodings.shape[: len(leading)] != leading:
         raise ValueError(f"encodings must have shape {leading} + d like mixing, got {encodings.shape}")
@@ -80,7 +85,7 @@ def system(
         rank = np.linalg.matrix_rank(np.asarray(matrix))
         if rank < num_images:
             raise ValueError(f"mixing must have rank num_images={num_images}, got {rank}: observe more epochs")
-    return matrix, encodings.reshape(len(matrix), -1), encodings.shape[len(leading) :]
+    return matrix, wide.reshape(len(matrix), -1), encodings.shape[len(leading) :]
 
 
 def noise_gain(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
@@ -92,7 +97,7 @@ def noise_gain(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
     Returns:
         The gain, for errors that are uncorrelated between encodings; infinite, or beyond precision, below rank N.
     """
-    return jnp.mean(jnp.square(1 / jnp.linalg.svd(matrix, compute_uv=False)))
+    return jnp.mean(jnp.square(1 / jnp.linalg.svd(widened(matrix), compute_uv=False)))
 
 
 def predicted_psnr(encoding_mse: Float[ArrayLike, ""], matrix: Float[Array, "m n"]) -> Float[Array, ""]:
@@ -109,4 +114,6 @@ def predicted_psnr(encoding_mse: Float[ArrayLike, ""], matrix: Float[Array, "m n
         ValueError: A negative error.
     """
     _check.not_negative(encoding_mse=encoding_mse)
-    return -10 * jnp.log10(encoding_mse * noise_gain(matrix))
+    return -10 * jnp.log10(
+        widened(jnp.asarray(encoding_mse, jnp.result_type(encoding_mse, float))) * noise_gain(matrix)
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from gia_jax import _check
 from gia_jax.base import Updates
-from gia_jax.defenses.precision import widened
+from gia_jax.precision import widened
 
 
 def clip(norm: Float[ArrayLike, ""]) -> optax.GradientTransformation:

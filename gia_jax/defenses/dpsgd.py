@@ -5,7 +5,6 @@ Poisson sample, and the sum is divided by its own size.
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,12 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
 from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.clients.sgd import Draws
 from gia_jax.defenses.clipping import clipped
 from gia_jax.defenses.noise import add_noise
 from gia_jax.lowering import Lowering
+from gia_jax.models.functional import examples_apart
+from gia_jax.precision import cast_like, widened_tree
 
 
 def dp_sgd(
@@ -55,7 +57,8 @@ def dp_sgd(
 
     Raises:
         ValueError: If `norm` is not positive and finite, `noise_multiplier` negative or not finite, `microbatch_size`
-            no positive integer, or a batch is empty or its size no multiple of `microbatch_size`.
+            no positive integer, a batch is empty or its size no multiple of `microbatch_size`, or a model has batch
+            normalisation in training mode, which mixes the examples.
 
     Formal Guarantees:
         In exact arithmetic (rounding adds to it; bfloat16 visibly) adding or removing one example changes the sum by at
@@ -71,13 +74,14 @@ def dp_sgd(
         _check.integer(microbatch_size=microbatch_size)
     noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))
 
-    def loss_of(own: PRNGKeyArray | None) -> LossFn:
-        return cast(LossFn, loss_fn if own is None else cast(Callable[[PRNGKeyArray], LossFn], loss_fn)(own))
+    loss = Draws(loss_fn, loss_key)
 
     def clipped_sum(params: Params, batch: Batch, keys: Key[Array, "b"] | None) -> Updates:
         def one(example: Batch, own: PRNGKeyArray | None) -> Updates:
-            gradient_fn = parameter_gradient(loss_of(own), lowering=lowering)
-            return clipped(gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example)), norm)
+            gradient_fn = parameter_gradient(loss.of(own), lowering=lowering)
+            with examples_apart("dp_sgd"):
+                gradient = gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example))
+            return clipped(widened_tree(gradient), norm)
 
         return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch, keys))
 
@@ -88,7 +92,8 @@ def dp_sgd(
         if size % microbatch:
             raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")
 
-        keys = None if loss_key is None else jax.random.split(loss_key, size)
+        loss.check(params, batch)
+        keys = loss.keys(size)
 
         def add(total: Updates, part: tuple[Batch, Key[Array, "b"] | None]) -> tuple[Updates, None]:
             return optax.tree.add(total, clipped_sum(params, *part)), None
@@ -97,13 +102,15 @@ def dp_sgd(
             total = clipped_sum(params, batch, keys)
         else:
             parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), (batch, keys))
-            total, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), optax.tree.zeros_like(params), parts)
+            total, _ = jax.lax.scan(
+                jax.checkpoint(add, prevent_cse=False), optax.tree.zeros_like(widened_tree(params)), parts
+            )
         if not noiseless:
             total = add_noise(key, total, norm * noise_multiplier, jax.random.normal)
 
         def mean(leaf: Array) -> Array:
             return leaf / jnp.asarray(size, leaf.dtype)
 
-        return jax.tree.map(mean, total)
+        return cast_like(jax.tree.map(mean, total), params)
 
     return client_fn

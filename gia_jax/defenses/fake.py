@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Updates
 from gia_jax.defenses.noise import stochastic
-from gia_jax.defenses.precision import widened
+from gia_jax.precision import widened
 
 
 def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int = 10) -> optax.GradientTransformation:
@@ -37,6 +37,7 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
     """
     _check.positive(scale=scale)
     _check.integer(count=count)
+    _check.fits(2 * int(count), count=count)
     _check.finite("scale", scale)
 
     def apply_fn(key: PRNGKeyArray, updates: Updates) -> Updates:
@@ -51,7 +52,10 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
 
         keys = jax.random.split(key, count)
         nearest = fake(keys[jnp.argmin(jax.lax.map(distance, keys))])
-        return jax.tree.map(lambda leaf, t, f: leaf + (f - t).astype(leaf.dtype), updates, true, nearest)
+        # What is shared is the fake number itself; leaf - leaf is 0, and the derivative of the identity.
+        return jax.tree.map(
+            lambda leaf, f: f.astype(leaf.dtype) + (leaf - jax.lax.stop_gradient(leaf)), updates, nearest
+        )
 
     return stochastic(key, apply_fn)
 

@@ -16,8 +16,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Batch
+from gia_jax.precision import widened
 
 InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
+MOST_IMAGES = 10_000  # in an encoding
+NUMBERS_DRAWN = 10_000_000  # to see whether coefficients can be in bounds
 
 
 class Mixing(NamedTuple):
@@ -49,7 +52,7 @@ def checked_bounds(k: int, low: float, high: float) -> tuple[float, float]:
 
 
 def _check_settings(k: int, low: float, high: float) -> None:
-    _check.integer(k=k)
+    _check.integer(1, MOST_IMAGES, k=k)
     if not 0 <= low <= 1:
         raise ValueError(f"low must be in [0, 1], got {low}")
     if not low <= high <= 1:
@@ -58,7 +61,8 @@ def _check_settings(k: int, low: float, high: float) -> None:
 
 @functools.lru_cache
 def _share_within(k: int, low: float, high: float) -> float:
-    drawn = np.random.default_rng(0).dirichlet(_concentration(k), 100_000)
+    # For the sake of memory fewer draws of many coefficients, but no fewer than the 1,000 that a share is told by.
+    drawn = np.random.default_rng(0).dirichlet(_concentration(k), min(100_000, NUMBERS_DRAWN // k))
     return float(np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)))
 
 
@@ -80,18 +84,20 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
         The mixing.
 
     Raises:
-        ValueError: If `k` is no positive integer or above `size`, not 0 <= low <= high <= 1, or fewer than one in
-            1,000 draws lies in the bounds: draws are repeated until all do.
+        ValueError: If `k` is no integer from 1 to 10,000 or above `size`, `size` too large for memory, not
+            0 <= low <= high <= 1, or fewer than one in 1,000 draws lies in the bounds: draws are repeated until all do.
     """
+    _check_settings(k, low, high)
     key_sources, key_coefficients = jax.random.split(key)
-    coefficients = draw_coefficients(key_coefficients, size, k=k, low=low, high=high)
-    return Mixing(draw_sources(key_sources, size, k=k), coefficients)
+    sources = draw_sources(key_sources, size, k=k)  # first, for it compares k with the images
+    return Mixing(sources, draw_coefficients(key_coefficients, size, k=k, low=low, high=high))
 
 
 def draw_sources(key: PRNGKeyArray, size: int, *, k: int) -> Int[Array, "n k"]:
     """Each image itself, then k - 1 distinct others; ValueError where there are fewer than k."""
     if size < k:
         raise ValueError(f"k={k} needs as many images, got {size}")
+    _check.fits(size**2, size=size)
     order = jax.random.uniform(key, (size, size))
     # Each row's own image comes first, the others in random order.
     return jnp.argsort(jnp.where(jnp.eye(size, dtype=bool), -1, order), axis=1)[:, :k]
@@ -118,11 +124,17 @@ def draw_coefficients(key: PRNGKeyArray, size: int, *, k: int, low: float, high:
 
 
 def mix(mixing: Mixing, images: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
-    """The encodings, of the images' own type; linear in `images`. ValueError where those are integers."""
+    """The encodings, summed in float32 or wider and of the images' own type; linear in `images`.
+
+    Raises:
+        ValueError: For images that are integers.
+    """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be of a floating type to be mixed, got {images.dtype}")
-    coefficients = mixing.coefficients.astype(images.dtype)
-    return jnp.einsum("nk,nk...->n...", coefficients, images[mixing.sources], precision="highest")
+    exact = widened(images)
+    coefficients = mixing.coefficients.astype(exact.dtype)
+    mixed = jnp.einsum("nk,nk...->n...", coefficients, exact[mixing.sources], precision="highest")
+    return mixed.astype(images.dtype)
 
 
 def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
@@ -136,7 +148,11 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
     _check.integer(num_classes=num_classes)
     if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
         raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
-    _check.classes(batch.labels, batch.inputs.shape[0], num_classes)
+    if not hasattr(batch.labels, "ndim"):
+        got = f"a {type(batch.labels).__name__}"
+        raise ValueError(f"batch.labels must be class indices (b,) or probabilities (b, c) to be mixed, got {got}")
+    _check.classes(batch.labels, batch.inputs.shape[:1], num_classes)
+    _check.fits(batch.inputs.shape[0] * num_classes, num_classes=num_classes)
     if batch.labels.ndim == 2:
         return batch.labels.astype(batch.inputs.dtype)
     return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Updates
-from gia_jax.defenses.precision import widened
+from gia_jax.precision import widened
 
 
 class KeyState(NamedTuple):

@@ -16,6 +16,7 @@ from gia_jax import _check
 from gia_jax.base import Batch, LossFn, Params
 from gia_jax.clients.sgd import classification_loss
 from gia_jax.models.functional import ApplyFn
+from gia_jax.precision import wide_dtype, widened
 
 
 class Precode(NamedTuple):
@@ -62,19 +63,24 @@ def precode(
         features_fn: `(params, inputs) -> features` of shape (b, num_features), such as
             `models.functional(models.headless(module))`.
         params: Its parameters.
-        num_features: Of `features_fn`.
-        num_classes: Of the model.
+        num_features: Number of features that `features_fn` gives.
+        num_classes: Number of classes of the model.
         size: Entries of the code, >= 1.
-        weight: Of the divergence, >= 0.
+        weight: Weight of the divergence, >= 0 and finite.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If `size`, `num_features` or `num_classes` is no positive integer, or `weight` negative.
+        ValueError: If `size`, `num_features` or `num_classes` is no positive integer or makes a layer that does not fit
+            into memory, or `weight` is negative or not finite.
     """
     _check.integer(num_features=num_features, num_classes=num_classes, size=size)
+    _check.fits(num_features, num_features=num_features)
+    _check.fits(num_features * num_classes, num_classes=num_classes)
+    _check.fits(3 * num_features * size, size=size)
     _check.not_negative(weight=weight)
+    _check.finite("weight", weight)
 
     def code(params: Params, inputs: Array) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
         mean, scale = jnp.split(_dense(params["encoder"], features_fn(params["features"], inputs)), 2, axis=1)
@@ -94,10 +100,11 @@ def precode(
         return loss
 
     keys = jax.random.split(key, 3)
+    dtype = jnp.result_type(*jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
     layers = {
-        "encoder": _initial(keys[0], num_features, 2 * size),
-        "decoder": _initial(keys[1], size, num_features),
-        "head": _initial(keys[2], num_features, num_classes),
+        "encoder": _initial(keys[0], num_features, 2 * size, dtype),
+        "decoder": _initial(keys[1], size, num_features, dtype),
+        "head": _initial(keys[2], num_features, num_classes, dtype),
     }
     return Precode(
         lambda params, inputs: logits(params, code(params, inputs)[0]), loss_fn, {"features": params, **layers}
@@ -105,13 +112,14 @@ def precode(
 
 
 def _dense(layer: Params, inputs: Float[Array, "b i"]) -> Float[Array, "b o"]:
-    return inputs @ layer["kernel"] + layer["bias"]
+    """Float32 or wider: the code, its divergence and the logits come from it."""
+    return widened(inputs) @ widened(layer["kernel"]) + widened(layer["bias"])
 
 
-def _initial(key: PRNGKeyArray, size: int, outputs: int) -> Params:
+def _initial(key: PRNGKeyArray, size: int, outputs: int, dtype: jnp.dtype) -> Params:
     key_kernel, key_bias = jax.random.split(key)
-    limit = size**-0.5
+    limit, wide = size**-0.5, wide_dtype(dtype)
     return {
-        "kernel": jax.random.uniform(key_kernel, (size, outputs), minval=-limit, maxval=limit),
-        "bias": jax.random.uniform(key_bias, (outputs,), minval=-limit, maxval=limit),
+        "kernel": jax.random.uniform(key_kernel, (size, outputs), wide, -limit, limit).astype(dtype),
+        "bias": jax.random.uniform(key_bias, (outputs,), wide, -limit, limit).astype(dtype),
     }

@@ -17,12 +17,13 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from gia_jax.base import Updates
+from gia_jax.precision import cast_like, widened_tree
 
 SCOPES = ("tensor", "global")
 
 
 class PruneState(NamedTuple):
-    """What was pruned and not yet shared, a tree like the update; () without error feedback."""
+    """What was pruned and not yet shared, a tree like the update, float32 or wider; () without error feedback."""
 
     residual: Any
 
@@ -53,12 +54,13 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
 
     def init_fn(params: Updates) -> PruneState:
-        return PruneState(optax.tree.zeros_like(params) if error_feedback else ())
+        return PruneState(optax.tree.zeros_like(widened_tree(params)) if error_feedback else ())
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
+        like = updates
         if error_feedback:
-            updates = optax.tree.add(updates, state.residual)
+            updates = optax.tree.add(widened_tree(updates), state.residual)
         leaves, treedef = jax.tree.flatten(updates)
         if scope == "global":
             masks = largest(leaves, _kept(sum(leaf.size for leaf in leaves), exact))
@@ -67,7 +69,7 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
         mask = jax.tree.unflatten(treedef, masks)
         shared = jax.tree.map(lambda kept, leaf: jnp.where(kept, leaf, 0), mask, updates)
         rest = jax.tree.map(lambda kept, leaf: jnp.where(kept, 0, leaf), mask, updates) if error_feedback else ()
-        return shared, PruneState(rest)
+        return cast_like(shared, like), PruneState(rest)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -92,9 +94,9 @@ def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransfo
 
 
 def checked_ratio(ratio: float) -> Fraction:
-    """The ratio as the decimal it is written as; ValueError outside [0, 1)."""
-    if isinstance(ratio, bool) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    """The ratio as the decimal it is written as; ValueError outside [0, 1), or for what is no number."""
+    if isinstance(ratio, bool | str) or np.ndim(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
     return Fraction(str(ratio))
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Updates
 from gia_jax.defenses.noise import stochastic
-from gia_jax.defenses.precision import widened
+from gia_jax.precision import widened
 
 
 def sign() -> optax.GradientTransformation:
@@ -28,7 +28,12 @@ def sign() -> optax.GradientTransformation:
         The transformation, without state.
     """
 
-    return optax.stateless_with_tree_map(lambda leaf, _: jnp.sign(leaf) * jnp.mean(jnp.abs(leaf)))
+    return optax.stateless_with_tree_map(lambda leaf, _: _scaled_sign(jnp.asarray(leaf)))
+
+
+def _scaled_sign(leaf: Array) -> Array:
+    exact = widened(leaf)
+    return (jnp.sign(exact) * jnp.mean(jnp.abs(exact))).astype(leaf.dtype)
 
 
 def ternary(key: PRNGKeyArray) -> optax.GradientTransformation:

@@ -19,6 +19,7 @@ from gia_jax.defenses.pruning import checked_ratio, largest
 from gia_jax.labels.classifier import ClassifierFn
 from gia_jax.lowering import Lowering, lower, lowers_to_matmul
 from gia_jax.models.functional import ApplyFn
+from gia_jax.precision import wide_dtype, widened
 
 GUARD = 0.1  # added to |r_i| by the authors' code: a dead feature would divide by 0
 LANES = 64  # derivatives of one example taken at once
@@ -145,7 +146,7 @@ def _scores(
 
             lengths_fn = functools.partial(_estimated_lengths, num_probes=num_probes) if num_probes else _lengths
             features, lengths = lengths_fn(features_fn, example)
-            return lengths / (jnp.abs(features) + GUARD)
+            return lengths / (jnp.abs(widened(features)) + GUARD)
 
         # One example after the other: memory does not grow with the batch.
         return jnp.sum(jax.lax.map(of_one, inputs), axis=0)
@@ -163,7 +164,7 @@ def _lengths(
 
     def length(i: Array) -> Float[Array, ""]:
         (row,) = pull(jnp.zeros_like(features).at[i].set(1))
-        return jnp.linalg.norm(row)
+        return jnp.linalg.norm(widened(row))
 
     return features, jax.lax.map(length, jnp.arange(len(features)), batch_size=LANES)
 
@@ -172,6 +173,10 @@ def _estimated_lengths(
     features_fn: Callable[[Array], Array], example: Float[Array, "*d"], *, num_probes: int
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
     """The same from derivatives of all features along random directions."""
+    _check.fits(num_probes * example.size, num_probes=num_probes)
     features, push = jax.linearize(features_fn, example)
-    directions = jax.random.normal(jax.random.key(0), (num_probes, *example.shape), example.dtype)
-    return features, jnp.sqrt(jnp.mean(jnp.square(jax.lax.map(push, directions, batch_size=LANES)), axis=0))
+    # Public directions, the same for everyone. Their key has a name of its own, so that no inputs are drawn from it.
+    key = jax.random.key(int.from_bytes(b"prob"))
+    directions = jax.random.normal(key, (num_probes, *example.shape), wide_dtype(example.dtype)).astype(example.dtype)
+    pushed = widened(jax.lax.map(push, directions, batch_size=LANES))
+    return features, jnp.sqrt(jnp.mean(jnp.square(pushed), axis=0))

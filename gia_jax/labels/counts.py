@@ -2,12 +2,23 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import LabelFn, Observation
-from gia_jax.labels.classifier import ClassifierFn, batch_size, bias_gradient, greedy_labels, labels_from_counts
-from gia_jax.threat import granted
+from gia_jax.labels.classifier import (
+    ClassifierFn,
+    attackers_key,
+    batch_size,
+    bias_gradient,
+    check_dummies,
+    dummy_inputs,
+    greedy_labels,
+    labels_from_counts,
+    of_mean_loss,
+)
+from gia_jax.matching.initializations import as_granted
+from gia_jax.precision import widened
 
 
 def bias_counts(
@@ -16,6 +27,7 @@ def bias_counts(
     apply_fn=None,
     num_dummies: int = 128,
     public_inputs: Float[Array, "n *d"] | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> LabelFn:
     """Class counts in closed form, n_c = B (p_c - grad b_c), rounded to integers that sum to B.
 
@@ -29,26 +41,34 @@ def bias_counts(
         num_dummies: Random inputs for that estimate, >= 1.
         public_inputs: Inputs for that estimate in place of random ones, for an attacker that has some of the client's
             kind: auxiliary data, to be named with the threat model.
+        key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
+            update.
 
     Returns:
-        The rule; it raises ValueError where there is no bias.
+        The rule; it raises ValueError where there is no bias, or where its gradient is not that of a mean loss. Inside
+        of a trace that is known too late, and the labels are -1.
 
     Raises:
         ValueError: `public_inputs` without `apply_fn`, or none of them.
     """
-    _check.positive(num_dummies=num_dummies)
+    _check.integer(num_dummies=num_dummies)
     if public_inputs is not None:
         if apply_fn is None:
             raise ValueError("apply_fn must be given with public_inputs, got None")
-        _check.positive(num_public_inputs=len(public_inputs))
+        _check.integer(num_public_inputs=len(public_inputs))
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
         gradient, size = bias_gradient("bias_counts", classifier_fn, observation), batch_size(observation)
+        gradient = of_mean_loss("bias_counts", classifier_fn, observation, gradient)
         if apply_fn is None:
             mean = 1 / gradient.shape[0]
         else:
-            inputs = _dummies(observation, num_dummies) if public_inputs is None else public_inputs
-            mean = jnp.mean(jax.nn.softmax(apply_fn(observation.params, inputs)), 0)
+            if public_inputs is None:
+                check_dummies(observation, num_dummies)
+                inputs = dummy_inputs(attackers_key(key, observation), observation, num_dummies)
+            else:
+                inputs = as_granted(public_inputs, observation)
+            mean = jnp.mean(jax.nn.softmax(widened(apply_fn(observation.params, inputs))), 0)
         return labels_from_counts(size * (mean - gradient), size)
 
     return label_fn
@@ -74,8 +94,3 @@ def greedy_bias(classifier_fn: ClassifierFn) -> LabelFn:
         return greedy_labels(gradient, impact, jnp.zeros(()), size)
 
     return label_fn
-
-
-def _dummies(observation: Observation, count: int) -> Float[Array, "n *d"]:
-    like = granted(observation, "inputs_like")
-    return jax.random.normal(jax.random.key(0), (count, *like.shape[1:]), like.dtype)

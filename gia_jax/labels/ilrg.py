@@ -5,7 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gia_jax.base import LabelFn, Observation
-from gia_jax.labels.classifier import ClassifierFn, batch_size, bias_gradient, labels_from_counts
+from gia_jax.labels.classifier import (
+    ClassifierFn,
+    batch_size,
+    bias_gradient,
+    labels_from_counts,
+    last_gradient,
+    of_mean_loss,
+)
+from gia_jax.precision import widened_tree
 
 # Bias gradients below this fraction of the largest tell nothing of their class's features.
 NEGLIGIBLE = 1e-6
@@ -25,7 +33,8 @@ def ilrg(classifier_fn: ClassifierFn) -> LabelFn:
         classifier_fn: Picks the last layer; it must have a bias.
 
     Returns:
-        The rule; it raises ValueError where there is no bias.
+        The rule; it raises ValueError where there is no bias, or where its gradient is not that of a mean loss. Inside
+        of a trace that is known too late, and the labels are -1.
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
@@ -37,7 +46,7 @@ def ilrg(classifier_fn: ClassifierFn) -> LabelFn:
 
 def ilrg_system(classifier_fn: ClassifierFn, observation: Observation) -> tuple[Float[Array, " c"], Float[Array, ""]]:
     """The least-squares counts, shape (c,), real numbers, and the condition number of the system."""
-    gradient, layer = classifier_fn(observation.update), classifier_fn(observation.params)
+    gradient, layer = last_gradient(classifier_fn, observation.update), widened_tree(classifier_fn(observation.params))
     bias = bias_gradient("ilrg", classifier_fn, observation)
     size = batch_size(observation)
     usable = jnp.abs(bias) > NEGLIGIBLE * jnp.max(jnp.abs(bias))
@@ -47,4 +56,4 @@ def ilrg_system(classifier_fn: ClassifierFn, observation: Observation) -> tuple[
     system = jnp.concatenate([predictions.T - jnp.eye(bias.shape[0], dtype=bias.dtype), jnp.ones((1, bias.shape[0]))])
     wanted = jnp.append(size * bias, size)
     counts, _, _, singular = jnp.linalg.lstsq(system.astype(bias.dtype), wanted.astype(bias.dtype))
-    return counts, singular[0] / singular[-1]
+    return of_mean_loss("ilrg", classifier_fn, observation, counts), singular[0] / singular[-1]

@@ -2,11 +2,20 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
+from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, LabelFn, Observation
-from gia_jax.labels.classifier import ClassifierFn, batch_size, greedy_labels
-from gia_jax.threat import granted
+from gia_jax.labels.classifier import (
+    ClassifierFn,
+    attackers_key,
+    batch_size,
+    check_dummies,
+    dummy_inputs,
+    greedy_labels,
+    last_gradient,
+    of_mean_loss,
+)
 
 
 def llg(classifier_fn: ClassifierFn) -> LabelFn:
@@ -25,14 +34,16 @@ def llg(classifier_fn: ClassifierFn) -> LabelFn:
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
-        sums, size = jnp.sum(classifier_fn(observation.update).kernel, 0), batch_size(observation)
+        sums, size = jnp.sum(last_gradient(classifier_fn, observation.update).kernel, 0), batch_size(observation)
         impact = (1 + 1 / sums.shape[0]) / size * jnp.sum(jnp.minimum(sums, 0))
         return greedy_labels(sums, impact, jnp.zeros(()), size)
 
     return label_fn
 
 
-def llg_plus(client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: int = 16) -> LabelFn:
+def llg_plus(
+    client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: int = 16, key: PRNGKeyArray | None = None
+) -> LabelFn:
     """LLG+: the same with the impact of a label and the offsets of the classes measured on random inputs.
 
     The impact m is the mean over classes of what a dummy batch of one class adds to its own G_c per example; the offset
@@ -42,24 +53,30 @@ def llg_plus(client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: i
         client_fn: The client the attacker simulates.
         classifier_fn: Picks the last layer.
         num_dummies: Standard normal inputs per class for the impact, >= 1.
+        key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
+            update.
 
     Returns:
-        The rule.
+        The rule; it raises ValueError where the gradient of the last bias, if there is one, is not that of a mean loss.
+        Inside of a trace that is known too late, and the labels are -1.
     """
-    if num_dummies < 1:
-        raise ValueError(f"num_dummies must be at least 1, got {num_dummies}")
+    _check.integer(num_dummies=num_dummies)
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
-        like, size = granted(observation, "inputs_like"), batch_size(observation)
-        sums = jnp.sum(classifier_fn(observation.update).kernel, 0)
+        size = batch_size(observation)
+        check_dummies(observation, num_dummies)
+        sums = jnp.sum(last_gradient(classifier_fn, observation.update).kernel, 0)
+        sums = of_mean_loss("llg_plus", classifier_fn, observation, sums)
         classes = sums.shape[0]
+        own_key = attackers_key(key, observation)
 
         def row_sums(key: Array, labels: Array) -> Array:
-            inputs = jax.random.normal(key, (labels.shape[0], *like.shape[1:]), like.dtype)
-            return jnp.sum(classifier_fn(client_fn(observation.params, Batch(inputs, labels))).kernel, 0)
+            inputs = dummy_inputs(key, observation, labels.shape[0])
+            update = client_fn(observation.params, Batch(inputs, labels))
+            return jnp.sum(last_gradient(classifier_fn, update).kernel, 0)
 
         def of_class(c: Array) -> tuple[Array, Array]:
-            key_own, key_others = jax.random.split(jax.random.fold_in(jax.random.key(0), c))
+            key_own, key_others = jax.random.split(jax.random.fold_in(own_key, c))
             own = row_sums(key_own, jnp.full(num_dummies, c))[c]
             others = row_sums(key_others, (c + 1 + jnp.arange(classes - 1)) % classes)[c]
             return own, others

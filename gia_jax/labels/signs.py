@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 
 from gia_jax import _check
 from gia_jax.base import LabelFn, Observation
-from gia_jax.labels.classifier import ClassifierFn, batch_size
+from gia_jax.labels.classifier import ClassifierFn, batch_size, last_gradient, or_none
 
 
 def idlg(classifier_fn: ClassifierFn) -> LabelFn:
@@ -25,7 +25,8 @@ def idlg(classifier_fn: ClassifierFn) -> LabelFn:
     def label_fn(observation: Observation) -> Int[Array, " 1"]:
         if batch_size(observation) != 1:
             raise ValueError(f"idlg finds one label, got a batch of {batch_size(observation)}: use bias_counts")
-        return jnp.argmin(jnp.sum(classifier_fn(observation.update).kernel, 0))[None]
+        sums = jnp.sum(last_gradient(classifier_fn, observation.update).kernel, 0)
+        return or_none(jnp.argmin(sums)[None], sums)
 
     return label_fn
 
@@ -47,7 +48,7 @@ def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
-        size, kernel = batch_size(observation), classifier_fn(observation.update).kernel
+        size, kernel = batch_size(observation), last_gradient(classifier_fn, observation.update).kernel
         if size > kernel.shape[1]:
             classes = kernel.shape[1]
             raise ValueError(f"column_minimum gives distinct labels: a batch of {size} is more than {classes} classes")
@@ -57,6 +58,6 @@ def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
                 f"column_minimum gives distinct labels: a batch of {size} has {negative} classes with a negative entry "
                 "in the gradient, so labels repeat or are not to be read by this rule; use bias_counts"
             )
-        return jax.lax.top_k(-least, size)[1]
+        return or_none(jax.lax.top_k(-least, size)[1], least)
 
     return label_fn

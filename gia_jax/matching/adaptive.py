@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from gia_jax import _check
 from gia_jax.base import ObjectiveFn, Updates
 from gia_jax.matching.objectives import cosine, inverse_root
+from gia_jax.precision import wide_dtype, widened_tree, widening
 
 LEAST_MEAN = 1e-15  # of a tensor: the derivative of one over it is a number in float32
 FLOOR = 1e-2  # a likelihood below this goes on along its tangent: a start outside of every interval has a derivative
@@ -37,10 +38,12 @@ def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> Object
         The objective.
 
     Raises:
-        ValueError: If `weight` is negative.
+        ValueError: If `weight` is negative or not finite.
     """
     _check.not_negative(weight=weight)
+    _check.finite("weight", weight)
 
+    @widening
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         least = jax.tree.map(lambda o: jnp.min(jnp.abs(o), initial=jnp.inf, where=o != 0), observed)
         overall = jnp.min(jnp.stack(jax.tree.leaves(least)))
@@ -93,10 +96,12 @@ def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn
         The objective; 0 where every sign agrees by the margin, and nothing is where a zero was seen.
 
     Raises:
-        ValueError: If `margin` is not positive, or `zero_weight` negative.
+        ValueError: If `margin` is not positive, `zero_weight` negative, or one of them not finite.
     """
     _check.positive(margin=margin)
+    _check.finite("margin", margin)
     _check.not_negative(zero_weight=zero_weight)
+    _check.finite("zero_weight", zero_weight)
 
     def of_tensor(s: Array, o: Array) -> Float[Array, ""]:
         mean = jnp.mean(jnp.abs(s))
@@ -108,6 +113,7 @@ def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn
     def counted(o: Array) -> Float[Array, ""]:
         return jnp.sum(jnp.where(o != 0, 1.0, zero_weight))
 
+    @widening
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         total = jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
         number = jnp.asarray(optax.tree.sum(jax.tree.map(counted, observed)))
@@ -144,6 +150,7 @@ def rounding_likelihood(bits: int | np.integer) -> ObjectiveFn:
         tangent = math.log(FLOOR) + (probability - FLOOR) / FLOOR
         return -jnp.sum(jnp.where(probability > FLOOR, jnp.log(jnp.maximum(probability, FLOOR)), tangent))
 
+    @widening
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         total = jnp.asarray(optax.tree.sum(jax.tree.map(of_tensor, simulated, observed)))
         return total / sum(leaf.size for leaf in jax.tree.leaves(observed))
@@ -157,6 +164,7 @@ def relative(objective_fn: ObjectiveFn) -> ObjectiveFn:
     For Gaussian noise `relative(euclidean)`, for Laplace noise `relative(l1)`: the likelihood up to a factor.
     """
 
+    @widening
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         nothing = objective_fn(optax.tree.zeros_like(observed), observed)
         return objective_fn(simulated, observed) / jnp.where(nothing > 0, nothing, 1)
@@ -181,6 +189,7 @@ def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
     if objective_fn is cosine:
         return cosine
 
+    @widening
     def objective(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         ratio = estimated_norm(observed) * inverse_root(_squared_norm(on_support(simulated, observed)))
         return objective_fn(optax.tree.scale(ratio, simulated), observed)
@@ -200,7 +209,7 @@ def estimated_norm(observed: Updates) -> Float[Array, ""]:
 
 def estimated_sparsity(observed: Updates) -> Updates:
     """The share of zeros in each tensor, in [0, 1]: the ratio of pruning, where no entry was zero before."""
-    return jax.tree.map(lambda leaf: jnp.mean(leaf == 0, dtype=leaf.dtype), observed)
+    return jax.tree.map(lambda leaf: jnp.mean(leaf == 0, dtype=wide_dtype(leaf.dtype)), observed)
 
 
 def zeroed_features(kernel: Float[Array, "f c"]) -> Bool[Array, " f"]:
@@ -209,4 +218,4 @@ def zeroed_features(kernel: Float[Array, "f c"]) -> Bool[Array, " f"]:
 
 
 def _squared_norm(update: Updates) -> Float[Array, ""]:
-    return jnp.asarray(optax.tree.norm(update, squared=True))
+    return jnp.asarray(optax.tree.norm(widened_tree(update), squared=True))

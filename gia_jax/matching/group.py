@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Attack, AttackInfo, AttackState, Batch, Observation, Reconstruction
 from gia_jax.matching.run import choose
+from gia_jax.precision import widened
 from gia_jax.threat import granted
 
 ConsensusFn = Callable[[Float[Array, "s b *d"]], Float[Array, "b *d"]]
@@ -36,15 +37,18 @@ def together(attack: Attack, num_seeds: int, consensus_fn: ConsensusFn) -> Attac
         the losses of all in `restart_losses`.
 
     Raises:
-        ValueError: Less than one seed.
+        ValueError: Less than one seed; from `init`, more of them than fit into memory.
     """
-    _check.positive(num_seeds=num_seeds)
+    _check.integer(num_seeds=num_seeds)
 
     def told(candidate: Any, observation: Observation) -> Observation:
         consensus = jax.lax.stop_gradient(consensus_fn(candidate.variables))
         return observation._replace(extra={**observation.extra, "consensus": consensus})
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
+        # Every seed simulates an update of its own, all of them at once.
+        size = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
+        _check.fits(num_seeds * (size + 2), num_seeds=num_seeds)
         return jax.vmap(attack.init, (0, None))(jax.random.split(key, num_seeds), observation)
 
     def step(key: PRNGKeyArray, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
@@ -61,13 +65,13 @@ def together(attack: Attack, num_seeds: int, consensus_fn: ConsensusFn) -> Attac
 
 def consistency(batch: Batch, observation: Observation) -> Float[Array, ""]:
     """L2 distance of a seed's inputs from what the group agrees on: a prior, inside of `together`."""
-    return optax.safe_norm(batch.inputs - granted(observation, "consensus"), 1e-12)
+    return optax.safe_norm(widened(batch.inputs) - widened(granted(observation, "consensus")), 1e-12)
 
 
 def mean(inputs: Float[Array, "s b *d"]) -> Float[Array, "b *d"]:
     """The mean of the seeds; one that is not finite does not take part."""
     finite = jnp.all(jnp.isfinite(inputs), range(1, inputs.ndim), keepdims=True)
-    return jnp.mean(inputs, 0, where=jnp.broadcast_to(finite, inputs.shape))
+    return jnp.mean(widened(inputs), 0, where=jnp.broadcast_to(finite, inputs.shape)).astype(inputs.dtype)
 
 
 def registered_mean(*, flips: bool = False) -> ConsensusFn:
@@ -117,7 +121,7 @@ def phase_correlation(moving: Float[Array, "h w c"], fixed: Float[Array, "h w c"
 
     The channels share one shift: their cross-power spectra are added before each frequency is divided by its magnitude.
     """
-    moving_spectrum, fixed_spectrum = (jnp.fft.fft2(image, axes=(0, 1)) for image in (moving, fixed))
+    moving_spectrum, fixed_spectrum = (jnp.fft.fft2(widened(image), axes=(0, 1)) for image in (moving, fixed))
     power = jnp.sum(fixed_spectrum * jnp.conj(moving_spectrum), -1)
     magnitude = jnp.abs(power)
     # A frequency that is rounding has no phase.

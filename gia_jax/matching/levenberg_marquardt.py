@@ -8,6 +8,7 @@ method, IMM-REP-1999-05, equation 2.4, but may fall tenfold a step, so that conv
 and start near grey or where another solver ended (`gia_jax.continued`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from gia_jax import _check
+from gia_jax.precision import cast_like, wide_dtype, widened_tree
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -57,17 +59,18 @@ def levenberg_marquardt(
     Returns:
         The transformation; its update needs `value_fn` and `residual_fn`, which the matching step passes.
     """
-    _check.positive(
-        initial_damping=initial_damping, max_trials=max_trials, cg_steps=cg_steps, column_batch=column_batch
-    )
+    _check.positive(initial_damping=initial_damping)
+    _check.integer(max_trials=max_trials, cg_steps=cg_steps, column_batch=column_batch)
+    _check.finite("initial_damping", initial_damping)
     _check.not_negative(tolerance=tolerance)
-    if equations is not None and not equations > 1:
-        raise ValueError(f"equations must be more than 1 for each unknown, got {equations}")
+    _check.finite("tolerance", tolerance)
+    if equations is not None and not 1 < equations < math.inf:
+        raise ValueError(f"equations must be more than 1 for each unknown and finite, got {equations}")
     if linear_solver not in ("cholesky", "cg"):
         raise ValueError(f"linear_solver must be 'cholesky' or 'cg', got {linear_solver!r}")
 
     def init_fn(params: Any) -> LevenbergMarquardtState:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        dtype = wide_dtype(jnp.result_type(*jax.tree.leaves(params)))
         return LevenbergMarquardtState(jnp.asarray(initial_damping, dtype), jnp.asarray(2, dtype))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -78,11 +81,11 @@ def levenberg_marquardt(
         )
 
     def improve(updates: Any, state: Any, params: Any, value_fn: Any, residual_fn: Any) -> tuple[Any, Any]:
-        gradient, unravel = ravel_pytree(updates)
-        flat, _ = ravel_pytree(params)
+        gradient, unravel = ravel_pytree(widened_tree(updates))
+        flat, _ = ravel_pytree(widened_tree(params))
 
         def residuals_fn(x: Array) -> Array:
-            return ravel_pytree(residual_fn(unravel(x)))[0]
+            return ravel_pytree(widened_tree(residual_fn(unravel(x))))[0]
 
         residuals, push_all = jax.linearize(residuals_fn, flat)
         sketch_fn = _sketch(residuals.size, None if equations is None else int(equations * flat.size))
@@ -142,7 +145,7 @@ def levenberg_marquardt(
         _, damping, growth, _, step = jax.lax.while_loop(
             lambda carry: (carry[0] < max_trials) & ~carry[3], trial, start
         )
-        return unravel(step), LevenbergMarquardtState(damping, growth)
+        return cast_like(unravel(step), params), LevenbergMarquardtState(damping, growth)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -154,7 +157,8 @@ def _sketch(entries: int, size: int | None) -> Callable[[Array], Array]:
     terms = -(-entries // size)
 
     def sketch_fn(vector: Float[Array, " entries"]) -> Float[Array, " size"]:
-        key_order, key_sign = jax.random.split(jax.random.key(0))
+        # A public hash of places, the same in every step. Its key has a name of its own: no data are drawn from it.
+        key_order, key_sign = jax.random.split(jax.random.key(int.from_bytes(b"sket")))
         signed = jax.random.rademacher(key_sign, (entries,), vector.dtype) * vector
         shuffled = signed[jax.random.permutation(key_order, entries)]
         return jnp.sum(jnp.pad(shuffled, (0, terms * size - entries)).reshape(terms, size), 0)

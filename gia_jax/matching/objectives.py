@@ -1,6 +1,7 @@
 """How far a simulated update is from the observed one: `(simulated, observed) -> ` scalar, lower is closer.
 
-Sums run over all entries of all layers; `weighted` and `selected` change what a layer counts.
+Sums run over all entries of all layers, in float32 or wider whatever the updates; `weighted` and `selected` change what
+a layer counts.
 """
 
 import functools
@@ -14,27 +15,32 @@ from jaxtyping import Array, Float
 
 from gia_jax import _check
 from gia_jax.base import ObjectiveFn, Updates
+from gia_jax.precision import wide_dtype, widened_tree, widening
 
 # An update of a squared norm below this has no direction: its cosine with anything is 0, and so is its derivative.
 TINY = 1e-30
 
 
+@widening
 def euclidean(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """Sum of squared differences (Zhu et al., DLG, NeurIPS 2019, equation 4)."""
     return jnp.asarray(optax.tree.norm(optax.tree.sub(simulated, observed), squared=True))
 
 
+@widening
 def layerwise_euclidean(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """The sum over layers of the L2 distance, not squared (Yin et al., GradInversion, CVPR 2021)."""
     distances = jax.tree.map(lambda s, o: optax.safe_norm(s - o, 1e-12), simulated, observed)
     return jnp.asarray(optax.tree.sum(distances))
 
 
+@widening
 def l1(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """Sum of absolute differences."""
     return jnp.asarray(optax.tree.norm(optax.tree.sub(simulated, observed), ord=1))
 
 
+@widening
 def cosine(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """One minus the cosine of the two updates, each taken as one vector, in [0, 2]
     (Geiping et al., Inverting Gradients, NeurIPS 2020, equation 4).
@@ -42,19 +48,23 @@ def cosine(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     return 1 - _cosine(simulated, observed)
 
 
+@widening
 def layerwise_cosine(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """The sum over layers of one minus the layer's cosine, in [0, 2 L]."""
     layers = jax.tree.map(lambda s, o: 1 - _cosine(s, o), simulated, observed)
     return jnp.asarray(optax.tree.sum(layers))
 
 
+@widening
 def angular(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """The angle between the two updates over pi, in [0, 1]; clipped where its derivative is infinite."""
     return jnp.arccos(jnp.clip(_cosine(simulated, observed), -1 + 1e-7, 1 - 1e-7)) / jnp.pi
 
 
+@widening
 def masked_cosine(simulated: Updates, observed: Updates, *, threshold: float = 1e-6) -> Float[Array, ""]:
-    """`cosine` on the entries the observation kept, |observed| > `threshold`: for pruned updates."""
+    """`cosine` on the entries the observation kept, |observed| > `threshold` >= 0: for pruned updates."""
+    _check.not_negative(threshold=threshold)
 
     def kept(update: Updates) -> Updates:
         return jax.tree.map(lambda leaf, o: jnp.where(jnp.abs(o) > threshold, leaf, 0), update, observed)
@@ -74,8 +84,10 @@ def tag(*, scale: float = 0.1, layers: Sequence[str] | None = None) -> Objective
         The objective.
     """
     _check.not_negative(scale=scale)
+    _check.finite("scale", scale)
     weights_fn = linear_decay(layers)
 
+    @widening
     def objective_fn(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         difference = optax.tree.sub(simulated, observed)
         weights = weights_fn(observed)
@@ -96,7 +108,9 @@ def gaussian_likelihood(scale: float | Updates) -> ObjectiveFn:
         The objective, in nats.
     """
     _check.positive(scale=scale)
+    _check.finite("scale", scale)
 
+    @widening
     def objective_fn(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         return 0.5 * euclidean(_divide(simulated, scale), _divide(observed, scale))
 
@@ -106,7 +120,9 @@ def gaussian_likelihood(scale: float | Updates) -> ObjectiveFn:
 def laplace_likelihood(scale: float | Updates) -> ObjectiveFn:
     """Minus the log-likelihood, up to a constant, of an update with Laplace noise of that scale b, in nats."""
     _check.positive(scale=scale)
+    _check.finite("scale", scale)
 
+    @widening
     def objective_fn(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         return l1(_divide(simulated, scale), _divide(observed, scale))
 
@@ -142,7 +158,8 @@ def _by_layer(layers: Sequence[str] | None, weight_fn: Callable[[int, int], floa
                 if key not in layers:
                     raise ValueError(f"layers must name every top-level key of the update, {key!r} is not in {layers}")
             places, count = [list(layers).index(key) for key in keys], len(layers)
-        weights = [jnp.asarray(weight_fn(i, count), leaf.dtype) for i, leaf in zip(places, leaves, strict=True)]
+        dtypes = [wide_dtype(leaf.dtype) for leaf in leaves]
+        weights = [jnp.asarray(weight_fn(i, count), dtype) for i, dtype in zip(places, dtypes, strict=True)]
         return jax.tree.unflatten(tree, weights)
 
     return weights_fn
@@ -150,10 +167,10 @@ def _by_layer(layers: Sequence[str] | None, weight_fn: Callable[[int, int], floa
 
 def largest(count: int) -> Callable[[Updates], Updates]:
     """Layer weights that keep the `count` layers of the largest observed norm and drop the others."""
-    _check.positive(count=count)
+    _check.integer(count=count)
 
     def weights_fn(observed: Updates) -> Updates:
-        leaves, tree = jax.tree.flatten(observed)
+        leaves, tree = jax.tree.flatten(widened_tree(observed))
         if count > len(leaves):
             raise ValueError(f"count must be at most the number of layers {len(leaves)}, got {count}")
         norms = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in leaves])
@@ -175,6 +192,7 @@ def weighted(objective_fn: ObjectiveFn, weights_fn: Callable[[Updates], Updates]
         count `weight` times.
     """
 
+    @widening
     def weighted_objective_fn(simulated: Updates, observed: Updates) -> Float[Array, ""]:
         roots = jax.tree.map(jnp.sqrt, weights_fn(observed))
         return objective_fn(optax.tree.mul(simulated, roots), optax.tree.mul(observed, roots))
@@ -202,11 +220,13 @@ def selected(objective_fn: ObjectiveFn, keep_fn: Callable[[str], bool]) -> Objec
     return lambda simulated, observed: objective_fn(leaves(simulated), leaves(observed))
 
 
+@widening
 def euclidean_residuals(simulated: Updates, observed: Updates) -> Updates:
     """Residuals whose sum of squares is `euclidean`."""
     return optax.tree.sub(simulated, observed)
 
 
+@widening
 def cosine_residuals(simulated: Updates, observed: Updates) -> Updates:
     """Residuals whose sum of squares is `cosine`: the difference of the two unit vectors over the root of 2."""
     return optax.tree.scale(0.5**0.5, optax.tree.sub(_unit(simulated), _unit(observed)))

@@ -12,11 +12,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
+from gia_jax.precision import cast_like, widened_tree
 
 
 def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     """`learning_rate`, times 0.1 after 3/8, 5/8 and 7/8 of `num_steps` (Geiping et al., NeurIPS 2020, code)."""
-    _check.positive(learning_rate=learning_rate, num_steps=num_steps)
+    _check.positive(learning_rate=learning_rate)
+    _check.finite("learning_rate", learning_rate)
+    _check.integer(num_steps=num_steps)
     drops = {int(num_steps // 2.667): 0.1, int(num_steps // 1.6): 0.1, int(num_steps // 1.142): 0.1}
     return optax.piecewise_constant_schedule(learning_rate, drops)
 
@@ -25,12 +28,14 @@ def soft_sign(num_steps: int) -> optax.GradientTransformation:
     """Signs that soften: gradients become tanh(s g) / s with s = 1 - t / num_steps at step t
     (Geiping's `breaching`, 2022); `optax.scale_by_sign` is the hard sign.
     """
-    _check.positive(num_steps=num_steps)
+    _check.integer(num_steps=num_steps)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         slope = jnp.maximum(1 - state / num_steps, 1 / num_steps)
-        return jax.tree.map(lambda g: jnp.tanh(g * slope.astype(g.dtype)) / slope.astype(g.dtype), updates), state + 1
+        wide = widened_tree(updates)
+        soft = jax.tree.map(lambda g: jnp.tanh(g * slope.astype(g.dtype)) / slope.astype(g.dtype), wide)
+        return cast_like(soft, updates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update_fn)
 
@@ -49,13 +54,15 @@ def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformatio
     """
     if not callable(scale):
         _check.not_negative(scale=scale)
+        _check.finite("scale", scale)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params
         key: PRNGKeyArray = extra_args["key"]
         current = scale(state) if callable(scale) else scale
-        noise = optax.tree.random_like(key, updates, jax.random.normal)
-        return optax.tree.add_scale(updates, current, noise), state + 1
+        wide = widened_tree(updates)
+        noise = optax.tree.random_like(key, wide, jax.random.normal)
+        return cast_like(optax.tree.add_scale(wide, current, noise), updates), state + 1
 
     return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update_fn)
 
@@ -86,23 +93,27 @@ def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> o
     two triangular solves, where the usual recursion is a chain of 2 m inner products.
 
     Args:
-        learning_rate: Of every step, > 0.
+        learning_rate: Length of a step in units of the quasi-Newton one, > 0 and finite.
         memory_size: Pairs kept, m >= 1.
 
     Returns:
-        The transformation. It works on one flat vector, whatever the tree.
+        The transformation. It works on one flat vector, whatever the tree, in float32 or wider. Its `init` raises
+        ValueError for a memory that no machine has.
     """
-    _check.positive(learning_rate=learning_rate, memory_size=memory_size)
+    _check.positive(learning_rate=learning_rate)
+    _check.finite("learning_rate", learning_rate)
+    _check.integer(memory_size=memory_size)
 
     def init_fn(params: Any) -> FixedStepLBFGSState:
-        flat, _ = ravel_pytree(params)
+        flat, _ = ravel_pytree(widened_tree(params))
+        _check.fits(2 * memory_size * (memory_size + flat.size), memory_size=memory_size)
         none, zero, one = jnp.zeros((), jnp.int32), jnp.zeros_like(flat), jnp.ones((), flat.dtype)
         rows = jnp.zeros((memory_size, flat.size), flat.dtype)
         products = jnp.zeros((memory_size, memory_size), flat.dtype)
         return FixedStepLBFGSState(none, none, zero, zero, rows, rows, products, products, one)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        (grad, unravel), (flat, _) = ravel_pytree(updates), ravel_pytree(params)
+        (grad, unravel), (flat, _) = ravel_pytree(widened_tree(updates)), ravel_pytree(widened_tree(params))
         step, change = flat - state.params, grad - state.grad
         curvature = jnp.vdot(step, change)
         keep = (state.count > 0) & (curvature > 1e-10)
@@ -134,6 +145,6 @@ def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> o
         first = jnp.minimum(1, 1 / jnp.sum(jnp.abs(grad)))
         length = learning_rate * jnp.where(state.count == 0, first, 1)
         new_state = FixedStepLBFGSState(state.count + 1, pairs, flat, grad, s, y, s_dot_y, y_dot_y, scale)
-        return unravel(-length * direction), new_state
+        return cast_like(unravel(-length * direction), updates), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)

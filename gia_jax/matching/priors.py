@@ -1,6 +1,6 @@
 """What the attacker believes about images: `(batch, observation) -> ` scalar, lower is more plausible.
 
-Images are (b, h, w, c) in the model's own space.
+Images are (b, h, w, c) in the model's own space. What is computed of them is float32 or wider.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from gia_jax import _check
 from gia_jax.base import Batch, Observation, Params, PriorFn, Statistics
 from gia_jax.lowering import lowered
+from gia_jax.matching.initializations import as_granted
+from gia_jax.precision import wide_dtype, widened, widened_tree
 from gia_jax.threat import granted
 
 
@@ -19,9 +21,11 @@ def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
     """The sum of priors, each times its weight: `combine((1e-2, total_variation()), (1e-6, norm()))`."""
     for weight, _ in weighted_priors:
         _check.not_negative(weight=weight)
+        _check.finite("weight", weight)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        return sum((w * prior(batch, observation) for w, prior in weighted_priors), jnp.zeros((), batch.inputs.dtype))
+        nothing = jnp.zeros((), wide_dtype(batch.inputs.dtype))
+        return sum((w * prior(batch, observation) for w, prior in weighted_priors), nothing)
 
     return prior_fn
 
@@ -39,16 +43,20 @@ def total_variation(
         inner_exponent: p > 0, of each difference.
         outer_exponent: q > 0, of their sum.
         color_opponents: Whether to add the channels R-G, R-B and G-B; images must have three channels.
-        eps: Added to differences, so that roots have a derivative at 0.
+        eps: Added to differences, so that roots have a derivative at 0; >= 0.
 
     Returns:
         The prior.
 
     Raises:
-        ValueError: An exponent that is not positive; when called, inputs that are no images or, with
-            `color_opponents`, not of three channels.
+        ValueError: An exponent that is not positive and finite, or a negative `eps`; when called, inputs that are no
+            images or, with `color_opponents`, not of three channels.
     """
     _check.positive(inner_exponent=inner_exponent, outer_exponent=outer_exponent)
+    _check.finite("inner_exponent", inner_exponent)
+    _check.finite("outer_exponent", outer_exponent)
+    _check.not_negative(eps=eps)
+    _check.finite("eps", eps)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
         del observation
@@ -73,10 +81,11 @@ def total_variation(
 def norm(*, exponent: float = 2.0) -> PriorFn:
     """Mean of |x|^p / p over all pixels."""
     _check.positive(exponent=exponent)
+    _check.finite("exponent", exponent)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
         del observation
-        return jnp.mean(jnp.abs(batch.inputs) ** exponent) / exponent
+        return jnp.mean(jnp.abs(widened(batch.inputs)) ** exponent) / exponent
 
     return prior_fn
 
@@ -86,7 +95,7 @@ def orthogonality(batch: Batch, observation: Observation) -> Float[Array, ""]:
     (Qian and Hansen, What can we learn from gradients?, 2020).
     """
     del observation
-    squares = jnp.square(batch.inputs.reshape(batch.inputs.shape[0], -1))
+    squares = jnp.square(widened(batch.inputs).reshape(batch.inputs.shape[0], -1))
     pairs = squares @ squares.T / squares.shape[1]
     return jnp.sum(pairs) - jnp.trace(pairs)
 
@@ -110,14 +119,16 @@ def batch_norm_statistics(
         The prior: the sum over layers of the L2 distances (not squared) of means and of variances.
     """
     _check.not_negative(first_layer_weight=first_layer_weight)
+    _check.finite("first_layer_weight", first_layer_weight)
     target_fn, fast_fn = target_fn or (lambda observation: granted(observation, "statistics")), lowered(statistics_fn)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        simulated, wanted = fast_fn(observation.params, batch.inputs), target_fn(observation)
+        inputs = as_granted(batch.inputs, observation)
+        simulated, wanted = widened_tree(fast_fn(observation.params, inputs)), widened_tree(target_fn(observation))
         if len(simulated) != len(wanted) or not simulated:
             raise ValueError(f"statistics must have one entry a layer, got {len(wanted)} for {len(simulated)} layers")
         _check.same_structure("statistics", wanted, "the model's", simulated)
-        total = jnp.zeros((), batch.inputs.dtype)
+        total = jnp.zeros((), wide_dtype(batch.inputs.dtype))
         for layer, ((mean, variance), (mean_target, variance_target)) in enumerate(zip(simulated, wanted, strict=True)):
             distance = _length(mean - mean_target) + _length(variance - variance_target)
             total += distance * (first_layer_weight if layer == 0 else 1)
@@ -133,4 +144,4 @@ def _length(vector: Float[Array, " f"]) -> Float[Array, ""]:
 def _images(batch: Batch) -> Float[Array, "b h w c"]:
     if batch.inputs.ndim != 4:
         raise ValueError(f"batch.inputs must be images of shape (b, h, w, c), got {batch.inputs.shape}")
-    return batch.inputs
+    return widened(batch.inputs)

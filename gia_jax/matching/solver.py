@@ -25,8 +25,9 @@ from gia_jax.base import (
     Reconstruction,
     Updates,
 )
-from gia_jax.matching.initializations import normal
+from gia_jax.matching.initializations import as_granted, granted_dtype, normal
 from gia_jax.matching.objectives import euclidean, euclidean_residuals
+from gia_jax.precision import widened_tree, widening
 from gia_jax.threat import granted_labels
 
 
@@ -34,7 +35,7 @@ class Candidate(NamedTuple):
     """The unknowns, and the labels that the label rule gave, () where they are among the unknowns."""
 
     variables: PyTree[Array]
-    labels: Array | tuple[()]
+    labels: PyTree[Array]
 
 
 def gradient_matching(
@@ -53,34 +54,42 @@ def gradient_matching(
 
         min over z of  D(client(params, decode(z)), update) + prior(decode(z)).
 
+    The unknowns, the updates that D compares, and the loss are float32 or wider. The client sees inputs in the type of
+    the granted ones, or of the parameters where none are, and the reconstruction has that type.
+
     Args:
         client_fn: What the attacker believes the client did; for a defended client, the defended `client_fn`.
         init_fn: `(key, observation) -> z`, the unknowns. Default: normal pixels.
         objective_fn: D, `(simulated, observed) -> ` scalar.
         prior_fn: `(batch, observation) -> ` scalar; None for none.
         label_fn: `(observation) -> labels`, called once in `init`; None where the labels are among the unknowns.
-            Default: the labels the threat model grants.
+            Default: the labels the threat model grants, whatever targets these are.
         decode_fn: `(z, labels) -> Batch`. Default: z are the inputs.
         project_fn: `z -> z` after every update, such as a box.
         optimizer: Of z. Default: Adam at 0.1. It is passed `key`, `value`, `grad`, `value_fn` and `residual_fn`.
         residual_fn: `(simulated, observed) -> ` tree whose sum of squares is D, for solvers of least squares.
 
     Returns:
-        The attack. Its `init` raises ValueError where the observation's update does not fit its parameters or a grant
-        is missing.
+        The attack. Its `init` raises ValueError where the observation's update does not fit its parameters, a grant is
+        missing, or granted inputs are integers.
     """
     init_fn = normal() if init_fn is None else init_fn
     optimizer = optax.with_extra_args_support(optax.adam(0.1) if optimizer is None else optimizer)
+    objective_fn, residual_fn = widening(objective_fn), widening(residual_fn)
+
+    def simulated(batch: Batch, observation: Observation) -> Updates:
+        return client_fn(observation.params, batch._replace(inputs=as_granted(batch.inputs, observation)))
 
     def losses(variables: PyTree[Array], labels: Any, observation: Observation) -> tuple[Array, Array]:
         batch = decode_fn(variables, labels)
-        match = objective_fn(client_fn(observation.params, batch), observation.update)
+        match = objective_fn(simulated(batch, observation), observation.update)
         loss = match if prior_fn is None else match + prior_fn(batch, observation)
         return loss, match
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
         _check.same_structure("update", observation.update, "params", observation.params)
-        variables = init_fn(key, observation)
+        granted_dtype(observation)  # refuses integers
+        variables = widened_tree(init_fn(key, observation))
         labels = () if label_fn is None else label_fn(observation)
         return AttackState(Candidate(variables, labels), optimizer.init(variables))
 
@@ -95,7 +104,7 @@ def gradient_matching(
             return loss_fn(z)[0]
 
         def residuals(z: PyTree[Array]) -> Updates:
-            return residual_fn(client_fn(observation.params, decode_fn(z, labels)), observation.update)
+            return residual_fn(simulated(decode_fn(z, labels), observation), observation.update)
 
         (loss, match), grad = jax.value_and_grad(loss_fn, has_aux=True)(variables)
         updates, opt_state = optimizer.update(
@@ -116,6 +125,7 @@ def gradient_matching(
     def finalize(candidate: Candidate, observation: Observation) -> Reconstruction:
         loss, _ = losses(*candidate, observation)
         batch = decode_fn(*candidate)
+        batch = batch._replace(inputs=as_granted(batch.inputs, observation))
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(batch)]
         return Reconstruction(batch, loss, jnp.isfinite(loss) & jnp.all(jnp.stack(finite)))
 
@@ -124,6 +134,9 @@ def gradient_matching(
 
 def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
     """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel)."""
-    if _check.is_concrete((low, high)) and not np.all(np.asarray(low) < np.asarray(high)):
-        raise ValueError(f"low must be below high={high}, got {low}")
-    return lambda inputs: optax.projections.projection_box(inputs, low, high)
+    if _check.is_concrete((low, high)):
+        lows, highs = np.broadcast_arrays(np.asarray(low), np.asarray(high))
+        wrong = ~(lows < highs)  # NaN as well
+        if np.any(wrong):
+            raise ValueError(f"low must be below high={highs[wrong].flat[0]}, got {lows[wrong].flat[0]}")
+    return lambda inputs: optax.projections.projection_box(inputs, low, high).astype(inputs.dtype)

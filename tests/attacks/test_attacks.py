@@ -243,7 +243,7 @@ def test_a_layer_without_bias_or_not_the_first_cannot_be_inverted() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: attacks.dlg(CLIENT, num_classes=1), "num_classes must be at least 2, got 1"),
+        (lambda: attacks.dlg(CLIENT, num_classes=1), "num_classes must be an integer of at least 2, got 1"),
         (lambda: attacks.inverting_gradients(CLIENT, bounds=(1.0, -1.0)), "low must be below high=-1.0, got 1.0"),
         (
             lambda: attacks.inverting_gradients(CLIENT, bounds=(-1.0, 1.0), total_variation_weight=-2.0),
@@ -251,7 +251,7 @@ def test_a_layer_without_bias_or_not_the_first_cannot_be_inverted() -> None:
         ),
         (
             lambda: attacks.inverting_gradients(CLIENT, bounds=(-1.0, 1.0), num_steps=0),
-            "num_steps must be positive, got 0",
+            "num_steps must be an integer of at least 1, got 0",
         ),
         (lambda: attacks.linear_inversion(HEAD, tolerance=0.0), "tolerance must be positive, got 0.0"),
     ],

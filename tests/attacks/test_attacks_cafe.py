@@ -224,7 +224,10 @@ def test_every_epoch_after_the_first_adds_one_less_than_its_batches(epochs, size
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: feature_matching(slices, bounds=(-1.0, 1.0), num_steps=0), "num_steps must be positive, got 0"),
+        (
+            lambda: feature_matching(slices, bounds=(-1.0, 1.0), num_steps=0),
+            "num_steps must be an integer of at least 1, got 0",
+        ),
         (lambda: feature_matching(slices, bounds=(1.0, -1.0)), r"low must be below high=-1\.0, got 1\.0"),
         (
             lambda: feature_matching(slices, bounds=(-1.0, 1.0), total_variation_weight=-1.0),
@@ -232,7 +235,7 @@ def test_every_epoch_after_the_first_adds_one_less_than_its_batches(epochs, size
         ),
         (
             lambda: attacks.cafe_descent(LOSS, layers_fn=first_layers, features_fn=slices, num_classes=1),
-            "num_classes must be at least 2, got 1",
+            "num_classes must be an integer of at least 2, got 1",
         ),
         (
             lambda: attacks.cafe_descent(

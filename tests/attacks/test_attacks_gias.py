@@ -217,9 +217,9 @@ def test_a_generator_of_another_shape_is_refused(make: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_latent_steps": -1}, "num_latent_steps must not be negative, got -1"),
-        ({"num_latents": 0}, "num_latents must be positive, got 0"),
-        ({"num_steps": 0}, "num_steps must be positive, got 0"),
+        ({"num_latent_steps": -1}, "num_latent_steps must be an integer of at least 0, got -1"),
+        ({"num_latents": 0}, "num_latents must be an integer of at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"latent_weight": -1.0}, "latent_weight must not be negative, got -1.0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
     ],

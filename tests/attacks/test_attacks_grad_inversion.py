@@ -164,9 +164,9 @@ def test_the_true_gradient_gives_the_images_away_and_noise_does_not() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_seeds": 0}, "num_seeds must be positive, got 0"),
+        ({"num_seeds": 0}, "num_seeds must be an integer of at least 1, got 0"),
         ({"num_steps": 4}, "num_steps must be above num_warm_up_steps=4, got 4"),
-        ({"num_warm_up_steps": -1}, "num_warm_up_steps must not be negative, got -1"),
+        ({"num_warm_up_steps": -1}, "num_warm_up_steps must be an integer of at least 0, got -1"),
         ({"match_weight": 0.0}, "match_weight must be positive, got 0"),
         ({"learning_rate": -0.1}, r"learning_rate must be positive, got -0\.1"),
         ({"noise_scale": -1.0}, "noise_scale must not be negative, got -1"),

@@ -124,8 +124,8 @@ def test_what_is_not_determined_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_restarts": 0}, "num_restarts must be positive, got 0"),
-        ({"num_steps": -1}, "num_steps must be positive, got -1"),
+        ({"num_restarts": 0}, "num_restarts must be an integer of at least 1, got 0"),
+        ({"num_steps": -1}, "num_steps must be an integer of at least 1, got -1"),
         ({"tolerance": 0.0}, "tolerance must be positive, got 0"),
         ({"weights": jnp.zeros((2, SIZE))}, "weights must be positive, got 0"),
         ({"weights": jnp.ones(SIZE)}, r"weights must have shape \(2, 8\) like mixing, got \(8,\)"),

@@ -105,14 +105,14 @@ def test_bad_input_is_named():
         similarity(jnp.ones((2, 3)), jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="ridge must be positive, got 0"):
         similarity(jnp.ones((2, 3)), jnp.ones((5, 3)), ridge=0.0)
-    with pytest.raises(ValueError, match="k must be from 1 to num_images=3, got 4"):
+    with pytest.raises(ValueError, match="k must be an integer from 1 to 3, got 4"):
         recover_mixing(jax.random.key(0), jnp.eye(5), 3, k=4)
-    with pytest.raises(ValueError, match="num_steps must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
         recover_mixing(jax.random.key(0), jnp.eye(5), 3, k=2, num_steps=0)
     mixing = Mixing(jnp.zeros((3, 1), int), jnp.ones((3, 1)))
     with pytest.raises(ValueError, match="encodings must be 3 like mixing, got 2"):
         refine_mixing(jax.random.key(0), mixing, jnp.ones((2, 4)), 1)
-    with pytest.raises(ValueError, match="num_rounds must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_rounds must be an integer of at least 1, got 0"):
         refine_mixing(jax.random.key(0), mixing, jnp.ones((3, 4)), 1, num_rounds=0)
     with pytest.raises(ValueError, match=r"truth must have shape \(3, 3\) like values, got \(2, 2\)"):
         calibrated_threshold(jnp.eye(3), jnp.eye(2, dtype=bool))

@@ -84,7 +84,7 @@ def test_bad_input_is_named():
     mixing = epochs(0, 1, 6, 2)
     with pytest.raises(ValueError, match="below num_images=5, got 5"):
         mixing_matrix(mixing, 5)
-    with pytest.raises(ValueError, match="num_images must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_images must be an integer of at least 1, got 0"):
         mixing_matrix(mixing, 0)
     with pytest.raises(ValueError, match=r"encodings must have shape \(1, 6\) \+ d like mixing, got \(6, 3\)"):
         decode_mixup(mixing, jnp.ones((6, 3)), 6)

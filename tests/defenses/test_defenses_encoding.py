@@ -138,9 +138,9 @@ def test_a_client_takes_encodings(make):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be an integer of at least 1, got 0"),
-        ({"k": 2.5}, r"k must be an integer of at least 1, got 2\.5"),
-        ({"k": 2.0}, r"k must be an integer of at least 1, got 2\.0"),
+        ({"k": 0}, "k must be an integer from 1 to 10000, got 0"),
+        ({"k": 2.5}, r"k must be an integer from 1 to 10000, got 2\.5"),
+        ({"k": 2.0}, r"k must be an integer from 1 to 10000, got 2\.0"),
         ({"k": 1, "low": 5, "high": -1}, r"low must be in \[0, 1\], got 5"),
         ({"k": 1, "high": -1.0}, r"high must be in \[low, 1\] = \[0\.0, 1\], got -1\.0"),
         ({"low": 0.3, "high": 0.2}, r"high must be in \[low, 1\] = \[0\.3, 1\], got 0\.2"),
@@ -171,7 +171,7 @@ def test_numbers_of_classes_are_named(make, num_classes, monkeypatch):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (jnp.array([[3], [1], [2]]), r"batch\.labels of shape \(b, c\) must be probabilities, got int32"),
+        (jnp.array([[3], [1], [2]]), r"batch\.labels of shape \(3, 1\) must be probabilities, got int32"),
         (jnp.array([[3.0], [1.0], [2.0]]), r"batch\.labels must have 3 columns, got 1"),
         (jnp.full((3, 2), 0.5), r"batch\.labels must have 3 columns, got 2"),
         (jnp.full((3, 3), 0.5), r"batch\.labels must add up to at most 1 in each row, got 1\.5"),
@@ -179,7 +179,7 @@ def test_numbers_of_classes_are_named(make, num_classes, monkeypatch):
         (jnp.eye(3).at[0, 0].set(jnp.nan), r"batch\.labels must be finite, got nan"),
         (jnp.array([0, 7, 1]), r"batch\.labels must be at least 0 and below 3, got 7"),
         (jnp.array([0, -1, 1]), r"batch\.labels must be at least 0 and below 3, got -1"),
-        (jnp.array([0, 1]), r"batch\.labels must have shape \(3,\) or \(3, c\), got \(2,\)"),
+        (jnp.array([0, 1]), r"batch\.labels must have shape \(3,\) or \(3, 3\), got \(2,\)"),
     ],
 )
 def test_labels_that_are_none_are_named(make, labels, message):
@@ -192,6 +192,22 @@ def test_too_few_images_are_named():
         mixup(3, k=4)(jax.random.key(0), Batch(IMAGES[:3], LABELS[:3]))
     with pytest.raises(ValueError, match="k=6 needs 3 private images, got 2"):
         instahide(3, k=6, public=IMAGES)(jax.random.key(0), Batch(IMAGES[:2], LABELS[:2]))
+
+
+def test_no_more_is_drawn_than_the_images_ask_for():
+    with pytest.raises(ValueError, match="k must be an integer from 1 to 10000, got 99999"):
+        mixup(3, k=99_999)
+    with pytest.raises(ValueError, match="k=9999 needs as many images, got 3"):
+        mixup(3, k=9_999)(jax.random.key(0), Batch(IMAGES[:3], LABELS[:3]))
+    with pytest.raises(ValueError, match=r"size must fit into memory: it needs .* GiB of .* GiB, got 10000000"):
+        draw_mixing(jax.random.key(0), 10**7, k=2)
+    with pytest.raises(ValueError, match=r"num_classes must fit into memory: it needs .* GiB, got 1000000000000"):
+        mixup(10**12, k=2)(jax.random.key(0), Batch(IMAGES[:3], LABELS[:3]))
+
+
+def test_targets_that_are_no_classes_are_not_mixed():
+    with pytest.raises(ValueError, match=r"batch\.labels must be class indices .* to be mixed, got a dict"):
+        mixup(3, k=2)(jax.random.key(0), Batch(IMAGES[:3], {"age": jnp.zeros(3)}))
 
 
 def test_bad_public_images_are_named():

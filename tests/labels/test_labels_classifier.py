@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gia_jax import Observation, labels
-from gia_jax.labels.classifier import greedy_labels, labels_from_counts
+from gia_jax.labels.classifier import attackers_key, greedy_labels, labels_from_counts
 
 KERNEL, BIAS = jnp.ones((4, 3)), jnp.zeros(3)
 
@@ -63,8 +63,106 @@ def test_every_rule_refuses_labels_that_are_mixed(make):
     """A client behind MixUp has no class to find: the attacker that was told so takes the probabilities."""
     update = {"head": {"kernel": KERNEL, "bias": BIAS}}
     known = {"inputs_like": jnp.zeros((1, 4)), "labels": jnp.array([[0.4, 0.6, 0.0]])}
-    with pytest.raises(ValueError, match=r"label rules find one class an example, got probabilities of shape \(1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"label rules find one class an example, got labels float32 of shape \(1, 3\)"
+    ):
         make(labels.dense("head"))(Observation(update, update, known))
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(
+    ("targets", "got"),
+    [
+        (jnp.zeros(1), r"labels float32 of shape \(1,\)"),
+        (jnp.zeros((1, 5), jnp.int32), r"labels int32 of shape \(1, 5\)"),
+        ({"age": jnp.zeros(1)}, "labels in a dict"),
+    ],
+    ids=["regression", "tokens", "heads"],
+)
+def test_every_rule_refuses_targets_that_are_no_classes(make, targets, got):
+    update = {"head": {"kernel": KERNEL, "bias": BIAS}}
+    known = {"inputs_like": jnp.zeros((1, 4)), "labels": targets}
+    with pytest.raises(ValueError, match=f"label rules find one class an example, got {got}"):
+        make(labels.dense("head"))(Observation(update, update, known))
+
+
+@pytest.mark.parametrize("name", ["bias_counts", "ilrg", "llg_plus"])
+def test_the_gradient_of_a_sum_is_refused(name):
+    truth = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
+    mean = np.full(4, 0.25) - np.bincount(truth) / 10
+    rule = RULES[name](labels.dense("head"))
+
+    def seen(scale, noise=0.0):
+        update = {"head": {"kernel": jnp.ones((2, 4)), "bias": jnp.asarray(scale * mean + noise, jnp.float32)}}
+        return Observation(update, update, {"inputs_like": jnp.zeros((10, 2))})
+
+    message = (
+        f"{name} needs the gradient of a mean loss: the negative entries of the last bias add up to -2, below -1; "
+    )
+    with pytest.raises(ValueError, match=f"{message}divide the update by the batch size"):
+        rule(seen(10))
+    traced = jax.jit(rule)
+    assert traced(seen(10)).tolist() == [-1] * 10
+    for fine in (seen(1), seen(10, noise=0.1)):  # noise does not add up to 0
+        assert traced(fine).min() >= 0
+        np.testing.assert_array_equal(traced(fine), rule(fine))
+
+
+def test_what_is_not_finite_has_no_labels():
+    assert labels_from_counts(jnp.array([jnp.nan, 2.0]), 2).tolist() == [-1, -1]
+    assert greedy_labels(jnp.array([jnp.nan, -1.0]), jnp.array(-1.0), jnp.zeros(()), 2).tolist() == [-1, -1]
+    update = {"head": {"kernel": KERNEL.at[0, 1].set(jnp.nan), "bias": BIAS}}
+    observation = Observation(update, update, {"inputs_like": jnp.zeros((1, 4))})
+    assert labels.idlg(labels.dense("head"))(observation).tolist() == [-1]
+    assert jax.jit(labels.column_minimum(labels.dense("head")))(observation).tolist() == [-1]
+
+
+def drawn_inputs(make, observation):
+    """The dummies that a rule shows to the model."""
+    shown = []
+
+    def apply_fn(params, inputs):
+        shown.append(inputs)
+        return inputs @ params["head"]["kernel"]
+
+    make(apply_fn)(observation)
+    return shown[0]
+
+
+def test_dummies_come_from_the_update_or_the_attackers_key():
+    def seen(seed):
+        update = {"head": {"kernel": KERNEL, "bias": 0.01 * jax.random.normal(jax.random.key(seed), (3,))}}
+        return Observation(update, update, {"inputs_like": jnp.zeros((2, 4))})
+
+    def shown(seed, key=None):
+        return drawn_inputs(
+            lambda apply_fn: labels.bias_counts(labels.dense("head"), apply_fn=apply_fn, num_dummies=8, key=key),
+            seen(seed),
+        )
+
+    np.testing.assert_array_equal(shown(0), shown(0))
+    assert not np.array_equal(shown(0), shown(1))
+    np.testing.assert_array_equal(shown(0, jax.random.key(5)), shown(1, jax.random.key(5)))
+    # What a client draws from the key of everyone is not what the attacker draws.
+    assert not np.any(np.isin(shown(0), jax.random.normal(jax.random.key(0), (8, 4))))
+    keys = [attackers_key(None, seen(seed)) for seed in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_dummies_of_integers_and_beyond_memory_are_refused():
+    update = {"head": {"kernel": KERNEL, "bias": BIAS}}
+    tokens = Observation(update, update, {"inputs_like": jnp.zeros((2, 4), jnp.int32)})
+    floats = Observation(update, update, {"inputs_like": jnp.zeros((2, 4))})
+    for make in (
+        lambda count: labels.bias_counts(labels.dense("head"), apply_fn=lambda p, x: x, num_dummies=count),
+        lambda count: labels.llg_plus(lambda params, batch: params, labels.dense("head"), num_dummies=count),
+    ):
+        with pytest.raises(
+            ValueError, match=r"observation\.extra\['inputs_like'\] must be floating point to be searche"
+        ):
+            make(8)(tokens)
+        with pytest.raises(ValueError, match=r"num_dummies must fit into memory: it needs .* GiB, got 10000000000"):
+            make(10**10)(floats)
 
 
 counts = st.lists(st.floats(-5, 12, width=32), min_size=1, max_size=6)

@@ -97,11 +97,11 @@ def test_more_images_than_classes(draws):
 
 
 def test_refusals_by_name():
-    with pytest.raises(ValueError, match="num_dummies must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_dummies must be an integer of at least 1, got 0"):
         labels.bias_counts(HEAD, num_dummies=0)
     with pytest.raises(ValueError, match="apply_fn must be given with public_inputs, got None"):
         labels.bias_counts(HEAD, public_inputs=jnp.zeros((3, 2)))
-    with pytest.raises(ValueError, match="num_public_inputs must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_public_inputs must be an integer of at least 1, got 0"):
         labels.bias_counts(HEAD, apply_fn=APPLY, public_inputs=jnp.zeros((0, 2)))
     no_bias = Observation({}, {"head": {"kernel": jnp.zeros((2, 3))}}, {"inputs_like": jnp.zeros((1, 2))})
     for name in ("bias_counts", "greedy_bias"):

@@ -53,5 +53,5 @@ def test_a_missing_batch_size_is_named(rule):
 
 
 def test_llg_plus_refuses_no_dummies():
-    with pytest.raises(ValueError, match="num_dummies must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_dummies must be an integer of at least 1, got 0"):
         labels.llg_plus(CLIENT, HEAD, num_dummies=0)

@@ -122,5 +122,5 @@ def test_seeds_talk_and_no_derivative_goes_through_what_they_say() -> None:
 
 
 def test_no_seeds_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_seeds must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_seeds must be an integer of at least 1, got 0"):
         group.together(descent(), 0, group.mean)

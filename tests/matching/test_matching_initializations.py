@@ -126,7 +126,7 @@ def test_given_inputs_must_fit_the_grant():
         (lambda: initializations.normal(scale=-1.0), r"scale must not be negative, got -1\.0"),
         (lambda: initializations.truncated_normal(limit=-1.0), r"limit must not be negative, got -1\.0"),
         (lambda: initializations.uniform(low=1.0, high=1.0), r"low must be below high=1\.0, got 1\.0"),
-        (lambda: initializations.patterned(0), "size must be positive, got 0"),
+        (lambda: initializations.patterned(0), "size must be an integer of at least 1, got 0"),
         (lambda: initializations.patterned(scale=-2.0), r"scale must not be negative, got -2\.0"),
     ],
 )

@@ -200,7 +200,7 @@ def test_largest_keeps_the_layers_of_the_largest_norm():
     assert [float(weight) for weight in jax.tree.leaves(objectives.largest(4)(update))] == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="count must be at most the number of layers 4, got 5"):
         objectives.largest(5)(update)
-    with pytest.raises(ValueError, match="count must be positive, got 0"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 1, got 0"):
         objectives.largest(0)
 
 

@@ -8,9 +8,24 @@ import numpy as np
 import optax
 import pytest
 
-from gia_jax import Batch, Observation, ThreatModel, box, clients, gradient_matching, observe, run
-from gia_jax.matching import initializations, objectives, optimizers, priors
+from gia_jax import (
+    Batch,
+    Observation,
+    ThreatModel,
+    attacks,
+    box,
+    clients,
+    defenses,
+    gradient_matching,
+    observe,
+    run,
+)
+from gia_jax.decoding import mixing_matrix, retrieve
+from gia_jax.labels import dense
+from gia_jax.matching import group, initializations, objectives, optimizers, priors
+from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 
+KEY = jax.random.key(0)
 KNOWS_LABELS = ThreatModel(labels=True, label_order=True)
 
 
@@ -276,3 +291,97 @@ def test_many_victims_under_vmap_are_the_single_ones():
     for i in range(3):
         alone = single(keys[i], jax.tree.map(lambda leaf, i=i: leaf[i], batches))
         np.testing.assert_allclose(together.batch.inputs[i], alone.batch.inputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_integer_inputs_are_refused_with_what_to_do(dtype):
+    extra = {"inputs_like": jnp.zeros((1, 6), dtype), "labels": BATCH.labels}
+    observation = observed()._replace(extra=extra)
+    message = (
+        r"observation\.extra\['inputs_like'\] must be floating point to be searched by descent or solved for, got "
+        f"{dtype}: scale pixels to floats, or attack the embeddings of tokens"
+    )
+    draws = [initializations.normal(), initializations.uniform(), initializations.given(START)]
+    fns = [lambda fn=fn: fn(jax.random.key(0), observation) for fn in draws]
+    fns.append(lambda: gradient_matching(CLIENT, init_fn=lambda *_: START).init(jax.random.key(0), observation))
+    layer = dense("in")
+    fns.append(lambda: attacks.linear_inversion(layer)(jax.random.key(0), observation))
+    for fn in fns:
+        with pytest.raises(ValueError, match=message):
+            fn()
+    with pytest.raises(ValueError, match="inputs must be floating point to be searched by descent, got int32"):
+        initializations.given(jnp.zeros((1, 6), jnp.int32))
+
+
+def test_targets_may_be_any_tree():
+    def loss_fn(params, batch):
+        outputs = apply_fn(params, batch.inputs)
+        return jnp.mean((outputs[:, 0] - batch.labels["age"]) ** 2) - jnp.mean(outputs[:, batch.labels["kind"]])
+
+    client_fn = clients.federated_sgd(loss_fn)
+    targets = {"age": jnp.array([0.5]), "kind": jnp.array([2])}
+    update = client_fn(PARAMS, Batch(BATCH.inputs, targets))
+    observation = Observation(PARAMS, update, {"inputs_like": jnp.zeros((1, 6)), "labels": targets})
+    attack = group.together(gradient_matching(client_fn), 2, group.mean)
+    found, _ = jax.jit(lambda key, seen: run(attack, key, seen, num_steps=2))(jax.random.key(0), observation)
+    assert found.is_finite
+    np.testing.assert_array_equal(found.batch.labels["age"], targets["age"])
+    plain = gradient_matching(client_fn)
+    state = plain.init(jax.random.key(0), observation)
+    broken = state.candidate._replace(labels={**targets, "age": jnp.array([jnp.nan])})
+    assert not plain.finalize(broken, observation).is_finite
+
+
+def test_settings_that_are_no_numbers_or_beyond_memory_are_refused():
+    nan, inf = float("nan"), float("inf")
+    fns = {
+        "scale must not be negative, got nan": lambda: initializations.normal(scale=nan),
+        "mean must be finite, got nan": lambda: initializations.normal(mean=nan),
+        "low must be finite, got nan": lambda: initializations.uniform(low=nan),
+        "high must be finite, got inf": lambda: initializations.uniform(high=inf),
+        "value must be finite, got nan": lambda: initializations.constant(nan),
+        "limit must be finite, got inf": lambda: initializations.truncated_normal(limit=inf),
+        "shape must be an integer of at least 1, got 0": lambda: initializations.normal(shape=(1, 0)),
+        "shape must fit into memory: it needs": lambda: initializations.normal(shape=(10**7, 10**6)),
+        "low must be below high=nan, got 0": lambda: box(0.0, nan),
+        "learning_rate must be positive, got nan": lambda: optimizers.step_schedule(nan, 3),
+        "learning_rate must be finite, got inf": lambda: optimizers.fixed_step_lbfgs(learning_rate=inf),
+        "memory_size must fit into memory: it needs": (
+            lambda: optimizers.fixed_step_lbfgs(memory_size=10**10).init(jnp.zeros(3))
+        ),
+        "num_seeds must fit into memory: it needs": (
+            lambda: group.together(gradient_matching(CLIENT), 10**11, group.mean).init(KEY, observed())
+        ),
+        "weight must be finite, got inf": lambda: priors.combine((inf, priors.norm())),
+        "eps must not be negative, got nan": lambda: priors.total_variation(eps=nan),
+        "exponent must be finite, got inf": lambda: priors.norm(exponent=inf),
+        "equations must be more than 1 for each unknown and finite, got inf": lambda: levenberg_marquardt(
+            equations=inf
+        ),
+        "tolerance must not be negative, got nan": lambda: levenberg_marquardt(tolerance=nan),
+        "threshold must not be negative, got nan": lambda: objectives.masked_cosine(PARAMS, PARAMS, threshold=nan),
+        "num_classes must be an integer of at least 2, got True": lambda: attacks.dlg(CLIENT, num_classes=True),
+        "num_classes must fit into memory": lambda: attacks.dlg(CLIENT, num_classes=10**12).init(KEY, observed()),
+        "total_variation_weight must not be negative, got nan": (
+            lambda: attacks.inverting_gradients(CLIENT, bounds=(0.0, 1.0), total_variation_weight=nan)
+        ),
+        "tolerance must be positive, got nan": lambda: attacks.linear_inversion(dense("in"), tolerance=nan),
+        "ratio must be in \\[0, 1\\), got nan": lambda: defenses.prune(nan),
+        "size must fit into memory: it needs": (
+            lambda: defenses.precode(KEY, apply_fn, PARAMS, num_features=3, num_classes=3, size=10**11)
+        ),
+        "count must fit into memory: it needs": lambda: defenses.fake_gradients(KEY, 0.1, count=10**12),
+        "relaxation must be in \\(0, 1\\], got nan": lambda: retrieve(
+            KEY, jnp.eye(2), jnp.ones((2, 1)), relaxation=nan
+        ),
+        "num_images must fit into memory: it needs": (
+            lambda: mixing_matrix(defenses.Mixing(jnp.zeros((2, 1), int), jnp.ones((2, 1))), 10**12)
+        ),
+        "local_epochs must fit into memory: it needs": (
+            lambda: clients.federated_averaging(LOSS, learning_rate=0.1, local_epochs=10**12)(PARAMS, BATCH)
+        ),
+    }
+    for message, fn in fns.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            fn()
+        assert "\n" not in str(raised.value)
