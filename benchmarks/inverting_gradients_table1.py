@@ -35,9 +35,10 @@ from gia_jax import (
     report,
 )
 from gia_jax.attacks import inverting_gradients, linear_inversion
-from gia_jax.attacks.named import LEVENBERG_MARQUARDT_STEPS, WARM_UP
+from gia_jax.attacks.named import LEVENBERG_MARQUARDT_STEPS, WARM_UP, warm_up
 from gia_jax.base import Attack, ClientFn, Params
-from gia_jax.matching.initializations import given, near_grey
+from gia_jax.console import progress
+from gia_jax.matching.initializations import given
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.study import Study, study, study_analytic
 
@@ -80,13 +81,6 @@ def observe_all(client_fn: ClientFn, params: Params, victims: Victims, seed: int
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(victims.pixels))
     one = jax.vmap(lambda key, batch: observe(key, threat, client_fn, params, batch, num_classes=CLASSES))
     return jax.jit(one)(keys, victims.truth)._replace(params=params)
-
-
-def progress(name: str) -> Callable[[int, int, float], None]:
-    def show(done: int, total: int, seconds: float) -> None:
-        print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
-
-    return show
 
 
 def run(
@@ -326,7 +320,7 @@ def run_newton(
     """
     attack = gradient_matching(client_fn, optimizer=matching.levenberg_marquardt(**solver))
     if noise is None:
-        first = keep_best(gradient_matching(client_fn, optimizer=fixed_step_lbfgs(), init_fn=near_grey()))
+        first = warm_up(lambda optimizer, init_fn: gradient_matching(client_fn, optimizer=optimizer, init_fn=init_fn))
         attack = continued(first, attack, num_steps=WARM_UP)
     else:
         truth = victims.truth.inputs[0]

@@ -43,6 +43,7 @@ from gia_jax import (
 )
 from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cases import joined, pixel_covariance, pixel_information
+from gia_jax.console import progress
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
@@ -231,12 +232,9 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     seen = see(keys, params, sent)._replace(params=params)
     noise = jax.jit(report.random_updates)(key_noise, seen)
 
-    def progress(done: int, total: int, seconds: float) -> None:
-        print(f"\r{name}: {done / total:.0%} after {seconds:.0f} s", end="\n" if done >= total else "", flush=True)
-
     objective_fn = defense.protected.adapt_fn(cosine)
     attack, counted = attack_on(defense, objective_fn, task, num_steps), counted_steps(objective_fn, num_steps)
-    options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress}
+    options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress(name)}
     inputs = study(attack, key_attack, joined([seen, noise]), **options).reconstruction.batch.inputs
     found, of_noise = (
         report.score(Batch(each, truth.labels), truth, task.test) for each in jnp.split(inputs, [len(keys)])

@@ -1,86 +1,147 @@
 """`python -m gia_jax`: a demonstration, single attacks, and a list of what there is. It only calls the library."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 import gia_jax
-from gia_jax import Observation, console, data, demonstration, labels, models, report, vertical
+from gia_jax import Observation, _check, console, data, demonstration, labels, models, report, vertical
 from gia_jax.aggregation import AGGREGATIONS, make_protocol
+from gia_jax.aggregation import TARGETS as AGGREGATED_TARGETS
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
-from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
-from gia_jax.protection import COMBINATIONS, DEFENSES, NAMES, Named, Part, Protected, live_shares, parse, promises
+from gia_jax.cases import NUM_OTHERS, PRIOR_ONLY, Case, attack, load_case, see
+from gia_jax.protection import (
+    COMBINATIONS,
+    DEFENSES,
+    NAMES,
+    Named,
+    Part,
+    Protected,
+    check_together,
+    live_shares,
+    parse,
+    promises,
+)
 
+TERMINATED = "terminated"
 DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Runs the command line.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
+    """
+    args = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill has been written
     try:
-        if not 0 <= args.seed < 2**32:
-            raise ValueError(f"--seed must be at least 0 and below 2^32, got {args.seed}")
-        if args.command == "list":
-            _list()
-        elif args.command == "attack":
-            _attack(args)
-        else:
-            demonstration.run(Path(args.out), args.seed)
+        with warnings.catch_warnings(), _terminating():
+            warnings.showwarning = console.warn
+            if not 0 <= args.seed < 2**32:
+                raise ValueError(f"--seed must be at least 0 and below 2^32, got {args.seed}")
+            if args.out == "":
+                raise ValueError("--out must name a folder, got ''")
+            if args.command == "list":
+                _list()
+            elif args.command == "attack":
+                _attack(args)
+            else:
+                demonstration.run(Path(args.out), args.seed)
     except (ValueError, ImportError, OSError) as error:
         print(f"gia_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        notes = "; ".join(getattr(stopped, "__notes__", ["no state was kept"]))
+        print(f"\ngia_jax: interrupted; {notes}", file=sys.stderr)
+        return 143 if stopped.args == (TERMINATED,) else 130
     return 0
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """A request to terminate is an interruption, so that the state is saved."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def process() -> NoReturn:
+    """Runs `main` as a process of its own; an interruption does not wait for compilers that are still at work."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status > 128:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gia_jax", description=gia_jax.__doc__)
     parser.add_argument("--out", default="gia_jax_out", help="folder for results.json and the pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights and of the attacks")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights and of the attacks")
     commands = parser.add_subparsers(dest="command", metavar="{attack,list}")
     commands.add_parser("list", help="names of attacks, models, data and solvers")
-    single = commands.add_parser(
-        "attack", help="one attack on one setting", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    single.add_argument("--attack", default="inverting_gradients", help=", ".join([*ATTACKS, "cafe"]))
+    # No option has a default here: one that was given and means nothing for the attack is refused. See `_defaults`.
+    single = commands.add_parser("attack", help="one attack on one setting")
+    single.add_argument("--attack", help=f"{', '.join([*ATTACKS, 'cafe'])}; default: inverting_gradients")
     single.add_argument("--model", help=f"{', '.join(models.MODELS)}; default: lenet, or one that suits the attack")
     single.add_argument("--data", help=f"{DATA}; default: photos, for cafe mnist")
-    single.add_argument("--victims", type=int, default=3, help="clients attacked, in the order of the data's ids")
+    single.add_argument("--victims", type=int, help="clients attacked, in the order of the data's ids; default: 3")
     single.add_argument("--batch-size", type=int, help=f"images of a client; default: 1, for cafe {BATCH_SIZE}")
-    single.add_argument("--records", type=int, default=NUM_RECORDS, help="of cafe's federation")
-    single.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="of cafe's federation")
-    single.add_argument("--steps", type=int, help="of each restart; default: the paper's")
-    single.add_argument("--restarts", type=int, default=1, help="starts of each attack; the lowest loss is kept")
+    single.add_argument("--records", type=int, help=f"records of cafe's federation; default: {NUM_RECORDS}")
+    single.add_argument("--rounds", type=int, help=f"rounds of cafe's federation; default: {NUM_ROUNDS}")
+    single.add_argument("--steps", type=int, help="steps of each restart; default: the paper's")
+    single.add_argument("--restarts", type=int, help="starts of each attack; the lowest loss is kept; default: 1")
     single.add_argument("--labels", choices=["known", "inferred"], help="default: as in the attack's paper")
-    single.add_argument("--local-steps", type=int, default=1, help="local SGD steps of the client on its whole batch")
+    single.add_argument("--local-steps", type=int, help="local SGD steps of the client on its whole batch; default: 1")
     single.add_argument(
-        "--local-learning-rate", type=float, default=1e-2, help="of the local steps, known to the attacker"
+        "--local-learning-rate", type=float, help="of the local steps, known to the attacker; default: 0.01"
     )
     single.add_argument(
         "--defense",
         action="append",
-        default=[],
         metavar="NAME[:k=v,k=v]",
         help=f"of the client; repeat it for several, in this order: {', '.join(NAMES)}",
     )
-    single.add_argument("--adaptive", action="store_true", help="the attacker knows the defenses, but not their keys")
+    single.add_argument(
+        "--adaptive", action="store_true", default=None, help="the attacker knows the defenses, but not their keys"
+    )
     single.add_argument("--aggregation", help=f"of the updates of --clients, run for real: {', '.join(AGGREGATIONS)}")
-    single.add_argument("--clients", type=int, default=4, help="that aggregate, --batch-size images each")
-    single.add_argument("--clip", type=float, default=2.0, help="largest entry of an update that aggregation keeps")
+    single.add_argument("--clients", type=int, help="that aggregate, --batch-size images each; default: 4")
+    single.add_argument("--clip", type=float, help="largest entry of an update that aggregation keeps; default: 2")
     single.add_argument(
         "--statistics",
         choices=["none", "running", "exact"],
-        default="exact",
         help="of batch normalisation, that grad_inversion matches: the model's running ones, which say nothing of data "
-        "before training, or the client's own, granted",
+        "before training, or the client's own, granted; default: exact",
     )
     single.add_argument(
         "--generator",
@@ -92,9 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help=f"of gias, before --steps; default: {NUM_LATENT_STEPS}, or 0 where the generator is untrained",
     )
-    single.add_argument("--solver", default="paper", help=", ".join(SOLVERS))
-    single.add_argument("--lanes", type=int, default=16, help="restarts under one vmap")
-    single.add_argument("--no-prior-only", action="store_true", help="leave out the same attack on random updates")
+    single.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: paper")
+    single.add_argument("--lanes", type=int, help="restarts under one vmap; default: 16")
+    single.add_argument(
+        "--no-prior-only", action="store_true", default=None, help="leave out the same attack on random updates"
+    )
     # The same options after the command; without a default here, those before it are kept.
     single.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")
     single.add_argument("--out", default=argparse.SUPPRESS, help="as before the command")
@@ -124,52 +187,113 @@ def _settings(named: Named) -> str:
     return "".join(f"{key}={value:g} " for key, value in named.settings.items())
 
 
+# Options that say what is attacked, for every attack but cafe; each attack's own are in its entry of `ATTACKS`.
+SETTING = ("model", "data", "victims", "batch_size", "defense", "local_steps", "aggregation", "no_prior_only")
+CAFE_OPTIONS = ("data", "records", "rounds", "batch_size")
+COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "records", "rounds")
+
+NEEDS = {"clients": "--aggregation", "clip": "--aggregation", "local_learning_rate": "--local-steps above 1"}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _options(args: argparse.Namespace) -> tuple[str, ...]:
+    """The options that have a meaning for this attack; ValueError for another one that was given."""
+    args.attack = "inverting_gradients" if args.attack is None else args.attack
+    _one_of("attack", args.attack, [*ATTACKS, "cafe"])
+    cafe = args.attack == "cafe"
+    taken = CAFE_OPTIONS if cafe else (*SETTING, *ATTACKS[args.attack].options)
+    if args.aggregation is not None:
+        taken += ("clients", "clip")
+    if args.local_steps is not None and args.local_steps > 1:
+        taken += ("local_learning_rate",)
+    given = [name for name, value in vars(args).items() if value is not None]
+    for name in given:
+        if name not in (*taken, "attack", "command", "out", "seed"):
+            reason = f"needs {NEEDS[name]}" if name in NEEDS and not cafe else f"is not for --attack {args.attack}"
+            raise ValueError(f"{_flag(name)} {reason}, got {getattr(args, name)!r}")
+    for name in set(given).intersection(COUNTS):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(args, name)}")
+    return taken
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{_flag(name)} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _defaults(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
+    """Fills in what was not given."""
+    named = ATTACKS[args.attack]
+    defaults = {
+        "model": named.model,
+        "data": "photos",
+        "victims": 3,
+        "batch_size": 1,
+        "restarts": 1,
+        "lanes": 16,
+        "labels": named.labels,
+        "local_steps": 1,
+        "local_learning_rate": 1e-2,
+        "defense": [],
+        "adaptive": False,
+        "clients": 4,
+        "clip": 2.0,
+        "statistics": "exact" if "statistics" in taken else "none",
+        "solver": "paper",
+        "no_prior_only": False,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.steps is None:
+        args.steps = LEVENBERG_MARQUARDT_STEPS if args.solver == "levenberg_marquardt" else named.num_steps
+
+
 def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
-    """Fills in defaults, refuses what does not go together, and reads the defenses."""
-    args.data, args.batch_size = args.data or "photos", 1 if args.batch_size is None else args.batch_size
-    args.model = args.model or (ATTACKS[args.attack].model if args.attack in ATTACKS else "lenet")
-    for name, known in (("attack", [*ATTACKS, "cafe"]), ("model", models.MODELS), ("solver", SOLVERS)):
-        if getattr(args, name) not in known:
-            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {getattr(args, name)!r}")
-    if args.aggregation is not None and args.aggregation not in AGGREGATIONS:
-        raise ValueError(f"--aggregation must be one of {', '.join(AGGREGATIONS)}, got {args.aggregation!r}")
-    for name in ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    args.labels = args.labels or ATTACKS[args.attack].labels
-    args.steps = args.steps or (
-        LEVENBERG_MARQUARDT_STEPS if args.solver == "levenberg_marquardt" else ATTACKS[args.attack].num_steps
-    )
-    if args.attack in INVERTIBLE and args.adaptive:
-        raise ValueError(f"--attack {args.attack} has no objective to adapt, got --adaptive")
+    """Refuses what does not go together, and reads the defenses: before any data are read or a model is built."""
+    for name, known in (("model", models.MODELS), ("solver", SOLVERS)):
+        _one_of(name, getattr(args, name), known)
+    if args.aggregation is not None:
+        _one_of("aggregation", args.aggregation, AGGREGATIONS)
     if args.model not in INVERTIBLE.get(args.attack, models.MODELS):
         fits = ", ".join(INVERTIBLE[args.attack])
         raise ValueError(f"--attack {args.attack} needs one of the models {fits}, got {args.model!r}")
-    if args.attack != "grad_inversion":
-        args.statistics = "none"
-    if args.attack == "gias" and args.solver != "paper":
-        raise ValueError(f"--attack gias needs --solver paper, got {args.solver!r}")
-    own = {"records": ("cafe", NUM_RECORDS), "rounds": ("cafe", NUM_ROUNDS)}
-    own |= {"generator": ("gias", None), "latent_steps": ("gias", None)}
-    for name, (owner, default) in own.items():
-        if args.attack != owner and getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} is for --attack {owner}, got --attack {args.attack}")
+    if not 0 < args.local_learning_rate < float("inf"):
+        raise ValueError(f"--local-learning-rate must be positive and finite, got {args.local_learning_rate}")
     if args.latent_steps is not None and args.latent_steps < 0:
         raise ValueError(f"--latent-steps must be at least 0, got {args.latent_steps}")
+    if args.attack == "grad_inversion" and args.solver == "levenberg_marquardt":
+        raise ValueError("--solver levenberg_marquardt is for one seed, got --attack grad_inversion")
+    if args.statistics == "exact" and args.aggregation is not None:
+        raise ValueError("--statistics exact is of one client, got --aggregation")
+    _check.integer(1, 2**31 - 1, **{"--steps": max(args.steps, 1)})
+    _check.fits(args.victims * args.restarts, **{"--restarts": args.restarts})
+    _check.fits(args.victims * args.restarts * max(args.steps, 1), **{"--steps": args.steps})
     size = args.batch_size * _num_clients(args)
     if args.attack == "r_gap" and size > 1:
         raise ValueError(f"--attack r_gap needs a batch of one image, got {size}")
     if args.attack == "idlg" and args.labels == "inferred" and size > 1:
         raise ValueError(f"--attack idlg infers the label of one image, got {size}")
     parts = tuple(part for text in args.defense for part in parse(text))
+    check_together(parts, local_steps=args.local_steps)
     if args.adaptive and args.solver == "levenberg_marquardt":
         raise ValueError("--solver levenberg_marquardt has an objective of its own, got --adaptive")
     if args.adaptive and not parts:
         raise ValueError("--adaptive needs a --defense that the attacker could know, got none")
-    mixing = [part.name for part in parts if part.acts_on == "input"]
-    if args.adaptive and mixing and args.labels == "inferred" and args.attack != "dlg":
-        raise ValueError(f"--adaptive with {mixing[0]} needs --labels known: no rule finds mixed labels, got inferred")
+    for part in parts:
+        if part.acts_on != "input":
+            continue
+        if part.settings["k"] > args.batch_size + NUM_OTHERS:
+            most = args.batch_size + NUM_OTHERS
+            raise ValueError(f"--defense {part} must mix at most {most} images, the batch and {NUM_OTHERS} others")
+        if args.adaptive and args.labels == "inferred" and args.attack != "dlg":
+            raise ValueError(
+                f"--adaptive with {part.name} needs --labels known: no rule finds mixed labels, got inferred"
+            )
     return parts
 
 
@@ -178,11 +302,16 @@ def _num_clients(args: argparse.Namespace) -> int:
 
 
 def _attack(args: argparse.Namespace) -> None:
+    taken, began = _options(args), time.time()
     if args.attack == "cafe":
-        _cafe(args)
+        _cafe(args, began)
         return
+    statistics_given = args.statistics not in (None, "none")
+    _defaults(args, taken)
     parts, clients = _checked(args), _num_clients(args)
-    out = console.folder(Path(args.out))
+    protocol = None if args.aggregation is None else make_protocol(args.aggregation, clients, clip=args.clip)
+    names = ("",) if protocol is None else AGGREGATED_TARGETS
+    out = console.folder(Path(args.out), [console.RESULTS, *map(_picture_name, names)])
     jax.config.update("jax_enable_x64", args.solver == "levenberg_marquardt" or ATTACKS[args.attack].x64)
     case = load_case(
         args.model,
@@ -193,19 +322,20 @@ def _attack(args: argparse.Namespace) -> None:
         local_steps=args.local_steps,
         learning_rate=args.local_learning_rate,
     )
-    key_clients, key_attack = jax.random.split(jax.random.key(args.seed))
+    key_clients, key_attack, key_generator = jax.random.split(jax.random.key(args.seed), 3)
     generator = None
     if args.attack == "gias":
         file = None if args.generator is None else Path(args.generator)
-        generator = case.generator(file, jax.random.fold_in(key_attack, 1), num_latent_steps=args.latent_steps)
+        generator = case.generator(file, key_generator, num_latent_steps=args.latent_steps)
         args.generator, args.latent_steps = args.generator or "untrained", generator.num_latent_steps
     protected = case.protect(parts)
     console.banner(case, args.model, protected, clients)
     if case.statistics_fn is None:
+        if statistics_given:
+            given = f"--statistics {args.statistics}"
+            raise ValueError(f"{given} needs a model with batch normalisation, got --model {args.model}")
         args.statistics = "none"
     exact_statistics = args.statistics == "exact"
-    if exact_statistics and args.aggregation is not None:
-        raise ValueError("--statistics exact is of one client, got --aggregation")
     known = args.labels == "known"
     defense = " ".join(str(part) for part in parts) or "none"
     threat = console.threat(known, defense, args.adaptive, exact_statistics)
@@ -217,18 +347,18 @@ def _attack(args: argparse.Namespace) -> None:
         threat += "; has a generator, " + (
             "untrained" if args.generator == "untrained" else f"trained: {args.generator}"
         )
-    if args.aggregation is None:
+    if protocol is None:
         seen = see(case, {defense: protected}, key_clients, known=[known], statistics=exact_statistics)
         targets: dict[str, Any] = {"": (case, seen[known][defense])}
         said = _live(parts, case, protected)
     else:
-        targets = _aggregated(args, case, protected, key_clients)
+        from gia_jax.secure_aggregation.cases import see_aggregated
+
+        targets = see_aggregated(case, protected, protocol, key_clients, known=known)
         threat += f"; {args.aggregation} of {clients} clients"
         said = []  # a case has the images of all clients in one batch
     print("\n".join([f"threat model: {threat}", *promises(parts, **case.bounds_of(parts)), *said]) + "\n")
-    unused = {"out", "command", "records", "rounds"} | (set() if args.aggregation else {"clients", "clip"})
-    unused |= set() if args.attack == "gias" else {"generator", "latent_steps"}
-    settings = {key: value for key, value in vars(args).items() if key not in unused}
+    settings = {name: getattr(args, name) for name in ("attack", *taken, "seed")}
     # The parameters that the server sent tell every attacker the model, with or without a bottleneck.
     assumed = protected if args.adaptive else case.protect([part for part in parts if part.acts_on == "model"])
     guesses = report.baselines(case.pixels, case.gallery)
@@ -256,7 +386,7 @@ def _attack(args: argparse.Namespace) -> None:
             lanes=args.lanes,
             prior_only=None if args.no_prior_only else defense,
             progress_fn=console.progress(title),
-            checkpoint=out / "checkpoint.npz",
+            checkpoint=console.states(out),
         )
         outcome, prior = outcomes[defense], outcomes.get(PRIOR_ONLY)
         rows.append(console.row(title, known, outcome, prior))
@@ -268,29 +398,24 @@ def _attack(args: argparse.Namespace) -> None:
             outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra
         )
     print(console.table(rows, guesses))
-    console.write(out, content.get("", content))
+    attacked = [outcome for _, outcome in found.values()]
+    console.write(out, content.get("", content), attacked, began)
     for target, (seen_case, outcome) in found.items():
         title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "") + (f", {target}" if target else "")
-        name = f"reconstructions_{target.replace(':', '_')}.png" if target else "reconstructions.png"
-        console.picture(out / name, seen_case.pixels, {args.attack: outcome}, title)
+        console.picture(out / _picture_name(target), seen_case.pixels, {args.attack: outcome}, title, began)
+    console.forget(out, attacked)
 
 
-def _refuse_others(args: argparse.Namespace, taken: set[str]) -> None:
-    """Raises ValueError for an option of a single attack that has no meaning for this one."""
-    defaults = vars(_parser().parse_args(["attack"]))
-    for name, value in vars(args).items():
-        if name not in taken | {"attack", "command", "out", "seed"} and value != defaults[name]:
-            raise ValueError(f"--attack {args.attack} takes no --{name.replace('_', '-')}, got {value}")
+def _picture_name(target: str) -> str:
+    return f"reconstructions_{target.replace(':', '_')}.png" if target else "reconstructions.png"
 
 
-def _cafe(args: argparse.Namespace) -> None:
-    _refuse_others(args, {"data", "records", "rounds", "batch_size"})
-    args.data, args.batch_size = args.data or "mnist", BATCH_SIZE if args.batch_size is None else args.batch_size
-    options = ("data", "records", "rounds", "batch_size", "seed")
-    for name in options[1:4]:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    out = console.folder(Path(args.out))
+def _cafe(args: argparse.Namespace, began: float) -> None:
+    defaults = {"data": "mnist", "records": NUM_RECORDS, "rounds": NUM_ROUNDS, "batch_size": BATCH_SIZE}
+    for name, value in defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    _check.fits(args.rounds * args.records, rounds=args.rounds)
+    out = console.folder(Path(args.out), [console.RESULTS, "reconstructions.png"])
     images = data.load(args.data, limit=args.records)
     if len(images.labels) < args.records:
         raise ValueError(f"--records must be at most {len(images.labels)} for {args.data}, got {args.records}")
@@ -305,20 +430,15 @@ def _cafe(args: argparse.Namespace) -> None:
         images, key, batch_size=args.batch_size, rounds=args.rounds
     )
     print(f"the batches identify every record: rank {args.records}, condition number {condition:.0f}\n")
-    gallery = data.load(args.data, split="train", limit=2_000).images if args.data not in ("photos", "digits") else None
-    guesses = report.baselines(pixels, np.full_like(pixels[0], 0.5) if gallery is None else gallery)
+    small = args.data in ("photos", "digits")
+    gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
+    guesses = report.baselines(pixels, gallery)
     print(console.table([console.row("cafe", False, outcome, None)], guesses))
-    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in options}
-    console.write(out, report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat))
+    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*CAFE_OPTIONS, "seed")}
+    content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat)
+    console.write(out, content, [outcome], began)
     first = outcome._replace(scores=report.Scores(*(field[:8] for field in outcome.scores)))
-    console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}")
-
-
-def _aggregated(args: argparse.Namespace, case: Case, protected: Protected, key: Any) -> dict[str, Any]:
-    from gia_jax.secure_aggregation.cases import see_aggregated
-
-    protocol = make_protocol(args.aggregation, args.clients, clip=args.clip)
-    return see_aggregated(case, protected, protocol, key, known=args.labels == "known")
+    console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)
 
 
 def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str]:
@@ -330,5 +450,4 @@ def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.exit(main())
+    process()

@@ -32,7 +32,7 @@ class Case(NamedTuple):
         truth: The victims' batches in the model's space, leading axis of victims.
         others: What MixUp and InstaHide may mix in, the same for every victim.
         pixels: The victims' images in [0, 1].
-        gallery: Public images, none of them a victim's.
+        gallery: Public images, none of them a victim's; there may be none.
         module: The model with its initial weights.
         local_steps: Of the client, on its whole batch.
         learning_rate: Of the local steps.
@@ -181,10 +181,7 @@ def load_case(
         kept = ~np.isin(images.labels, images.labels[:count])
     else:
         kept = np.arange(len(images.images)) >= count
-    if not small:
-        gallery = data.load(name, split="train", limit=2_000).images
-    else:
-        gallery = images.images[kept] if kept.any() else np.full_like(images.images[:1], 0.5)
+    gallery = images.images[kept] if small else data.load(name, split="train", limit=2_000).images
     normalized = jnp.asarray(images.normalize(images.images.astype(jnp.result_type(float))))
     every = Batch(normalized, jnp.asarray(images.labels))
     truth = jax.tree.map(lambda leaf: leaf[:count].reshape(victims, batch_size, *leaf.shape[1:]), every)

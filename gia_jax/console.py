@@ -1,8 +1,10 @@
 """What the command line prints, and the files that it writes."""
 
+import contextlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,28 @@ from gia_jax import ThreatModel, report
 from gia_jax.cases import Case, Outcome
 from gia_jax.plots import picture_grid
 from gia_jax.protection import Protected
+from gia_jax.store import unclaimed, write_whole
+from gia_jax.study import Sign
+
+RESULTS = "results.json"
+QUIET_SECONDS = 10.0  # between two lines on a standard error that is no terminal
 
 
 def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
-    """Of `table`: an attack, whether it knew the labels, and the same attack on random updates."""
-    scores, timing = outcome.scores, outcome.study.timing
+    """A row of `table`: an attack, whether it knew the labels, and the same attack on random updates.
+
+    Medians and means are over the victims whose reconstruction is finite.
+    """
+    scores, timing, finite = outcome.scores, outcome.study.timing, outcome.study.reconstruction.is_finite
+    name += "" if finite.all() else f" ({np.sum(~finite)} of {finite.size} not finite)"
+    kept = finite if finite.any() else np.ones_like(finite)
     return [
         name,
         "known" if known else "inferred",
         _list_of(scores.psnr),
-        f"{np.median(scores.psnr):.1f}",
-        f"{np.median(scores.ssim):.2f}",
-        f"{np.mean(scores.label_correct):.0%}",
+        f"{np.median(scores.psnr[kept]):.1f}",
+        f"{np.median(scores.ssim[kept]):.2f}",
+        f"{np.mean(scores.label_correct[kept]):.0%}",
         "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}",
         f"{timing.compile_seconds:.0f}",
         f"{timing.run_seconds:.0f}",
@@ -44,32 +56,73 @@ def _list_of(psnr: np.ndarray) -> str:
     return " ".join(f"{value:.1f}" for value in values[:4]) + (" ..." if len(values) > 4 else "")
 
 
-def write(out: Path, content: Any) -> None:
-    """results.json in a folder."""
-    (out / "results.json").write_text(report.to_json(content))
-    print(f"\nwrote {out / 'results.json'}")
+def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) -> None:
+    """Writes results.json to a folder, so that nothing that was computed is lost.
+
+    Args:
+        out: The folder.
+        content: What is written.
+        outcomes: Of the attacks whose states are kept until the results are written.
+        since: When the run began, in seconds as `time.time` counts them: a file that another run wrote since is left
+            alone, and a number is put behind the name.
+
+    Raises:
+        OSError: The file cannot be written. The states are kept, or, where there are none, the content was printed.
+    """
+    text, path = report.to_json(content), unclaimed(out / RESULTS, since)
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        reason = f"{str(path)!r} cannot be written: {error.strerror}"
+        states = [outcome.study.checkpoint for outcome in outcomes]
+        if None in states:
+            print(text)
+            raise OSError(f"{reason}; its content was printed instead") from None
+        raise OSError(f"{reason}; nothing is lost: the same command writes it without computing again") from None
+    print(f"\nwrote {path}")
 
 
-def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str) -> None:
-    """Originals, shape (v, b, h, w, c) in [0, 1], beside what attacks made of them."""
+def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
+    """Removes the states of runs whose results are written."""
+    for outcome in outcomes:
+        if outcome.study.checkpoint is not None:
+            outcome.study.checkpoint.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or it keeps the state of another run
+        states(out).rmdir()
+
+
+def states(out: Path) -> Path:
+    """The folder of the states of interrupted runs."""
+    return out / "states"
+
+
+def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str, since: float) -> None:
+    """Draws originals, shape (v, b, h, w, c) in [0, 1], beside what attacks made of them; `since` as for `write`."""
     flat = pixels.reshape(-1, *pixels.shape[2:])
     columns, captions = {"original": flat}, {}
     for name, outcome in outcomes.items():
         columns[name] = outcome.scores.images.reshape(flat.shape)
         captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.scores.psnr.reshape(-1)]
+    path = unclaimed(path, since)
     picture_grid(columns, path, captions=captions, title=title)
     print(f"wrote {path}")
 
 
-def folder(out: Path) -> Path:
-    """The same path, a folder that can be written; OSError where it cannot."""
+def folder(out: Path, names: Iterable[str]) -> Path:
+    """The same path, as a folder to which files of these names can be written.
+
+    Raises:
+        OSError: It cannot be made or written, or one of the names is a folder.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise OSError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from None
+    for name in names:
+        if (out / name).is_dir():
+            raise OSError(f"--out must have no folder where the file {name!r} is to be, got {str(out)!r}")
     return out
 
 
@@ -93,19 +146,32 @@ def threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) 
     return f"{card}; {'knows' if adaptive else 'does not know'} the defense {defense}"
 
 
-def progress(name: str) -> Callable[[int, int, float], None]:
-    """A `progress_fn` on standard error: every percent in a terminal, every quarter elsewhere."""
-    shown = {"percent": -1, "began": time.perf_counter()}
+def progress(name: str) -> Callable[[Sign], None]:
+    """A `progress_fn` on standard error, with the time left: always up to date in a terminal, every 10 s elsewhere."""
+    terminal = sys.stderr.isatty()
+    shown: dict[str, Any] = {"phase": "", "at": 0.0, "width": 0}
 
-    def progress_fn(done: int, total: int, seconds: float) -> None:
-        percent = 100 * done // total
-        if percent == shown["percent"] or (not sys.stderr.isatty() and percent // 25 == shown["percent"] // 25):
+    def progress_fn(sign: Sign) -> None:
+        now, last = time.perf_counter(), sign.done == sign.total
+        if not terminal and not last and sign.phase == shown["phase"] and now - shown["at"] < QUIET_SECONDS:
             return
-        shown["percent"] = percent
-        line = f"{name}: {percent:3d} % of the steps, {seconds:.0f} s"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        shown["phase"], shown["at"] = sign.phase, now
+        line = f"{name}: compiling"
+        if sign.phase != "compiling":
+            part = " of the steps" if sign.phase == "steps" else " of the steps, warming up"
+            line = f"{name}: {100 * sign.done // sign.total:3d} %{part}, {sign.seconds:.0f} s"
+            if sign.seconds_left is not None and not last:
+                line += f", about {sign.seconds_left:.0f} s left"
+        if terminal:
+            print(f"\r{line:<{shown['width']}}", end="\n" if last else "", file=sys.stderr, flush=True)
+            shown["width"] = len(line)
         else:
             print(line, file=sys.stderr, flush=True)
 
     return progress_fn
+
+
+def warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """`warnings.showwarning` in one line."""
+    kind = "warning" if category is UserWarning else category.__name__
+    print(f"gia_jax: {kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What `python -m gia_jax` runs: three attacks on three photographs, undefended and behind five defenses."""
 
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ SHOWN = (
 )
 # Steps and starts of each attack.
 PLAN = {"dlg": (1_200, 1), "idlg": (1_200, 3), "inverting_gradients": (1_600, 1)}
+DRAWN = ("idlg", "inverting_gradients")  # the attacks whose defended clients get a picture
+UNDEFENDED, DEFENDED = "reconstructions.png", "defenses_{}.png"
 
 
 def run(out: Path, seed: int) -> None:
     """Prints the tables and writes results.json and the pictures to a folder; OSError where it cannot."""
-    out = console.folder(out)
+    began = time.time()
+    out = console.folder(out, [console.RESULTS, UNDEFENDED, *map(DEFENDED.format, DRAWN)])
     case = load_case("lenet", "photos", victims=3, seed=seed)
     parts = {name: parse(name) for name in SHOWN}
     protected = {name: case.protect(chosen) for name, chosen in parts.items()}
@@ -54,6 +58,7 @@ def run(out: Path, seed: int) -> None:
             num_restarts=restarts,
             prior_only="none",
             progress_fn=console.progress(name),
+            checkpoint=console.states(out),
         )
     guesses = report.baselines(case.pixels, case.gallery)
     rows = [console.row(name, knows[name], outcomes["none"], outcomes[PRIOR_ONLY]) for name, outcomes in found.items()]
@@ -89,9 +94,13 @@ def run(out: Path, seed: int) -> None:
                 extra={"prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist()},
             )
     content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
-    console.write(out, content)
+    attacked = [outcomes["none"] for outcomes in found.values()]
+    console.write(out, content, attacked, began)
     undefended = {name: outcomes["none"] for name, outcomes in found.items()}
-    console.picture(out / "reconstructions.png", case.pixels, undefended, "What the server sees of three photographs")
-    for name in ("idlg", "inverting_gradients"):
+    title = "What the server sees of three photographs"
+    console.picture(out / UNDEFENDED, case.pixels, undefended, title, began)
+    for name in DRAWN:
         defended = {shown.replace(":", "\n"): found[name][shown] for shown in SHOWN}
-        console.picture(out / f"defenses_{name}.png", case.pixels, defended, f"{name}, when the client defends itself")
+        title = f"{name}, when the client defends itself"
+        console.picture(out / DEFENDED.format(name), case.pixels, defended, title, began)
+    console.forget(out, attacked)

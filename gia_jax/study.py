@@ -4,9 +4,8 @@ This is a driver: it compiles, runs lanes in batches, shows progress, and can be
 """
 
 import hashlib
-import os
 import time
-import zipfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,20 +14,46 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Key, PRNGKeyArray
 
 from gia_jax import _check
-from gia_jax.base import Attack, Observation, ReconstructFn, Reconstruction
-from gia_jax.matching.run import advance, choose
+from gia_jax.base import Attack, AttackState, Observation, ReconstructFn, Reconstruction
+from gia_jax.matching.run import choose
+from gia_jax.store import Place, Progress, RunState
 
-ProgressFn = Callable[[int, int, float], None]
 # Compiler options of a program that runs once: compiling it is all that it costs.
 RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 SHARED_PARAMS = Observation(params=None, update=0, extra=0)  # vmap axes: one set of parameters, many victims
+SECONDS_PER_CALL = 2.0  # between two signs of life
+MAX_STEPS_PER_CALL = 4_096
+
+
+class Sign(NamedTuple):
+    """A sign of life of a study.
+
+    Attributes:
+        phase: "compiling", "warm-up" (of an attack that has one) or "steps".
+        done: Steps done, over all lanes, warm-up included.
+        total: Steps in all.
+        seconds: Seconds that the run took so far, those before an interruption included.
+        seconds_left: About how many seconds are left; None where nothing is known yet.
+    """
+
+    phase: str
+    done: int
+    total: int
+    seconds: float
+    seconds_left: float | None
+
+
+ProgressFn = Callable[[Sign], None]
 
 
 class Timing(NamedTuple):
-    """Wall-clock cost: seconds to compile, seconds to run, and milliseconds of one step of one restart."""
+    """Wall-clock cost: seconds to compile, seconds to run, and milliseconds of one step of one restart.
+
+    The seconds to run count all parts of a run that was interrupted and resumed, those to compile the last one only.
+    """
 
     compile_seconds: float
     run_seconds: float
@@ -42,17 +67,56 @@ class Study(NamedTuple):
         reconstruction: The chosen restart of every victim, leading axis v; `restart_losses` has shape (v, r).
         losses: The loss at every step of every restart, shape (v, r, num_steps); (v, r, 0) for an analytic attack.
         timing: Its cost.
+        checkpoint: The file that keeps this outcome, so that nothing is computed again before it is written elsewhere:
+            remove it then. None where nothing was kept.
     """
 
     reconstruction: Reconstruction
     losses: np.ndarray
     timing: Timing
+    checkpoint: Path | None = None
 
 
 def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> Key[Array, "v r"]:
     """The key of every restart of every victim, shape (v, r): independent of how many of each there are."""
     per_victim = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_victims))
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(per_victim, jnp.arange(num_restarts))
+
+
+class Stage(NamedTuple):
+    """A part of a run, warm-ups first: how it starts from the last one's state, and its steps.
+
+    Attributes:
+        start: `(key, state, observation) -> state`, with the key of the lane; the first stage reads no state.
+        attack: The attack whose steps these are.
+        num_steps: Number of steps.
+        steps_key: From the key of the lane the key of these steps.
+    """
+
+    start: Callable[[PRNGKeyArray, Any, Observation], AttackState]
+    attack: Attack
+    num_steps: int
+    steps_key: Callable[[PRNGKeyArray], PRNGKeyArray]
+
+
+def stages_of(attack: Attack, num_steps: int) -> list[Stage]:
+    """What `gia_jax.run` does in one piece, with the same keys, in pieces that a driver can show and save."""
+
+    def stages(attack: Attack, num_steps: int, init_key: Callable, steps_key: Callable) -> list[Stage]:
+        warm_up = attack.warm_up
+        if warm_up is None:
+            return [Stage(lambda key, _, seen: attack.init(init_key(key), seen), attack, num_steps, steps_key)]
+
+        def part(index: int) -> Callable[[PRNGKeyArray], PRNGKeyArray]:
+            return lambda key: jax.random.split(init_key(key), 3)[index]
+
+        def start(key: PRNGKeyArray, state: Any, observation: Observation) -> AttackState:
+            return warm_up.hand_over(part(2)(key), state, observation)
+
+        before = stages(warm_up.attack, warm_up.num_steps, part(0), part(1))
+        return [*before, Stage(start, attack, num_steps, steps_key)]
+
+    return stages(attack, num_steps, lambda key: jax.random.split(key)[0], lambda key: jax.random.split(key)[1])
 
 
 def study(
@@ -72,92 +136,113 @@ def study(
     Args:
         attack: The attack.
         key: The attacker's randomness.
-        observations: `params` once, the leaves of `update` and `extra` with a leading axis of victims.
-        num_steps: Steps of every restart, >= 1.
-        num_restarts: Restarts of every victim, >= 1; the one of the lowest finite loss is kept.
-        lanes: Restarts under one `vmap`, >= 1.
-        progress_fn: Called with steps done, steps in all (over all lanes), and seconds so far.
-        checkpoint: A file that keeps the state of an interrupted run. A run of the same attack with equal arguments
-            goes on from it, any other replaces it; both remove it at their end.
-        checkpoint_seconds: Between two checkpoints, at least.
+        observations: `params` once, the leaves of `update` and `extra` with a leading axis of victims. A victim whose
+            observation is not finite is named in a warning, and its reconstruction is marked by `is_finite`; the
+            others are not affected.
+        num_steps: Steps of every restart, at least 1.
+        num_restarts: Restarts of every victim, at least 1; the one of the lowest finite loss is kept.
+        lanes: Restarts under one `vmap`, at least 1.
+        progress_fn: Called with a `Sign` before compiling, and every few seconds while steps are done.
+        checkpoint: A folder for the state of the run, in a file of its own. A run of the same attack with equal
+            arguments goes on from it, after an interruption (Ctrl-C, an exception in `progress_fn`, a kill) as after
+            its end; the caller removes the file, `Study.checkpoint`, once the outcome is safe. The result does not
+            depend on where a run was interrupted, bit for bit. Where the state cannot be written, a warning says so.
+        checkpoint_seconds: Least number of seconds between two saves.
 
     Returns:
         The study.
 
     Raises:
-        ValueError: A count below one, observations that are not finite, or a `checkpoint` that is no checkpoint.
+        ValueError: A count below one or too large for memory, parameters that are not finite, no victim whose
+            observation is finite, or a file in `checkpoint` that was changed.
     """
-    _check.positive(num_steps=num_steps, num_restarts=num_restarts, lanes=lanes)
-    _check.finite("observations", observations)
-    victims = jax.tree.leaves(observations.update)[0].shape[0]
+    _check.integer(num_restarts=num_restarts, lanes=lanes)
+    _check.integer(1, 2**31 - 1, num_steps=num_steps)
+    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    victims, finite = finite_victims(observations)
+    _check.fits(victims * num_restarts, num_restarts=num_restarts)
+    _check.fits(victims * num_restarts * num_steps, num_steps=num_steps)
     total = victims * num_restarts
     lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike
     keys = victim_keys(key, victims, num_restarts).reshape(-1)
-    chunk = _chunk(num_steps)
-
-    def start_fn(key: PRNGKeyArray, observation: Observation) -> Any:
-        return attack.init(jax.random.split(key)[0], observation)
-
-    def chunk_fn(key: PRNGKeyArray, state: Any, observation: Observation, start: Any) -> tuple[Any, Any]:
-        state, info = advance(attack, jax.random.split(key)[1], state, observation, start=start, num_steps=chunk)
-        return state, info.loss
+    stages = stages_of(attack, num_steps)
+    pace = _Pace(stages, lanes, total, progress_fn)
+    pace.sign("compiling", Place())
 
     began = time.perf_counter()
     index = _lane_indices(0, lanes, total)
     example = _select(observations, index // num_restarts)
-    start_lanes = over_lanes(start_fn, (0, SHARED_PARAMS), lanes)
-    finish_lanes = over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
-    state = jax.eval_shape(start_lanes, keys[index], example)
-    step_lanes = jax.jit(over_lanes(chunk_fn, (0, 0, SHARED_PARAMS, None), lanes), donate_argnums=1)
-    programs = [
-        jax.jit(start_lanes).lower(keys[index], example),
-        step_lanes.lower(keys[index], state, example, jnp.asarray(0)),
-        jax.jit(finish_lanes).lower(state.candidate, example),
-    ]
-    # Compilers share no state: side by side they use every core.
-    with ThreadPoolExecutor() as pool:
-        start, step, finish = pool.map(
-            lambda program, options: program.compile(options), programs, (None, None, RUN_ONCE)
-        )
-    compiled = time.perf_counter() - began
-
+    programs, states, found = _programs(stages, attack, lanes, keys[index], example)
     settings = (num_steps, num_restarts, lanes)
-    saved = _Checkpoint(checkpoint, "" if checkpoint is None else _fingerprint(programs, keys, observations, settings))
-    finished, curves, position, at, resumed = saved.load(state, jax.eval_shape(finish_lanes, state.candidate, example))
-    began, last_saved = time.perf_counter(), time.perf_counter()
-    for first in range(position, total, lanes):
-        index = _lane_indices(first, lanes, total)
-        observation = _select(observations, index // num_restarts)
-        state = start(keys[index], observation) if resumed is None else resumed
-        resumed = None
-        for t in range(at, num_steps, chunk):
-            state, losses = step(keys[index], state, observation, jnp.asarray(t))
-            curves.append(np.asarray(losses))
-            if progress_fn is not None:
-                done = min(first, total) * num_steps + (t + chunk) * min(lanes, total - first)
-                progress_fn(done, total * num_steps, time.perf_counter() - began)
-            if checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
-                saved.save(finished, curves, first, t + chunk, state)
-                last_saved = time.perf_counter()
-        at = 0
-        found = finish(state.candidate, observation)
-        finished.append(jax.tree.map(lambda leaf: np.asarray(leaf), found))
-    elapsed = time.perf_counter() - began
-    saved.remove()
+    fingerprint = "" if checkpoint is None else _fingerprint(programs, keys, observations, settings)
+    saved = RunState(checkpoint, fingerprint)
+    most = max(stage.num_steps for stage in stages)
+    place, finished, curves, state = saved.load(states, found, Place(total, len(stages), most))
+    compiled = [] if place.first >= total else _compiled(programs)
+    compile_seconds = time.perf_counter() - began
+
+    resumed, last_saved = pace.resume(place), time.perf_counter()
+    try:
+        while place.first < total:
+            index = _lane_indices(place.first, lanes, total)
+            observation = _select(observations, index // num_restarts)
+            stage = stages[place.stage]
+            start, step = compiled[2 * place.stage : 2 * place.stage + 2]
+            if place.step < 0:
+                before = (state,) if place.stage else ()
+                state, place = start(keys[index], *before, observation), place._replace(step=0)
+            while place.step < stage.num_steps:
+                count = pace.count(place)
+                after, losses = step(keys[index], state, observation, jnp.asarray(place.step), jnp.asarray(count))
+                losses = np.asarray(losses)[:, :count]
+                # Nothing between here and the next call is lost by an interruption: state, curve and place go together.
+                later = place._replace(step=place.step + count, seconds=pace.seconds())
+                state, place, curves = after, later, curves + [losses] * (place.stage == len(stages) - 1)
+                pace.done(count, place)
+                if checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
+                    saved.save(Progress(place, finished, curves, state))
+                    last_saved = time.perf_counter()
+            if place.stage < len(stages) - 1:
+                place = place._replace(stage=place.stage + 1, step=-1)
+                continue
+            assert state is not None
+            done = jax.tree.map(np.asarray, compiled[-1](state.candidate, observation))
+            later = Place(place.first + lanes, 0, -1, pace.seconds())
+            finished, state, place = [*finished, done], None, later._replace(first=min(later.first, total))
+    except BaseException as stopped:
+        saved.save(Progress(place._replace(seconds=pace.seconds()), finished, curves, state))
+        if saved.path is not None and saved.path.exists():
+            stopped.add_note(f"the same run goes on from the state kept in {saved.path}")
+        raise
+    if resumed is not place:
+        saved.save(Progress(place, finished, curves, None))
 
     stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *finished)
     stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
-    per_batch = num_steps // chunk
-    rows = [np.concatenate(curves[i : i + per_batch], 1) for i in range(0, len(curves), per_batch)]
-    losses = np.concatenate(rows)[:total].reshape(victims, num_restarts, num_steps)
-    timing = Timing(compiled, elapsed, 1e3 * elapsed / (total * num_steps))
-    return Study(jax.tree.map(np.asarray, jax.vmap(choose)(stacked)), losses, timing)
+    timing = Timing(compile_seconds, place.seconds, 1e3 * place.seconds / (total * num_steps))
+    chosen = jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
+    chosen = chosen._replace(is_finite=chosen.is_finite & finite)
+    losses = _joined(curves, num_steps)[:total].reshape(victims, num_restarts, num_steps)
+    kept = saved.path if saved.path is not None and saved.path.exists() else None
+    return Study(chosen, losses, timing, kept)
 
 
 def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observations: Observation) -> Study:
-    """The same for an attack that needs no steps."""
-    _check.finite("observations", observations)
-    victims = jax.tree.leaves(observations.update)[0].shape[0]
+    """`study` of an attack that needs no steps.
+
+    Args:
+        reconstruct_fn: `(key, observation) -> reconstruction`.
+        key: The attacker's randomness.
+        observations: As `study` takes them; victims that are not finite are treated alike.
+
+    Returns:
+        The study, of one restart for every victim.
+
+    Raises:
+        ValueError: Parameters that are not finite, or no victim whose observation is.
+    """
+    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    victims, finite = finite_victims(observations)
     keys = victim_keys(key, victims, 1)[:, 0]
     began = time.perf_counter()
     compiled = jax.jit(jax.vmap(reconstruct_fn, (0, SHARED_PARAMS))).lower(keys, observations).compile()
@@ -165,13 +250,158 @@ def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observation
     began = time.perf_counter()
     found = jax.tree.map(np.asarray, compiled(keys, observations))
     elapsed = time.perf_counter() - began
-    found = found._replace(restart_losses=found.loss[:, None])
+    found = found._replace(restart_losses=found.loss[:, None], is_finite=found.is_finite & finite)
     return Study(found, np.zeros((victims, 1, 0)), Timing(compile_seconds, elapsed, 1e3 * elapsed / victims))
 
 
-def _chunk(num_steps: int) -> int:
-    """Steps between two signs of life: a divisor, so that one program serves them all."""
-    return max(n for n in range(1, max(1, num_steps // 10) + 1) if num_steps % n == 0)
+def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v"]]:
+    """The number of victims, and which of them have a finite observation; a warning names the others.
+
+    Raises:
+        ValueError: The parameters are not finite, or no victim's observation is.
+    """
+    _check.finite("observations.params", observations.params)
+    leaves = jax.tree.leaves((observations.update, observations.extra))
+    victims = jax.tree.leaves(observations.update)[0].shape[0]
+    finite = np.ones(victims, bool)
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite &= np.isfinite(np.asarray(leaf)).reshape(victims, -1).all(1)
+    if not finite.any():
+        _check.finite("observations", (observations.update, observations.extra))
+    if not finite.all():
+        names = ", ".join(map(str, np.flatnonzero(~finite)))
+        warnings.warn(f"the observations of victims {names} are not finite: they are marked, not scored", stacklevel=3)
+    return victims, finite
+
+
+def _programs(
+    stages: list[Stage], attack: Attack, lanes: int, keys: Any, example: Observation
+) -> tuple[list[Any], list[Any], Any]:
+    """For every stage the programs that start it and do steps, and one that ends the run; the shapes of their states
+    and of what the run gives.
+    """
+    programs, states, state = [], [], None
+    for number, stage in enumerate(stages):
+        if number == 0:
+
+            def first_fn(key: PRNGKeyArray, observation: Observation, stage: Stage = stage) -> AttackState:
+                return stage.start(key, None, observation)
+
+            start, arguments = over_lanes(first_fn, (0, SHARED_PARAMS), lanes), (keys, example)
+        else:
+            start, arguments = over_lanes(stage.start, (0, 0, SHARED_PARAMS), lanes), (keys, state, example)
+        state = jax.eval_shape(start, *arguments)
+        states.append(state)
+        step = over_lanes(_steps_fn(stage), (0, 0, SHARED_PARAMS, None, None), lanes)
+        count = jnp.asarray(0)
+        programs += [jax.jit(start).lower(*arguments), jax.jit(step).lower(keys, state, example, count, count)]
+    assert state is not None
+    finish = over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
+    programs.append(jax.jit(finish).lower(state.candidate, example))
+    return programs, states, jax.eval_shape(finish, state.candidate, example)
+
+
+def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
+    """Any number of steps in one program: what a step computes does not depend on how many a call does."""
+    size = max(1, min(stage.num_steps, MAX_STEPS_PER_CALL))
+
+    def steps_fn(
+        key: PRNGKeyArray, state: AttackState, observation: Observation, start: Array, count: Array
+    ) -> tuple[AttackState, Array]:
+        steps_key = stage.steps_key(key)
+
+        def body(carry: tuple[Array, AttackState, Array]) -> tuple[Array, AttackState, Array]:
+            t, state, losses = carry
+            state, info = stage.attack.step(jax.random.fold_in(steps_key, start + t), state, observation)
+            return t + 1, state, losses.at[t].set(info.loss)
+
+        loss = jax.eval_shape(stage.attack.step, steps_key, state, observation)[1].loss
+        carry = (jnp.zeros_like(count), state, jnp.zeros(size, loss.dtype))
+        _, state, losses = jax.lax.while_loop(lambda carry: carry[0] < count, body, carry)
+        return state, losses
+
+    return steps_fn
+
+
+def _compiled(programs: list[Any]) -> list[Any]:
+    """Compilers share no state: side by side they use every core. Programs that run once are compiled in haste."""
+    options = [RUN_ONCE if i == len(programs) - 1 else None for i in range(len(programs))]
+    pool = ThreadPoolExecutor()
+    try:
+        return list(pool.map(lambda program, own: program.compile(own), programs, options))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a compiler
+
+
+class _Pace:
+    """How fast the stages go: how many steps a call may do, and how much time is left."""
+
+    def __init__(self, stages: list[Stage], lanes: int, total: int, progress_fn: ProgressFn | None) -> None:
+        self._steps, self._lanes, self._total = [stage.num_steps for stage in stages], lanes, total
+        self._progress_fn = progress_fn
+        self._each: list[float | None] = [None] * len(stages)  # seconds of a step of all lanes
+        self._most = [1] * len(stages)
+        self._before, self._began = 0.0, time.perf_counter()
+        self._called = self._began
+
+    def resume(self, place: Place) -> Place:
+        """Starts the clock where the run was left."""
+        self._before, self._began = place.seconds, time.perf_counter()
+        if place.first or place.stage or place.step > 0:
+            self.sign(self._phase(place.stage), place)
+        return place
+
+    def seconds(self) -> float:
+        """Seconds that the run took so far."""
+        return self._before + time.perf_counter() - self._began
+
+    def count(self, place: Place) -> int:
+        """Steps of the next call: about `SECONDS_PER_CALL` long, the first ones short."""
+        each, left = self._each[place.stage], self._steps[place.stage] - place.step
+        wanted = 1 if each is None else int(SECONDS_PER_CALL / max(each, 1e-9))
+        self._called = time.perf_counter()
+        return max(1, min(wanted, self._most[place.stage], left, MAX_STEPS_PER_CALL))
+
+    def done(self, count: int, place: Place) -> None:
+        """Notes how long a call took, and shows where the run is."""
+        self._each[place.stage] = (time.perf_counter() - self._called) / count
+        self._most[place.stage] = 8 * count
+        self.sign(self._phase(place.stage), place)
+
+    def sign(self, phase: str, place: Place) -> None:
+        """Calls the progress function, if there is one."""
+        if self._progress_fn is None:
+            return
+        batches, batch = -(-self._total // self._lanes), place.first // self._lanes
+        lanes = min(self._lanes, self._total - place.first)
+        before = [s < place.stage for s in range(len(self._steps))]
+        done = place.first * sum(self._steps) + lanes * max(place.step, 0)
+        done += lanes * sum(n for n, passed in zip(self._steps, before, strict=True) if passed)
+        left: float | None = 0.0
+        for s, (steps, each) in enumerate(zip(self._steps, self._each, strict=True)):
+            gone = steps if before[s] else max(place.step, 0) if s == place.stage else 0
+            remaining = steps * (batches - batch - 1) + steps - gone
+            if remaining and each is None:
+                left = None
+            elif left is not None:
+                left += remaining * (each or 0.0)
+        self._progress_fn(Sign(phase, done, self._total * sum(self._steps), self.seconds(), left))
+
+    def _phase(self, stage: int) -> str:
+        return "steps" if stage == len(self._steps) - 1 else "warm-up"
+
+
+def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
+    """The losses of all lanes in turn, shape (lanes, num_steps), from pieces of a batch of lanes after the other."""
+    rows, batch, length = [], [], 0
+    for curve in curves:
+        batch.append(curve)
+        length += curve.shape[1]
+        if length == num_steps:
+            rows.append(np.concatenate(batch, 1))
+            batch, length = [], 0
+    return np.concatenate(rows)
 
 
 def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
@@ -205,49 +435,7 @@ def _fingerprint(programs: list[Any], keys: Key[Array, " lanes"], observations: 
     digest = hashlib.sha256(repr(settings).encode())
     for program in programs:
         digest.update(program.as_text().encode())
-    for leaf in jax.tree.leaves((jax.random.key_data(keys), observations)):
-        digest.update(np.asarray(leaf).tobytes())
+    for leaf in jax.tree.leaves((keys, observations)):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
     return digest.hexdigest()
-
-
-class _Checkpoint:
-    """A file with the state of a run and the fingerprint of what it ran; a no-op without a path."""
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-
-    def save(self, finished: list[Any], curves: list[np.ndarray], first: int, at: int, state: Any) -> None:
-        assert self.path is not None
-        arrays: dict[str, Any] = {f"state_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        arrays |= {f"curve_{i}": curve for i, curve in enumerate(curves)}
-        for n, reconstruction in enumerate(finished):
-            arrays |= {f"done_{n}_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(reconstruction))}
-        place = np.asarray([first, at, len(finished), len(curves)])
-        temporary = self.path.with_suffix(".part")
-        with temporary.open("wb") as file:
-            np.savez(file, fingerprint=self.fingerprint, place=place, **arrays)
-        os.replace(temporary, self.path)
-
-    def load(self, state: Any, reconstruction: Any) -> tuple[list[Any], list[np.ndarray], int, int, Any]:
-        if self.path is None or not self.path.exists():
-            return [], [], 0, 0, None
-        try:
-            with np.load(self.path) as file:
-                return self._read(file, state, reconstruction)
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"checkpoint must be a file that a study wrote, got {str(self.path)!r}: {error}") from None
-
-    def _read(self, file: Any, state: Any, reconstruction: Any) -> tuple[list[Any], list[np.ndarray], int, int, Any]:
-        if str(file["fingerprint"]) != self.fingerprint:
-            return [], [], 0, 0, None
-        first, at, done, curves = (int(n) for n in file["place"])
-        count = len(jax.tree.leaves(reconstruction))
-        tree = jax.tree.structure(reconstruction)
-        finished = [jax.tree.unflatten(tree, [file[f"done_{n}_{i}"] for i in range(count)]) for n in range(done)]
-        leaves = [jnp.asarray(file[f"state_{i}"]) for i in range(len(jax.tree.leaves(state)))]
-        resumed = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        return finished, [file[f"curve_{i}"] for i in range(curves)], first, at, resumed
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

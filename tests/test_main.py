@@ -1,6 +1,9 @@
 """The command line: what it writes, and what it says when it is asked for something it cannot do."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +22,9 @@ from gia_jax import Batch, ThreatModel, data, demonstration, models
 from gia_jax.__main__ import main
 from gia_jax.attacks.named import ATTACKS, SOLVERS
 from gia_jax.cases import load_case, see
+from gia_jax.console import progress
 from gia_jax.protection import COMBINATIONS, DEFENSES, parse, promises
+from gia_jax.study import Sign
 
 pytest.importorskip("sklearn")
 
@@ -82,7 +87,7 @@ def test_aggregation_hides_a_client_and_not_the_sum(protocol: str, tmp_path: Pat
 
 
 def test_seeds_that_agree_are_one_restart(tmp_path: Path) -> None:
-    options = ["--attack", "grad_inversion", "--batch-size", "2", "--steps", "20", "--statistics", "running"]
+    options = ["--attack", "grad_inversion", "--batch-size", "2", "--steps", "20"]
     assert main([*QUICK, "--out", str(tmp_path), *options]) == 0
     read = _read(tmp_path)
     assert read["settings"]["statistics"] == "none"  # the linear model has none
@@ -142,7 +147,7 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the batches identify every record: rank 24, condition number" in output.out
     assert "batch_indices cannot identify the records" in output.err
     assert main(["attack", "--attack", "cafe", "--restarts", "3", "--out", str(tmp_path)]) == 2
-    assert "--attack cafe takes no --restarts, got 3" in capsys.readouterr().err
+    assert "--restarts is not for --attack cafe, got 3" in capsys.readouterr().err
 
 
 def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
@@ -250,6 +255,7 @@ def test_an_attack_writes_results_and_a_picture(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "new" / "folder"
     steps = ["--steps", "20", "--restarts", "2", "--seed", "3", "--lanes", "3", "--solver", "adam", "--labels", "known"]
     assert main(["attack", "--model", "linear", "--data", "digits", "--victims", "2", "--out", str(out), *steps]) == 0
+    assert not {"clients", "clip", "generator", "local_learning_rate", "statistics"} & set(_read(out)["settings"])
     assert sorted(path.name for path in out.iterdir()) == ["reconstructions.png", "results.json"]
     assert (out / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
     read = _read(out)
@@ -327,22 +333,47 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             ["--aggregation", "magic"],
             "--aggregation must be one of plain, secagg, lightsecagg",
         ),
-        (["--clients", "0"], "--clients must be at least 1, got 0"),
+        (["--aggregation", "plain", "--clients", "0"], "--clients must be at least 1, got 0"),
         (["--attack", "r_gap", "--model", "lenet"], "--attack r_gap needs one of the models cnn6, got 'lenet'"),
         (
             ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
             "--attack r_gap needs a batch of one image, got 2",
         ),
-        (["--attack", "cafe"], "--attack cafe takes no --model, got linear"),
-        (["--attack", "dlg", "--rounds", "5"], "--rounds is for --attack cafe, got --attack dlg"),
+        (["--attack", "cafe"], "--model is not for --attack cafe, got 'linear'"),
+        (["--attack", "dlg", "--rounds", "5"], "--rounds is not for --attack dlg, got 5"),
+        (["--attack", "linear", "--restarts", "7"], "--restarts is not for --attack linear, got 7"),
+        (["--attack", "linear", "--steps", "5"], "--steps is not for --attack linear, got 5"),
+        (["--attack", "linear", "--solver", "lbfgs"], "--solver is not for --attack linear, got 'lbfgs'"),
+        (["--attack", "linear", "--lanes", "2"], "--lanes is not for --attack linear, got 2"),
+        (["--attack", "linear", "--defense", "clip", "--adaptive"], "--adaptive is not for --attack linear, got True"),
+        (["--attack", "r_gap", "--labels", "known"], "--labels is not for --attack r_gap, got 'known'"),
+        (["--statistics", "running"], "--statistics is not for --attack inverting_gradients, got 'running'"),
+        (
+            ["--attack", "grad_inversion", "--statistics", "running"],
+            "--statistics running needs a model with batch normalisation, got --model linear",
+        ),
+        (
+            ["--attack", "grad_inversion", "--solver", "levenberg_marquardt"],
+            "--solver levenberg_marquardt is for one seed, got --attack grad_inversion",
+        ),
+        (["--clip", "nan"], "--clip needs --aggregation, got nan"),
+        (["--clients", "7"], "--clients needs --aggregation, got 7"),
+        (["--aggregation", "plain", "--clip", "nan"], "clip must be positive and finite, got nan"),
+        (["--local-learning-rate", "nan"], "--local-learning-rate needs --local-steps above 1, got nan"),
+        (["--data", ""], "data must be photos, digits or a TFDS set, got ''"),
+        (["--model", ""], f"--model must be one of {', '.join(models.MODELS)}, got ''"),
+        (["--out", ""], "--out must name a folder, got ''"),
+        (["--steps", "99999999999"], "--steps must be an integer from 1 to 2147483647, got 99999999999"),
+        (["--restarts", "99999999999"], "--restarts must fit into memory: it needs "),
+        (["--defense", "mixup:k=99"], "--defense mixup:k=99 must mix at most 17 images, the batch and 16 others"),
         (
             ["--attack", "gias", "--generator", "nowhere.npz"],
             "save_decoder wrote, got 'nowhere.npz': [Errno 2] No such",
         ),
         (["--attack", "gias", "--generator", __file__], f"save_decoder wrote, got {__file__!r}: "),
-        (["--attack", "gias", "--solver", "adam"], "--attack gias needs --solver paper, got 'adam'"),
+        (["--attack", "gias", "--solver", "adam"], "--solver is not for --attack gias, got 'adam'"),
         (["--attack", "gias", "--latent-steps", "-1"], "--latent-steps must be at least 0, got -1"),
-        (["--attack", "idlg", "--generator", "x.npz"], "--generator is for --attack gias, got --attack idlg"),
+        (["--attack", "idlg", "--generator", "x.npz"], "--generator is not for --attack idlg, got 'x.npz'"),
         (["--solver", "magic"], f"--solver must be one of {', '.join(SOLVERS)}, got 'magic'"),
         (["--victims", "0"], "--victims must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
@@ -351,8 +382,8 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--local-steps", "0"], "--local-steps must be at least 1, got 0"),
         (["--lanes", "0"], "--lanes must be at least 1, got 0"),
         (["--victims", "9999"], "--victims times --batch-size must be at most 1797 for digits, got 9999"),
-        (["--local-steps", "2", "--local-learning-rate", "nan"], "learning_rate must be positive, got nan"),
-        (["--local-steps", "2", "--local-learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
+        (["--local-steps", "2", "--local-learning-rate", "nan"], "learning-rate must be positive and finite, got nan"),
+        (["--local-steps", "2", "--local-learning-rate", "-1"], "learning-rate must be positive and finite, got -1.0"),
         (["--attack", "linear", "--model", "lenet"], "--attack linear needs one of the models linear, mlp, got"),
         (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
         (
@@ -362,7 +393,6 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--defense", "prune:ratio=2"], "ratio must be in [0, 1), got 2.0"),
         (["--defense", "dpsgd", "--local-steps", "2"], "defense dpsgd is for one step on the whole batch"),
         (["--adaptive"], "--adaptive needs a --defense that the attacker could know, got none"),
-        (["--attack", "linear", "--defense", "clip", "--adaptive"], "--attack linear has no objective to adapt"),
         (
             ["--solver", "levenberg_marquardt", "--defense", "prune", "--adaptive"],
             "--solver levenberg_marquardt has an objective of its own, got --adaptive",
@@ -400,10 +430,110 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert main(["--out", str(tmp_path / "file" / "out"), *command]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("gia_jax: error: --out must be a folder that can be written, got ")
-    assert error.count("\n") == 1
+    (tmp_path / "results.json").mkdir()
+    for out, message in (
+        ("file/out", "a folder that can be written, got "),
+        (".", "no folder where the file 'results"),
+    ):
+        assert main(["--out", str(tmp_path / out), *command]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("gia_jax: error: --out must")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+SHORT = [*QUICK, "--steps", "40", "--solver", "adam"]
+
+
+def test_results_that_cannot_be_written_are_not_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder gets in the way of results.json while the attack runs."""
+
+    def in_the_way(*_: Any) -> dict[str, np.ndarray]:
+        (tmp_path / "results.json").mkdir(exist_ok=True)
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gia_jax.report.baselines", in_the_way)
+        assert main([*SHORT, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "results.json' cannot be written: Is a directory; nothing is lost: the same command writes it" in error
+    (tmp_path / "results.json").rmdir()
+    assert main([*SHORT, "--out", str(tmp_path)]) == 0
+    assert "100 % of the steps" in capsys.readouterr().err.splitlines()[1]  # nothing is done again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reconstructions.png", "results.json"]
+
+
+def test_on_a_full_disk_the_results_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gia_jax.store.os.fsync", full)
+    assert main([*SHORT, "--out", str(tmp_path)]) == 2
+    printed, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if line.startswith("gia_jax: ")]
+    assert lines[0].startswith("gia_jax: warning: the run goes on, but its state cannot be kept in ")
+    assert lines[1].endswith("No space left on device; its content was printed instead")
+    assert len(json.loads(printed[printed.index("\n{") :])["victims"]) == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_two_runs_in_one_folder_both_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one ends while the second computes."""
+    content = (tmp_path / "results.json", "of another run")
+
+    def another(*_: Any) -> dict[str, np.ndarray]:
+        content[0].write_text(content[1])
+        return {}
+
+    monkeypatch.setattr("gia_jax.report.baselines", another)
+    assert main([*SHORT, "--out", str(tmp_path)]) == 0
+    assert content[0].read_text() == content[1]
+    assert len(json.loads((tmp_path / "results_2.json").read_text())["victims"]) == 2
+
+
+@pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_one_line_and_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: int, status: int
+) -> None:
+    def interrupt(sign: Sign) -> None:
+        if 0 < sign.done < sign.total:
+            os.kill(os.getpid(), kind)
+            time.sleep(10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gia_jax.console.progress", lambda name: interrupt)
+        assert main([*SHORT, "--out", str(tmp_path)]) == status
+    (state,) = (tmp_path / "states").iterdir()
+    error = capsys.readouterr().err.strip()
+    assert error == f"gia_jax: interrupted; the same run goes on from the state kept in {state}"
+    assert main([*SHORT, "--out", str(tmp_path)]) == 0
+    first = capsys.readouterr().err.splitlines()[1]
+    assert not first.startswith("inverting_gradients:   0 %")
+    assert main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
+    assert _read(tmp_path)["victims"] == _read(tmp_path / "whole")["victims"]
+
+
+def test_progress_says_how_much_time_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress_fn = progress("dlg")
+    for sign in (
+        Sign("compiling", 0, 200, 0.0, None),
+        Sign("warm-up", 1, 200, 1.0, None),
+        Sign("warm-up", 50, 200, 50.0, None),  # too early for another line
+        Sign("steps", 100, 200, 100.0, 99.7),
+        Sign("steps", 150, 200, 150.0, 50.0),
+        Sign("steps", 200, 200, 200.0, 0.0),
+    ):
+        progress_fn(sign)
+    assert capsys.readouterr().err.splitlines() == [
+        "dlg: compiling",
+        "dlg:   0 % of the steps, warming up, 1 s",
+        "dlg:  50 % of the steps, 100 s, about 100 s left",
+        "dlg: 100 % of the steps, 200 s",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["attack", "--labels", "guessed"], ["attack", "--steps", "x"], ["nonesuch"]])

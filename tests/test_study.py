@@ -1,13 +1,19 @@
 """The driver of many victims and restarts: it computes what a plain loop computes, and survives interruption."""
 
+import errno
+import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import serialization
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import gia_jax
@@ -27,7 +33,9 @@ from gia_jax import (
 )
 from gia_jax.labels import dense
 from gia_jax.matching.optimizers import fixed_step_lbfgs
-from gia_jax.study import Study, study, study_analytic, victim_keys
+from gia_jax.matching.run import advance, continued, from_starts
+from gia_jax.store import MAGIC, Place, Progress, RunState
+from gia_jax.study import Sign, Study, study, study_analytic, victim_keys
 
 NUM_STEPS, NUM_VICTIMS, NUM_RESTARTS = 20, 3, 2
 
@@ -141,92 +149,304 @@ def test_more_victims_or_restarts_leave_the_keys_of_the_others_alone() -> None:
 
 
 def test_progress_grows_to_the_whole() -> None:
-    calls: list[tuple[int, int, float]] = []
-    _study(_walk(), lanes=4, progress_fn=lambda *call: calls.append(call))
-    done, total, seconds = map(np.asarray, zip(*calls, strict=True))
+    signs: list[Sign] = []
+    _study(_walk(), lanes=4, progress_fn=signs.append)
+    phase, done, total, seconds, left = zip(*signs, strict=True)
+    assert phase[0] == "compiling"
+    assert set(phase[1:]) == {"steps"}
     assert (np.diff(done) > 0).all()
     assert (np.diff(seconds) >= 0).all()
     assert set(total) == {NUM_VICTIMS * NUM_RESTARTS * NUM_STEPS} == {done[-1]}
+    assert left[0] is None
+    assert all(seconds > 0 for seconds in left[1:-1])
+    assert left[-1] == 0
+
+
+def test_signs_of_life_come_by_time_and_not_by_number() -> None:
+    """A prime number of steps is no different from others: few calls, the first short, and none of a single step."""
+    calls = {}
+    for num_steps in (997, 1_000, 4_000):
+        signs: list[Sign] = []
+        _study(_walk(), num_steps=num_steps, progress_fn=signs.append)
+        calls[num_steps] = len(signs)
+    assert max(calls.values()) < 12
+    assert abs(calls[997] - calls[1_000]) <= 2
 
 
 class _Interrupted(Exception):
     pass
 
 
-def _interrupt_at(call: int) -> Callable[[int, int, float], None]:
-    calls: list[int] = []
+def _interrupt_at(call: int, error: type[BaseException] = _Interrupted) -> Callable[[Sign], None]:
+    calls: list[Sign] = []
 
-    def progress_fn(done: int, total: int, seconds: float) -> None:
-        calls.append(done)
+    def progress_fn(sign: Sign) -> None:
+        calls.append(sign)
         if len(calls) == call:
-            raise _Interrupted
+            raise error
 
     return progress_fn
 
 
-def _interrupted(attack: Attack, path: Path, call: int) -> None:
-    with pytest.raises(_Interrupted):
-        _study(attack, lanes=4, checkpoint=path, checkpoint_seconds=0.0, progress_fn=_interrupt_at(call))
-    assert path.exists()
+def _interrupted(attack: Attack, path: Path, call: int) -> Path:
+    """Runs until a sign of life; the file that keeps the state."""
+    with pytest.raises(_Interrupted) as stopped:
+        _study(attack, lanes=4, checkpoint=path, progress_fn=_interrupt_at(call))
+    (state,) = path.iterdir()
+    assert stopped.value.__notes__ == [f"the same run goes on from the state kept in {state}"]
+    return state
 
 
 @pytest.mark.parametrize(
     ("build", "call"),
-    # Within the first lanes, right after them, within the second.
-    [(_walk, 2), (_walk, 11), (_walk, 15), (_lbfgs, 15)],
+    # Calls do 1, 8, 8 and 3 steps of the first lanes, then 8, 8 and 4 of the second.
+    [(_walk, 2), (_walk, 5), (_walk, 7), (_walk, 8), (_lbfgs, 7)],
 )
-def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, build: Callable[[], Attack], call: int) -> None:
-    path = tmp_path / "checkpoint.npz"
-    _interrupted(build(), path, call)
-    calls: list[int] = []
-    resumed = _study(build(), lanes=4, checkpoint=path, progress_fn=lambda done, *_: calls.append(done))
-    assert len(calls) == 20 - (call - 1)  # nothing that was saved is done again
-    assert not list(tmp_path.iterdir())
-    _assert_same(resumed, _study(build(), lanes=4))
+def test_an_interrupted_study_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Callable[[], Attack], call: int
+) -> None:
+    monkeypatch.setattr("gia_jax.study.MAX_STEPS_PER_CALL", 8)
+    state = _interrupted(build(), tmp_path, call)
+    signs: list[Sign] = []
+    resumed = _study(build(), lanes=4, checkpoint=tmp_path, progress_fn=signs.append)
+    assert signs[1].done > 0  # nothing that was saved is done again
+    assert resumed.checkpoint == state
+    desired = _study(build(), lanes=4)
+    _assert_same(resumed, desired)
+    again = _study(build(), lanes=4, checkpoint=tmp_path)  # nothing is lost before the caller says so
+    _assert_same(again, desired)
+    assert again.timing.run_seconds == resumed.timing.run_seconds
+    assert again.timing.compile_seconds < resumed.timing.compile_seconds
+
+
+def test_the_seconds_of_all_parts_count(tmp_path: Path) -> None:
+    def slow(sign: Sign) -> None:
+        time.sleep(0.5 if sign.done else 0)
+        if sign.done:
+            raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        _study(_walk(), checkpoint=tmp_path, progress_fn=slow)
+    assert 0.5 < _study(_walk(), checkpoint=tmp_path).timing.run_seconds < 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_whatever_stops_a_study_its_state_is_kept(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        _study(_walk(), checkpoint=tmp_path, progress_fn=_interrupt_at(3, error))
+    _assert_same(_study(_walk(), checkpoint=tmp_path), _study(_walk()))
+
+
+OTHERS: dict[str, Callable[[Path | None], Study]] = {
+    "hyperparameter": lambda path: _study(_walk(0.2), lanes=4, checkpoint=path),
+    "attack": lambda path: _study(_lbfgs(), lanes=4, checkpoint=path),
+    "restarts": lambda path: _study(_walk(), lanes=4, checkpoint=path, num_restarts=1),
+    "steps": lambda path: _study(_walk(), lanes=4, checkpoint=path, num_steps=30),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_other_runs_in_the_same_folder_leave_a_state_alone(
+    tmp_path: Path, other: Callable[[Path | None], Study]
+) -> None:
+    state = _interrupted(_walk(), tmp_path, 4)
+    before = state.read_bytes()
+    _assert_same(other(tmp_path), other(None))
+    assert state.read_bytes() == before
+    _assert_same(_study(_walk(), lanes=4, checkpoint=tmp_path), _study(_walk(), lanes=4))
+
+
+def test_runs_at_the_same_time_share_a_folder(tmp_path: Path) -> None:
+    """Two of the same and one other, saving all the time: none disturbs another."""
+
+    @jax.enable_x64(True)  # of a thread, as the fixture
+    def run(attack: Attack) -> Study:
+        return _study(attack, lanes=2, checkpoint=tmp_path, checkpoint_seconds=0.0)
+
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(run, attack) for attack in (_walk(), _walk(), _walk(0.2))]
+    for one, desired in zip(found, (_walk(), _walk(), _walk(0.2)), strict=True):
+        _assert_same(one.result(), _study(desired, lanes=2))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["file", "full"])
+def test_a_state_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "states"
+    if where == "file":
+        folder.write_text("in the way")
+    else:
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("gia_jax.store.os.fsync", full)
+    with pytest.warns(UserWarning, match="the run goes on, but its state cannot be kept in") as warned:
+        found = _study(_walk(), lanes=4, checkpoint=folder, checkpoint_seconds=0.0)
+    assert len(warned) == 1
+    assert found.checkpoint is None
+    _assert_same(found, _study(_walk(), lanes=4))
+    assert where == "file" or not list(folder.iterdir())  # no part of a file is left
+
+
+def _damages() -> Iterator[Callable[[bytes], bytes]]:
+    yield lambda data: b""
+    yield lambda data: b"notes"
+    yield lambda data: data[: len(data) // 2]
+    yield lambda data: data + b"x"
+    for place in range(0, 100_000, 397):
+        yield lambda data, place=place: bytes(
+            byte ^ (1 if i == place % len(data) else 0) for i, byte in enumerate(data)
+        )
+
+
+def test_a_file_that_is_no_state_is_an_error_and_is_left_alone(tmp_path: Path) -> None:
+    state = _interrupted(_walk(), tmp_path, 3)
+    whole = state.read_bytes()
+    shapes = jax.eval_shape(lambda: jnp.zeros(3))
+    fingerprint = serialization.msgpack_restore(whole[len(MAGIC) + 32 :])["fingerprint"]
+    for damage in _damages():
+        state.write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=r"checkpoint must be a file that a study wrote, got '.*\.state'") as error:
+            RunState(tmp_path, fingerprint).load([shapes], shapes, Place(6, 1, 20))
+        assert "\n" not in str(error.value)
+        assert "pickle" not in str(error.value)
+    with pytest.raises(ValueError, match=r"got '.*\.state': its content was changed"):
+        _study(_walk(), lanes=4, checkpoint=tmp_path)
+    assert state.read_bytes() == damage(whole)
 
 
 @pytest.mark.parametrize(
-    "other",
-    [
-        lambda path: _study(_walk(0.2), lanes=4, checkpoint=path),
-        lambda path: _study(_lbfgs(), lanes=4, checkpoint=path),
-        lambda path: _study(_walk(), lanes=4, checkpoint=path, num_restarts=1),
-        lambda path: _study(_walk(), lanes=4, checkpoint=path, num_steps=30),
-    ],
-    ids=["hyperparameter", "attack", "restarts", "steps"],
+    "place", [Place(first=-2), Place(first=7), Place(stage=1), Place(step=21), Place(step=-2), Place(seconds=-1.0)]
 )
-def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, other: Callable[[Path | None], Study]) -> None:
-    path = tmp_path / "checkpoint.npz"
-    _interrupted(_walk(), path, 15)
-    _assert_same(other(path), other(None))
+def test_a_place_outside_of_the_run_is_refused(tmp_path: Path, place: Place) -> None:
+    saved = RunState(tmp_path, "0" * 64)
+    saved.save(Progress(place, [], [], None))
+    shapes = jax.eval_shape(lambda: jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"its place \(.*\) is not in the run"):
+        saved.load([shapes], shapes, Place(6, 1, 20))
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"notes", lambda data: data[: len(data) // 2]])
-def test_a_file_that_is_no_checkpoint_is_an_error_and_is_left_alone(
-    tmp_path: Path, damage: Callable[[bytes], bytes]
-) -> None:
-    path = tmp_path / "checkpoint.npz"
-    _interrupted(_walk(), path, 3)
-    path.write_bytes(damage(path.read_bytes()))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"checkpoint must be a file that a study wrote, got '.*checkpoint\.npz'"):
-        _study(_walk(), lanes=4, checkpoint=path)
-    assert path.read_bytes() == before
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "bool", "key"])
+def test_a_state_of_any_type_comes_back(tmp_path: Path, dtype: str) -> None:
+    """Also where an optimizer keeps a key in its state, as `optax.noisy_sgd` does."""
+    leaf = jax.random.split(jax.random.key(3), 4) if dtype == "key" else jnp.arange(4).astype(dtype)
+    saved, shape = RunState(tmp_path, "1" * 64), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    saved.save(Progress(Place(step=2), [], [], {"a": leaf}))
+    found = saved.load([{"a": shape}], shape, Place(6, 1, 20)).state["a"]
+    assert found.dtype == leaf.dtype
+    data = jax.random.key_data if dtype == "key" else np.asarray
+    np.testing.assert_array_equal(data(found), data(leaf))
 
 
+def test_an_optimizer_with_a_key_is_resumed(tmp_path: Path) -> None:
+    attack = gradient_matching(CLIENT, optimizer=optax.noisy_sgd(0.1, key=jax.random.key(0)))
+    _interrupted(attack, tmp_path, 3)
+    _assert_same(_study(attack, lanes=4, checkpoint=tmp_path), _study(attack, lanes=4))
+
+
+def _warmed_up() -> Attack:
+    return keep_best(continued(_walk_from(), _lbfgs(), num_steps=7, num_starts=3))
+
+
+def _walk_from() -> Attack:
+    return keep_best(gradient_matching(CLIENT, optimizer=optax.adam(0.1)))
+
+
+def test_a_warm_up_is_run_in_sight(tmp_path: Path) -> None:
+    """In pieces it does what `run` does in one, and it is saved and resumed like the steps."""
+    attack, signs = _warmed_up(), []
+    found = _study(attack, num_restarts=1, progress_fn=signs.append)
+    total = NUM_VICTIMS * (NUM_STEPS + 7)
+    assert {sign.phase for sign in signs} == {"compiling", "warm-up", "steps"}
+    assert signs[-1].done == signs[-1].total == total
+    keys, observations = victim_keys(jax.random.key(5), NUM_VICTIMS, 1), _observations()
+    for v in range(NUM_VICTIMS):
+        update, extra = jax.tree.map(lambda leaf, v=v: leaf[v], (observations.update, observations.extra))
+        seen = Observation(observations.params, update, extra)
+        reconstruction, info = jax.jit(lambda k, o: gia_jax.run(attack, k, o, num_steps=NUM_STEPS))(keys[v, 0], seen)
+        np.testing.assert_allclose(found.losses[v, 0], info.loss, rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(found.reconstruction.batch.inputs[v], reconstruction.batch.inputs, atol=1e-5)
+    for call in range(2, len(signs)):
+        path = tmp_path / str(call)
+        with pytest.raises(_Interrupted):
+            _study(attack, num_restarts=1, checkpoint=path, progress_fn=_interrupt_at(call))
+        _assert_same(_study(attack, num_restarts=1, checkpoint=path), found)
+
+
+def test_the_best_of_several_starts_goes_on() -> None:
+    """Of starts that end at different losses the lowest is handed over, and one that is not finite never is."""
+
+    def init_fn(key: jax.Array, observation: Observation) -> jax.Array:
+        start = 3 * jax.random.normal(key, observation.extra["inputs_like"].shape)
+        return jnp.where(jax.random.bernoulli(key, 0.3), jnp.nan, start)
+
+    first = gradient_matching(CLIENT, init_fn=init_fn, optimizer=optax.sgd(0.01))
+    still = gradient_matching(CLIENT, optimizer=optax.sgd(0.0))
+    observations = _observations()
+    seen = Observation(observations.params, *jax.tree.map(lambda x: x[0], (observations.update, observations.extra)))
+    starts = from_starts(first, 8)
+    key_init, key_steps, _ = jax.random.split(jax.random.key(2), 3)
+    ended, _ = advance(starts, key_steps, starts.init(key_init, seen), seen, start=0, num_steps=5)
+    losses = np.asarray(jax.vmap(first.finalize, (0, None))(ended.candidate, seen).loss)
+    assert np.isnan(losses).any()
+    state = continued(first, still, num_steps=5, num_starts=8).init(jax.random.key(2), seen)
+    handed = ended.candidate.variables[np.nanargmin(losses)]
+    np.testing.assert_allclose(state.candidate.variables, handed, rtol=1e-6)
+
+
+def test_old_style_keys_are_keys() -> None:
+    new = study(_walk(), jax.random.key(5), _observations(), num_steps=3)
+    _assert_same(study(_walk(), jax.random.PRNGKey(5), _observations(), num_steps=3), new)
+
+
+@pytest.mark.parametrize("value", [0, -1, True])
 @pytest.mark.parametrize("name", ["num_steps", "num_restarts", "lanes"])
-def test_counts_below_one_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
-        _study(_walk(), **{name: 0})
+def test_counts_that_are_none_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer .*, got {value}"):
+        _study(_walk(), **{name: value})
 
 
-def test_observations_that_are_not_finite_are_named() -> None:
+@pytest.mark.parametrize("name", ["num_steps", "num_restarts"])
+def test_counts_beyond_memory_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must fit into memory: it needs .* GiB, got 2147483647"):
+        _study(_walk(), **{"num_restarts": 1_000} | {name: 2**31 - 1})
+
+
+def test_one_victim_that_is_not_finite_leaves_the_others_alone() -> None:
     observations = _observations()
     observations.update["head"]["bias"] = observations.update["head"]["bias"].at[1, 2].set(jnp.nan)
-    with pytest.raises(ValueError, match=r"observations must be finite, got nan at observations.*head.*bias"):
-        study(_walk(), jax.random.key(0), observations, num_steps=1)
-    with pytest.raises(ValueError, match="observations must be finite"):
-        study_analytic(attacks.linear_inversion(dense("head")), jax.random.key(0), observations)
+    kept = np.asarray([0, 2])
+
+    def others(found: Study) -> Any:
+        return jax.tree.map(lambda leaf: leaf[kept], (found.reconstruction, found.losses))
+
+    def analytic(observations: Observation) -> Study:
+        return study_analytic(attacks.linear_inversion(dense("head")), jax.random.key(5), observations)
+
+    for run in (lambda seen: study(_lbfgs(), jax.random.key(5), seen, num_steps=5), analytic):
+        with pytest.warns(UserWarning, match="the observations of victims 1 are not finite: they are marked"):
+            found = run(observations)
+        np.testing.assert_array_equal(found.reconstruction.is_finite, [True, False, True])
+        jax.tree.map(np.testing.assert_array_equal, others(found), others(run(_observations())))
+
+
+def test_observations_of_which_none_is_finite_are_named() -> None:
+    observations = _observations()
+    bad = jax.tree.map(lambda leaf: leaf.at[:].set(jnp.nan), observations.update)
+    for seen, message in (
+        (observations._replace(update=bad), r"observations must be finite, got nan at observations.*head.*bias"),
+        (
+            observations._replace(params=jax.tree.map(lambda leaf: leaf * jnp.inf, observations.params)),
+            "params must be",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            study(_walk(), jax.random.key(0), seen, num_steps=1)
+        with pytest.raises(ValueError, match=message):
+            study_analytic(attacks.linear_inversion(dense("head")), jax.random.key(0), seen)
 
 
 def test_an_analytic_study_is_a_loop_of_reconstructions() -> None:

@@ -1,0 +1,191 @@
+"""Files that outlive a killed process: each is written whole or not at all, and states of interrupted runs are kept."""
+
+import hashlib
+import os
+import secrets
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+from jaxtyping import PyTree
+
+MAGIC = b"gia_jax state 1\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file such that readers, and a kill at any moment, see the old content or the new one, never a part.
+
+    Several processes may write to one path at the same time: each has a temporary file of its own, and the last one to
+    finish wins.
+
+    Args:
+        path: The file; its folder must exist.
+        content: The whole content.
+
+    Raises:
+        OSError: The file cannot be written; what was there is left as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def unclaimed(path: Path, since: float) -> Path:
+    """A path whose file no other process has written since a moment: this one, or one with a number behind its name.
+
+    Args:
+        path: The wanted path.
+        since: The moment, in seconds as `time.time` counts them.
+
+    Returns:
+        The path.
+    """
+    candidate, number = path, 1
+    while candidate.exists() and candidate.stat().st_mtime > since:
+        number += 1
+        candidate = path.with_stem(f"{path.stem}_{number}")
+    return candidate
+
+
+class Place(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        first: Index of the first lane of the lanes under way; as many as there are lanes in all where none is left.
+        stage: The stage of the attack that these lanes are in.
+        step: Steps of that stage done; -1 before the stage has begun.
+        seconds: Seconds that the run took so far, over all of its parts.
+    """
+
+    first: int = 0
+    stage: int = 0
+    step: int = -1
+    seconds: float = 0.0
+
+
+class Progress(NamedTuple):
+    """What is saved of a run: its place, what the finished lanes gave, and the state of those under way."""
+
+    place: Place
+    finished: list[PyTree[np.ndarray]]
+    curves: list[np.ndarray]
+    state: PyTree[Any] | None
+
+
+class RunState:
+    """The file that keeps the state of one run, named by the fingerprint of all that its result depends on.
+
+    Runs that differ in anything have files of their own, so that none takes or removes the state of another.
+
+    Args:
+        folder: Where the file is kept; made if needed. None keeps nothing.
+        fingerprint: Of the run, hexadecimal.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str) -> None:
+        self.path = None if folder is None else folder / f"{fingerprint[:20]}.state"
+        self._fingerprint, self._warned = fingerprint, False
+
+    def save(self, progress: Progress) -> None:
+        """Writes the state. Where that fails a warning says so, once, and the run goes on without."""
+        if self.path is None:
+            return
+        payload = serialization.msgpack_serialize(
+            {
+                "fingerprint": self._fingerprint,
+                "place": progress.place._asdict(),
+                "finished": [_packed(one) for one in progress.finished],
+                "curves": [np.asarray(curve) for curve in progress.curves],
+                "state": [] if progress.state is None else _packed(progress.state),
+            }
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, MAGIC + hashlib.sha256(payload).digest() + payload)
+        except OSError as error:
+            if not self._warned:
+                reason = error.strerror or str(error)
+                warnings.warn(f"the run goes on, but its state cannot be kept in {self.path}: {reason}", stacklevel=3)
+            self._warned = True
+
+    def load(self, states: list[PyTree[Any]], finished: PyTree[Any], limits: Place) -> Progress:
+        """The state that was saved, or that of a run which has not begun.
+
+        Args:
+            states: Shapes of the lanes' state in every stage.
+            finished: Shapes of what finished lanes give.
+            limits: The number of lanes, of stages, and the largest number of steps.
+
+        Returns:
+            The progress, its leaves on the default device.
+
+        Raises:
+            ValueError: The file is none that a study wrote, or was changed since.
+        """
+        if self.path is None or not self.path.exists():
+            return Progress(Place(), [], [], None)
+        try:
+            content = self.path.read_bytes()
+            payload = content[len(MAGIC) + 32 :]
+            digest = hashlib.sha256(payload).digest()
+            if content[: len(MAGIC)] != MAGIC or content[len(MAGIC) : len(MAGIC) + 32] != digest:
+                raise ValueError("its content was changed, or it is another kind of file")
+            saved: Any = serialization.msgpack_restore(payload)
+            if saved["fingerprint"] != self._fingerprint:
+                raise ValueError("it is of another run")
+            place = Place(**saved["place"])
+            within = 0 <= place.first <= limits.first and 0 <= place.stage < limits.stage
+            if not within or not -1 <= place.step <= limits.step or not place.seconds >= 0:
+                raise ValueError(f"its place {tuple(place)} is not in the run")
+            # Before a stage has begun the state is the one in which the last stage ended.
+            begun = place.stage if place.step >= 0 else place.stage - 1
+            if bool(saved["state"]) != (begun >= 0):
+                raise ValueError("it has no state" if begun >= 0 else "it has a state before there can be one")
+            state = _unpacked(states[begun], saved["state"]) if begun >= 0 else None
+            done = [_unpacked(finished, one) for one in saved["finished"]]
+            return Progress(place, jax.tree.map(np.asarray, done), list(saved["curves"]), state)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"checkpoint must be a file that a study wrote, got '{self.path}': {error}") from None
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _packed(tree: PyTree[Any]) -> list[Any]:
+    """The leaves as arrays; a leaf of keys as its numbers with the name of the generator that they are for."""
+
+    def packed(leaf: Any) -> Any:
+        if not _is_key(leaf):
+            return np.asarray(leaf)
+        return {"generator": str(jax.random.key_impl(leaf)), "numbers": np.asarray(jax.random.key_data(leaf))}
+
+    return [packed(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _unpacked(like: PyTree[Any], leaves: list[Any]) -> PyTree[Any]:
+    """The leaves in the structure, shapes and types of `like`; ValueError where they are others."""
+    expected, tree = jax.tree.flatten(like)
+    if len(leaves) != len(expected):
+        raise ValueError(f"it has {len(leaves)} arrays in place of {len(expected)}")
+    made = []
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        if isinstance(leaf, dict):
+            array = jax.random.wrap_key_data(jnp.asarray(leaf["numbers"]), impl=leaf["generator"])
+        else:
+            array = jnp.asarray(leaf)
+        if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"an array is {array.dtype} {array.shape} in place of {wanted.dtype} {wanted.shape}")
+        made.append(array)
+    return jax.tree.unflatten(tree, made)
