@@ -315,8 +315,8 @@ def torch_lbfgs(
 def run_newton(
     client_fn: ClientFn, params: Params, victims: Victims, name: str, noise: float | None = None, **solver: Any
 ) -> tuple[Study, report.Scores, np.ndarray]:
-    """As the library's solver of that name; or, as a control, from one victim's truth with noise on its pixels, which
-    no attacker has.
+    """Runs Levenberg-Marquardt from where the library's warm-up ends; or, as a control, from one victim's truth with
+    noise on its pixels, which no attacker has.
     """
     attack = gradient_matching(client_fn, optimizer=matching.levenberg_marquardt(**solver))
     if noise is None:

@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
+        The exit status: 0 for success, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
     """
     args = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill has been written
+        sys.stdout.reconfigure(line_buffering=True)  # so that what was printed before a kill is not lost
     try:
         with warnings.catch_warnings(), _terminating():
             warnings.showwarning = console.warn
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
-    """A request to terminate is an interruption, so that the state is saved."""
+    """Within it, a request to terminate (SIGTERM) raises KeyboardInterrupt, so that the state of a run is saved."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt(TERMINATED)
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights and of the attacks")
     commands = parser.add_subparsers(dest="command", metavar="{attack,list}")
     commands.add_parser("list", help="names of attacks, models, data and solvers")
-    # No option has a default here: one that was given and means nothing for the attack is refused. See `_defaults`.
+    # Options get their defaults later, in `_defaults`: one that was given without meaning for the attack is refused.
     single = commands.add_parser("attack", help="one attack on one setting")
     single.add_argument("--attack", help=f"{', '.join([*ATTACKS, 'cafe'])}; default: inverting_gradients")
     single.add_argument("--model", help=f"{', '.join(models.MODELS)}; default: lenet, or one that suits the attack")
@@ -123,35 +123,39 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("--labels", choices=["known", "inferred"], help="default: as in the attack's paper")
     single.add_argument("--local-steps", type=int, help="local SGD steps of the client on its whole batch; default: 1")
     single.add_argument(
-        "--local-learning-rate", type=float, help="of the local steps, known to the attacker; default: 0.01"
+        "--local-learning-rate",
+        type=float,
+        help="learning rate of the local steps, which the attacker knows; default: 0.01",
     )
     single.add_argument(
         "--defense",
         action="append",
         metavar="NAME[:k=v,k=v]",
-        help=f"of the client; repeat it for several, in this order: {', '.join(NAMES)}",
+        help=f"a defense of the client; repeat it for several, in their order: {', '.join(NAMES)}",
     )
     single.add_argument(
         "--adaptive", action="store_true", default=None, help="the attacker knows the defenses, but not their keys"
     )
-    single.add_argument("--aggregation", help=f"of the updates of --clients, run for real: {', '.join(AGGREGATIONS)}")
-    single.add_argument("--clients", type=int, help="that aggregate, --batch-size images each; default: 4")
+    single.add_argument(
+        "--aggregation", help=f"the protocol by which --clients add up their updates: {', '.join(AGGREGATIONS)}"
+    )
+    single.add_argument("--clients", type=int, help="clients that aggregate, with --batch-size images each; default: 4")
     single.add_argument("--clip", type=float, help="largest entry of an update that aggregation keeps; default: 2")
     single.add_argument(
         "--statistics",
         choices=["none", "running", "exact"],
-        help="of batch normalisation, that grad_inversion matches: the model's running ones, which say nothing of data "
-        "before training, or the client's own, granted; default: exact",
+        help="statistics of batch normalisation that grad_inversion matches: the running ones of the model, which say "
+        "nothing of data before training, or the exact ones of the client's batch, granted; default: exact",
     )
     single.add_argument(
         "--generator",
         metavar="FILE",
-        help="of gias, trained (models.save_decoder, benchmarks/generators.py); default: one that is untrained",
+        help="trained generator of gias, of models.save_decoder or benchmarks/generators.py; default: an untrained one",
     )
     single.add_argument(
         "--latent-steps",
         type=int,
-        help=f"of gias, before --steps; default: {NUM_LATENT_STEPS}, or 0 where the generator is untrained",
+        help=f"steps of gias before --steps; default: {NUM_LATENT_STEPS}, or 0 where the generator is untrained",
     )
     single.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: paper")
     single.add_argument("--lanes", type=int, help="restarts under one vmap; default: 16")
@@ -200,7 +204,7 @@ def _flag(name: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> tuple[str, ...]:
-    """The options that have a meaning for this attack; ValueError for another one that was given."""
+    """The options that have a meaning for this attack; raises ValueError for another one that was given."""
     args.attack = "inverting_gradients" if args.attack is None else args.attack
     _one_of("attack", args.attack, [*ATTACKS, "cafe"])
     cafe = args.attack == "cafe"
@@ -226,7 +230,7 @@ def _one_of(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def _defaults(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
-    """Fills in what was not given."""
+    """Fills in the defaults of the options that were not given."""
     named = ATTACKS[args.attack]
     defaults = {
         "model": named.model,
@@ -254,7 +258,7 @@ def _defaults(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
 
 
 def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
-    """Refuses what does not go together, and reads the defenses: before any data are read or a model is built."""
+    """Refuses options that do not go together, and reads the defenses, before data are read or a model is built."""
     for name, known in (("model", models.MODELS), ("solver", SOLVERS)):
         _one_of(name, getattr(args, name), known)
     if args.aggregation is not None:
@@ -267,9 +271,9 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
     if args.latent_steps is not None and args.latent_steps < 0:
         raise ValueError(f"--latent-steps must be at least 0, got {args.latent_steps}")
     if args.attack == "grad_inversion" and args.solver == "levenberg_marquardt":
-        raise ValueError("--solver levenberg_marquardt is for one seed, got --attack grad_inversion")
+        raise ValueError("--solver levenberg_marquardt solves for one seed only, got --attack grad_inversion")
     if args.statistics == "exact" and args.aggregation is not None:
-        raise ValueError("--statistics exact is of one client, got --aggregation")
+        raise ValueError(f"--statistics exact are those of one client only, got --aggregation {args.aggregation}")
     _check.integer(1, 2**31 - 1, **{"--steps": max(args.steps, 1)})
     _check.fits(args.victims * args.restarts, **{"--restarts": args.restarts})
     _check.fits(args.victims * args.restarts * max(args.steps, 1), **{"--steps": args.steps})
@@ -289,7 +293,7 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
             continue
         if part.settings["k"] > args.batch_size + NUM_OTHERS:
             most = args.batch_size + NUM_OTHERS
-            raise ValueError(f"--defense {part} must mix at most {most} images, the batch and {NUM_OTHERS} others")
+            raise ValueError(f"--defense {part} must mix at most the {most} images that a client has")
         if args.adaptive and args.labels == "inferred" and args.attack != "dlg":
             raise ValueError(
                 f"--adaptive with {part.name} needs --labels known: no rule finds mixed labels, got inferred"

@@ -77,7 +77,7 @@ def integer(low: int = 1, high: int | None = None, **values: Any) -> None:
 def fits(num_entries: int, **values: Any) -> None:
     """Raises ValueError naming the value that asks for an array of more float32 entries than memory can hold.
 
-    To be called before the array is made: an allocation that fails ends the process, or takes minutes to do so.
+    It is called before the array is made, because an allocation that fails ends the process, or takes minutes to fail.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * num_entries > memory:
@@ -93,9 +93,9 @@ def examples(inputs: Array | np.ndarray) -> None:
 
 
 def batch(inputs: Array, labels: PyTree[Array], num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, non-finite inputs, or labels that are not those of its examples.
+    """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not of its examples.
 
-    Labels are classes only where their number is given; otherwise they are targets of any kind.
+    Labels are classes only where `num_classes` is given; otherwise they are targets of any kind.
     """
     examples(inputs)
     for path, leaf in jax.tree.leaves_with_path(labels):

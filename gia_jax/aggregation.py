@@ -9,15 +9,16 @@ if TYPE_CHECKING:
     from gia_jax.secure_aggregation import AggregationProtocol
 
 
-TARGETS = ("client:0", "aggregate")  # what the command line attacks of an aggregation
+TARGETS = ("client:0", "aggregate")  # the two things that the command line attacks: one client's upload, and the sum
 
 
 class Named(NamedTuple):
     """What the command line says of a protocol, and how it is made, with room for a quarter of the clients to drop out.
 
     Attributes:
-        summary: One line.
-        make: From the package `secure_aggregation`, the number of clients, and the quantizer's options.
+        summary: One line on the protocol.
+        make: The function that makes it from the package `secure_aggregation`, the number of clients, and the
+            quantizer's options.
     """
 
     summary: str

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 Params = PyTree[Array]
 Updates = PyTree[Array]
-# Per batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
+# For every call of a batch-normalisation layer: mean and biased variance of its inputs, each of shape (features,).
 Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 
 
@@ -122,12 +122,15 @@ class Attack(NamedTuple):
 
 
 class WarmUp(NamedTuple):
-    """What an attack does before its own steps. The three parts of `init`'s key go to the three fields.
+    """What an attack does before its own steps.
+
+    `init` splits its key in three: for the `init` of `attack`, for its steps, and for `hand_over`.
 
     Attributes:
         attack: The attack that runs first.
         num_steps: Number of its steps, at least 0.
-        hand_over: `(key, state, observation) -> state`; from where `attack` ended to where the attack itself starts.
+        hand_over: `(key, state, observation) -> state`; turns the last state of `attack` into the first one of
+            the attack that is warmed up.
     """
 
     attack: Attack

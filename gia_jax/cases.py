@@ -29,13 +29,13 @@ class Case(NamedTuple):
 
     Attributes:
         images: All images of the data set that were read.
-        truth: The victims' batches in the model's space, leading axis of victims.
-        others: What MixUp and InstaHide may mix in, the same for every victim.
+        truth: The victims' batches in the model's space, with a leading axis of victims.
+        others: Images that MixUp and InstaHide may mix in, the same for every victim.
         pixels: The victims' images in [0, 1].
         gallery: Public images, none of them a victim's; there may be none.
         module: The model with its initial weights.
-        local_steps: Of the client, on its whole batch.
-        learning_rate: Of the local steps.
+        local_steps: Number of SGD steps of the client on its whole batch.
+        learning_rate: Learning rate of the local steps.
     """
 
     images: data.ImageData
@@ -54,22 +54,22 @@ class Case(NamedTuple):
 
     @property
     def statistics_fn(self) -> Callable[..., Statistics] | None:
-        """Of the features of the model; None without batch normalisation."""
+        """Statistics of the features of the model, as a function; None without batch normalisation."""
         has_any = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(self.module))
         return models.batch_norm_inputs(self.module) if has_any else None
 
     def running_statistics(self, observation: Observation) -> Statistics:
-        """Those that the model keeps; of an untrained one they say nothing about any data."""
+        """The running statistics of the model; those of an untrained one say nothing about any data."""
         like = jnp.zeros((1, *self.truth.inputs.shape[2:]), self.truth.inputs.dtype)
         return models.running_statistics(self.module, observation.params, like)
 
     def generator(self, path: Path | None, key: PRNGKeyArray, *, num_latent_steps: int | None = None) -> Generator:
-        """Of such images: trained, from a file of `models.save_decoder`, or untrained, which is the deep image prior.
+        """A generator of such images: trained, from a file of `models.save_decoder`, or untrained (deep image prior).
 
         Args:
-            path: Of the file; None for an untrained decoder.
-            key: Of the untrained weights.
-            num_latent_steps: Of GIAS; None for the paper's, or for none where the generator is untrained.
+            path: Path of the file; None for an untrained decoder.
+            key: Key of the untrained weights.
+            num_latent_steps: Latent steps of GIAS; None for the paper's number, or 0 where the generator is untrained.
 
         Returns:
             The generator, in the model's space.
@@ -135,7 +135,7 @@ def pixel_information(client_fn: ClientFn, params: Params, batch: Batch, images:
 
 
 def pixel_covariance(images: np.ndarray) -> Array:
-    """Of two images or more in [0, 1], shape (n, h, w, c): the prior of `metrics.van_trees_bound`."""
+    """The covariance of two images or more in [0, 1], shape (n, h, w, c), for `metrics.van_trees_bound`."""
     return jnp.asarray(np.cov(images.reshape(len(images), -1), rowvar=False))
 
 
@@ -161,11 +161,11 @@ def load_case(
     Args:
         model: A key of `models.MODELS`.
         name: "photos", "digits", or a data set of TFDS.
-        victims: Clients.
-        batch_size: Images of each.
-        seed: Of the model's weights.
-        local_steps: Of each client.
-        learning_rate: Of the local steps.
+        victims: Number of clients.
+        batch_size: Number of images of each client.
+        seed: Seed of the model's weights.
+        local_steps: Number of SGD steps of each client on its whole batch.
+        learning_rate: Learning rate of the local steps.
 
     Returns:
         The case, in float64 where that is enabled.
@@ -214,7 +214,7 @@ def see(
     Args:
         case: The victims.
         protected: Their clients, by a name; they share one set of parameters.
-        key: Of the clients, each of which draws its own, and of the threat model.
+        key: Key of the clients, each of which draws its own, and of the threat model.
         known: Whether labels are granted, one or both of False and True.
         statistics: Whether the feature statistics of the client's batch are granted.
 
@@ -278,24 +278,24 @@ def attack(
 
     Args:
         case: The victims.
-        observations: From `see`, by name.
+        observations: Observations by name, as `see` makes them.
         assumed: The client the attacker assumes; for one that does not know the defenses, a client with those of the
             model alone, which the parameters that the server sent tell it.
-        name: Of the attack.
-        key: The attacker's.
-        model: Its name, for analytic attacks.
+        name: Name of the attack.
+        key: The attacker's key.
+        model: Name of the model, for analytic attacks.
         known_labels: Whether the labels were granted.
         adaptive: Whether it compares updates as one that knows the defenses of `assumed`.
-        statistics: Of the features, that GradInversion matches: "none", the model's "running" ones, or the "exact"
-            ones that were granted.
-        generator: Of GIAS, from `Case.generator`.
-        solver: As for `make_attack`.
-        num_steps: As for `study`.
-        num_restarts: As for `study`.
-        lanes: As for `study`.
+        statistics: Statistics of the features that GradInversion matches: "none", the model's "running" ones, or the
+            "exact" ones that were granted.
+        generator: Generator of GIAS, from `Case.generator`.
+        solver: Name of the solver, as for `make_attack`.
+        num_steps: Number of steps of every restart, at least 1.
+        num_restarts: Number of restarts of every victim, at least 1; the one of the lowest finite loss is kept.
+        lanes: Number of restarts under one `vmap`, at least 1.
         prior_only: The observations that random updates imitate, by name; None for no random updates.
-        progress_fn: As for `study`.
-        checkpoint: As for `study`.
+        progress_fn: Called with signs of life, as by `study`.
+        checkpoint: Folder for the state of the run, as for `study`; None keeps nothing.
 
     Returns:
         Outcomes by the names of the observations, and of the random updates by "prior only".

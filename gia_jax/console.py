@@ -26,7 +26,8 @@ QUIET_SECONDS = 10.0  # between two lines on a standard error that is no termina
 def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
     """A row of `table`: an attack, whether it knew the labels, and the same attack on random updates.
 
-    Medians and means are over the victims whose reconstruction is finite.
+    Medians and means are over the victims whose reconstruction is finite, or over all where none is. The median of
+    the attack on random updates is over all.
     """
     scores, timing, finite = outcome.scores, outcome.study.timing, outcome.study.reconstruction.is_finite
     name += "" if finite.all() else f" ({np.sum(~finite)} of {finite.size} not finite)"
@@ -62,12 +63,12 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
     Args:
         out: The folder.
         content: What is written.
-        outcomes: Of the attacks whose states are kept until the results are written.
+        outcomes: Outcomes of the attacks whose states are kept until the results are written.
         since: When the run began, in seconds as `time.time` counts them: a file that another run wrote since is left
             alone, and a number is put behind the name.
 
     Raises:
-        OSError: The file cannot be written. The states are kept, or, where there are none, the content was printed.
+        OSError: The file cannot be written. The states are kept, or, where one is missing, the content was printed.
     """
     text, path = report.to_json(content), unclaimed(out / RESULTS, since)
     try:
@@ -109,10 +110,10 @@ def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title:
 
 
 def folder(out: Path, names: Iterable[str]) -> Path:
-    """The same path, as a folder to which files of these names can be written.
+    """Makes a folder to which files of these names can be written, and returns its path.
 
     Raises:
-        OSError: It cannot be made or written, or one of the names is a folder.
+        OSError: The folder cannot be made or written, or one of the names is a folder in it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,11 @@ def threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) 
 
 
 def progress(name: str) -> Callable[[Sign], None]:
-    """A `progress_fn` on standard error, with the time left: always up to date in a terminal, every 10 s elsewhere."""
+    """Makes a `progress_fn` that prints progress and the time left to standard error.
+
+    In a terminal one line is updated at every call; elsewhere there is a line at most every `QUIET_SECONDS`, and at
+    every new phase.
+    """
     terminal = sys.stderr.isatty()
     shown: dict[str, Any] = {"phase": "", "at": 0.0, "width": 0}
 
@@ -172,6 +177,6 @@ def progress(name: str) -> Callable[[Sign], None]:
 
 
 def warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """`warnings.showwarning` in one line."""
+    """Prints a warning in one line: it takes the place of `warnings.showwarning`."""
     kind = "warning" if category is UserWarning else category.__name__
     print(f"gia_jax: {kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

@@ -20,13 +20,13 @@ def picture_grid(
     captions: Mapping[str, Sequence[str]] | None = None,
     title: str = "",
 ) -> None:
-    """One row an image, one column a version of it (the original, a reconstruction ...), as a PNG.
+    """Draws a row for each image and a column for each version of it (original, reconstruction, ...), as a PNG.
 
     Args:
-        columns: By heading, n images of shape (n, h, w, c), c one or three; pixels are clipped to [0, 1], and NaN is
-            drawn as 0.5. The first 16 are drawn, and the title says so where there are more.
+        columns: Under each heading n images of shape (n, h, w, c), c one or three; pixels are clipped to [0, 1], and
+            NaN is drawn as 0.5. The first 16 are drawn, and the title says so where there are more.
         path: Path of the file.
-        captions: By heading, a line below each image, such as its PSNR; not every column needs captions.
+        captions: Under a heading a line for each image, such as its PSNR; not every column needs captions.
         title: Text above the grid.
 
     Raises:
@@ -68,13 +68,13 @@ def picture_grid(
 
 
 def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = "") -> None:
-    """The attacker's loss over steps, one line each, on a logarithmic axis, as a PNG.
+    """Draws the attacker's loss over steps, a line for each curve, on a logarithmic axis, as a PNG.
 
     Where a loss is negative the axis is linear around 0 and logarithmic on both sides of it. A loss that is not finite
     is a gap in its line.
 
     Args:
-        curves: By name, losses of shape (num_steps,), at least one.
+        curves: Losses by name, each of shape (num_steps,) with at least one step.
         path: Path of the file.
         title: Text above the plot.
 

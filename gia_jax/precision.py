@@ -1,6 +1,7 @@
 """Half precision has too few values for sums, norms, tails and probabilities: arithmetic is done in float32 or wider.
 
-Every module widens what it is given before it computes with it, and casts its result to the caller's type last.
+Modules widen what they are given before they compute with it. A result that stands for what was given, such as an
+update or an image, is cast to its type last; a loss or a score stays wide.
 """
 
 import functools
@@ -33,7 +34,7 @@ def cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
 
 
 def widening(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of two updates, such as an objective or its residuals, which sees both of them widened."""
+    """Makes a function of two updates, such as an objective or its residuals, see both of them widened."""
 
     @functools.wraps(fn)
     def wide_fn(simulated: PyTree[Array], observed: PyTree[Array], /, **settings: Any) -> Any:

@@ -31,7 +31,7 @@ class Part(NamedTuple):
         return DEFENSES[self.name].acts_on
 
     def __str__(self) -> str:
-        """As it is written on the command line."""
+        """The part as it is written on the command line."""
         return self.name + (":" + ",".join(f"{k}={v:.15g}" for k, v in self.settings.items()) if self.settings else "")
 
 
@@ -85,7 +85,7 @@ class Protected(NamedTuple):
         encode_fn: `(key, batch) -> batch`, before the client sees it.
         client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key.
         assumed_fn: The client that an attacker assumes who knows the defenses but not the key.
-        adapt_fn: From the objective of an attacker that does not know the defenses, the one of an attacker that does.
+        adapt_fn: Makes from the objective of an attacker that does not know the defenses that of one that does.
         modelled: Whether the attacker makes use of what it knows of the defenses of the update: see `protect`.
     """
 
@@ -155,7 +155,7 @@ def _check_part(part: Part) -> None:
             defenses.dp_sgd(unused, jax.random.key(0), **part.settings)
         elif part.name == "soteria":
             defenses.soteria(unused, unused, unused, **part.settings)
-        else:  # PRECODE has as many layers of this size, whatever the model
+        else:  # PRECODE has at least three weights for each entry of the code, whatever the model
             _check.integer(size=part.settings["size"])
             _check.fits(3 * part.settings["size"], size=part.settings["size"])
     except ValueError as error:
@@ -166,8 +166,9 @@ def check_together(parts: Sequence[Part], *, local_steps: int = 1) -> None:
     """Raises ValueError for defenses that cannot be in one client, and for those that local steps would weaken.
 
     Args:
-        parts: From `parse`; of DP-SGD, PRECODE, Soteria and the encodings there can be one each.
-        local_steps: Local steps of the client; in more than one the noise of DP-SGD and PRECODE would be the same.
+        parts: Defenses from `parse`; of DP-SGD, PRECODE, Soteria and the encodings there can be one each.
+        local_steps: Number of local steps of the client; in more than one, the noise of DP-SGD and PRECODE would be
+            the same in every step.
     """
     alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
     for kind, names in alone.items():
@@ -212,15 +213,15 @@ def protect(
     changes neither the update nor the attacker; DP-SGD with noise of 0 only clips, to a norm that is given.
 
     Args:
-        parts: From `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE, Soteria and
-            the encodings there can be one each.
+        parts: Defenses from `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE,
+            Soteria and the encodings there can be one each.
         module: A model whose last operation is the dense layer `head`.
         num_classes: Number of classes of the model.
         head: Name of its last layer.
         key: Key of the initial weights that PRECODE adds; None takes the same public key in every call.
         batch_norm: Mode of batch normalisation, as for `models.functional`.
-        make_client: From a loss, what the client does with it without a defense. Beside DP-SGD and PRECODE it must be
-            `clients.federated_sgd`, or a `functools.partial` of it, whose lowering DP-SGD and Soteria then take too.
+        make_client: Makes from a loss the client without a defense. Beside DP-SGD and PRECODE it must be
+            `clients.federated_sgd` or a `functools.partial` of it. DP-SGD and Soteria take the lowering of such a one.
 
     Returns:
         The protected client.
@@ -319,7 +320,7 @@ class _Reading(NamedTuple):
 
 
 def _reading(parts: Sequence[Part]) -> _Reading | None:
-    """As in the docstring of `protect`; None for a chain that is not modelled."""
+    """How an attacker reads a chain, as the docstring of `protect` says; None for a chain that is not modelled."""
     drawn_first = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
     chain = drawn_first + [part for part in parts if part.acts_on == "update"]
     names = {part.name for part in chain}
@@ -373,15 +374,15 @@ def promises(
     """What one release of a batch of known size promises by its noise.
 
     Args:
-        parts: From `parse`.
-        information: Of the update with DP-SGD's noise, as for `metrics.privacy_lines`.
-        covariance: As for `metrics.privacy_lines`.
+        parts: Defenses from `parse`.
+        information: Fisher information of the update with DP-SGD's noise, as for `metrics.privacy_lines`.
+        covariance: Covariance of the images, as for `metrics.privacy_lines`.
 
     Returns:
-        Lines on epsilon, and on gamma for one of `CANDIDATES` equally likely examples, for DP-SGD; of encodings where
-        the client shares those. That there is no epsilon: for noise without clipping before it, for DP-SGD beside
-        Soteria, which chooses features by the images, and without the extra `privacy`. Nothing for other noise after
-        clipping, whose epsilon is not computed.
+        For DP-SGD, lines on epsilon and on gamma for one of `CANDIDATES` equally likely examples, which are encodings
+        where the client shares those. A line that there is no epsilon for noise without clipping before it, for DP-SGD
+        beside Soteria, which chooses features by the images, and without the extra `privacy`. No line for other noise
+        after clipping, whose epsilon is not computed.
 
     Raises:
         ValueError: `information` or `covariance` is given where there is no noise of DP-SGD, or Soteria beside it.
@@ -417,7 +418,7 @@ def promises(
 def live_shares(
     parts: Sequence[Part], apply_fn: ApplyFn, params: Params, inputs: Float[Array, "v b *d"], *, head: str = "head"
 ) -> Float[Array, " v"]:
-    """Of the features that are not 0 for every example of a batch, the share that Soteria prunes, in [0, 1].
+    """The share that Soteria prunes of the features that are not 0 for every example of a batch, in [0, 1].
 
     Args:
         parts: Defenses of the client; Soteria is one of them.

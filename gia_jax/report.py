@@ -23,8 +23,8 @@ from gia_jax.study import Study
 
 
 class Scores(NamedTuple):
-    """Of every victim (batch): PSNR, SSIM and MSE of each image, shape (v, b), labels right in [0, 1], shape (v,), and
-    the reconstructed images in the order of the true ones, shape (v, b, h, w, c).
+    """The scores of every victim (batch): PSNR in dB, SSIM and MSE of each image, shape (v, b), the share of right
+    labels in [0, 1], shape (v,), and the reconstructed images in the order of the true ones, shape (v, b, h, w, c).
     """
 
     psnr: np.ndarray
@@ -73,7 +73,7 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
         overlap = jnp.full((), jnp.nan) if labels is None else label_overlap(*labels)
         return scores, overlap, as_pixels(pixels(inputs))[scores.assignment]
 
-    # In the type of the inputs as far as rounding goes: that of bfloat16 takes pixels farther out of [0, 1].
+    # Checked in the type of the inputs, because the rounding of bfloat16 takes pixels farther out of [0, 1].
     images = pixels(jnp.asarray(truth.inputs))
     check_pixels("denormalised truth.inputs", images.astype(truth.inputs.dtype), ("v", "b", "h", "w", "c"))
     labels = (reconstructed.labels, truth.labels) if compared else None
@@ -99,8 +99,8 @@ def baselines(
 
     Args:
         truth: Pixels in [0, 1], shape (..., h, w, c).
-        gallery: Public images of the same kind, none of them a victim, shape (n, h, w, c); of none, n = 0, no guess is
-            made.
+        gallery: Public images of the same kind, none of them a victim, shape (n, h, w, c); with n = 0 no guess is made
+            from them.
         labels: The class of each true image, an integer, shape (...); None where it is not known.
         gallery_labels: The class of each public image, shape (n,); with `labels` only.
 
@@ -187,7 +187,7 @@ def random_updates(key: PRNGKeyArray, observations: Observation) -> Observation:
 
 
 def _of_norm(noise: Array, leaf: Array) -> Array:
-    """The noise with the norm of a leaf, in the leaf's type; the largest entry is taken out before it is squared."""
+    """The noise with the norm of a leaf, in the leaf's type; entries are scaled before they are squared."""
     wide = widened(leaf)
     largest = jnp.max(jnp.abs(wide), initial=0)
     norm = jnp.linalg.norm(wide / jnp.where(largest > 0, largest, 1))
@@ -225,7 +225,7 @@ def results(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that numbers depend on."""
+    """The versions of Python and of the packages that numbers depend on."""
     names = ("gia-jax", "jax", "jaxlib", "flax", "optax", "numpy", "dm-pix")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
@@ -247,8 +247,8 @@ def hardware() -> str:
 def to_json(content: Any) -> str:
     """Valid JSON: an infinite or undefined number becomes the string "inf", "-inf" or "nan", which `float` reads.
 
-    Arrays of NumPy and JAX become lists, sets become lists in the order of their text, paths their text, and keys what
-    the text of their value is.
+    Arrays of NumPy and JAX become lists, sets become lists in the order of their text, paths become text, and so do the
+    keys of mappings.
 
     Raises:
         ValueError: A value has no counterpart in JSON, or two keys have the same text.

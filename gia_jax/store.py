@@ -89,8 +89,8 @@ class RunState:
     Runs that differ in anything have files of their own, so that none takes or removes the state of another.
 
     Args:
-        folder: Where the file is kept; made if needed. None keeps nothing.
-        fingerprint: Of the run, hexadecimal.
+        folder: Folder in which the file is kept, made if needed; None keeps nothing.
+        fingerprint: Fingerprint of the run, hexadecimal.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
@@ -175,7 +175,7 @@ def _packed(tree: PyTree[Any]) -> list[Any]:
 
 
 def _unpacked(like: PyTree[Any], leaves: list[Any]) -> PyTree[Any]:
-    """The leaves in the structure, shapes and types of `like`; ValueError where they are others."""
+    """The leaves in the structure of `like`; raises ValueError where they have other shapes or types."""
     expected, tree = jax.tree.flatten(like)
     if len(leaves) != len(expected):
         raise ValueError(f"it has {len(leaves)} arrays in place of {len(expected)}")

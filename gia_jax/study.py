@@ -24,7 +24,7 @@ from gia_jax.store import Place, Progress, RunState
 # Compiler options of a program that runs once: compiling it is all that it costs.
 RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 SHARED_PARAMS = Observation(params=None, update=0, extra=0)  # vmap axes: one set of parameters, many victims
-SECONDS_PER_CALL = 2.0  # between two signs of life
+SECONDS_PER_CALL = 2.0  # aimed at between two signs of life
 MAX_STEPS_PER_CALL = 4_096
 
 
@@ -84,13 +84,13 @@ def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> Key[A
 
 
 class Stage(NamedTuple):
-    """A part of a run, warm-ups first: how it starts from the last one's state, and its steps.
+    """A part of a run, of which warm-ups come first: how it starts from the last part's state, and its steps.
 
     Attributes:
-        start: `(key, state, observation) -> state`, with the key of the lane; the first stage reads no state.
+        start: `(key, state, observation) -> state`, with the key of the lane; that of the first stage reads no state.
         attack: The attack whose steps these are.
         num_steps: Number of steps.
-        steps_key: From the key of the lane the key of these steps.
+        steps_key: Makes from the key of the lane the key of these steps.
     """
 
     start: Callable[[PRNGKeyArray, Any, Observation], AttackState]
@@ -100,7 +100,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(attack: Attack, num_steps: int) -> list[Stage]:
-    """What `gia_jax.run` does in one piece, with the same keys, in pieces that a driver can show and save."""
+    """What `gia_jax.run` does in one piece, with the same keys, as stages that a driver can show and save."""
 
     def stages(attack: Attack, num_steps: int, init_key: Callable, steps_key: Callable) -> list[Stage]:
         warm_up = attack.warm_up
@@ -233,7 +233,7 @@ def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observation
     Args:
         reconstruct_fn: `(key, observation) -> reconstruction`.
         key: The attacker's randomness.
-        observations: As `study` takes them; victims that are not finite are treated alike.
+        observations: Observations as `study` takes them; victims that are not finite are treated as it treats them.
 
     Returns:
         The study, of one restart for every victim.
@@ -271,15 +271,15 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
         _check.finite("observations", (observations.update, observations.extra))
     if not finite.all():
         names = ", ".join(map(str, np.flatnonzero(~finite)))
-        warnings.warn(f"the observations of victims {names} are not finite: they are marked, not scored", stacklevel=3)
+        warnings.warn(f"the observations of victims {names} are not finite: they are marked so", stacklevel=3)
     return victims, finite
 
 
 def _programs(
     stages: list[Stage], attack: Attack, lanes: int, keys: Any, example: Observation
 ) -> tuple[list[Any], list[Any], Any]:
-    """For every stage the programs that start it and do steps, and one that ends the run; the shapes of their states
-    and of what the run gives.
+    """The programs that start every stage and do its steps, and one that ends the run; the shapes of the states of
+    the stages, and of what the run gives.
     """
     programs, states, state = [], [], None
     for number, stage in enumerate(stages):
@@ -303,7 +303,7 @@ def _programs(
 
 
 def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
-    """Any number of steps in one program: what a step computes does not depend on how many a call does."""
+    """One program for up to `MAX_STEPS_PER_CALL` steps: what a step computes does not depend on their number."""
     size = max(1, min(stage.num_steps, MAX_STEPS_PER_CALL))
 
     def steps_fn(
@@ -325,7 +325,7 @@ def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
 
 
 def _compiled(programs: list[Any]) -> list[Any]:
-    """Compilers share no state: side by side they use every core. Programs that run once are compiled in haste."""
+    """Compiles the programs side by side, to use every core; the last one, which runs only at the end, in haste."""
     options = [RUN_ONCE if i == len(programs) - 1 else None for i in range(len(programs))]
     pool = ThreadPoolExecutor()
     try:
@@ -405,7 +405,7 @@ def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
 
 
 def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
-    """`vmap`; but a single lane runs as it is, so that `lax.cond` really skips what it need not compute."""
+    """`vmap` of `fn`; but a single lane runs as it is, so that `lax.cond` really skips what it need not compute."""
     if lanes > 1:
         return jax.vmap(fn, in_axes)
 
@@ -420,7 +420,7 @@ def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> 
 
 
 def _lane_indices(first: int, lanes: int, total: int) -> np.ndarray:
-    """`lanes` indices from `first`; the last one again where they run out, its results are dropped."""
+    """`lanes` indices from `first`; where they run out the last one is repeated, and its results are dropped."""
     return np.minimum(np.arange(first, first + lanes), total - 1)
 
 
@@ -431,7 +431,7 @@ def _select(observations: Observation, victims: np.ndarray) -> Observation:
 
 
 def _fingerprint(programs: list[Any], keys: Key[Array, " lanes"], observations: Observation, settings: tuple) -> str:
-    """Of everything a result depends on; the attack and its settings are told by the programs they became."""
+    """A hash of everything a result depends on; the attack and its settings are in the programs they became."""
     digest = hashlib.sha256(repr(settings).encode())
     for program in programs:
         digest.update(program.as_text().encode())

@@ -77,9 +77,9 @@ def observe(
         num_classes: The number of classes, where the labels are classes: then they must be indices (b, *t) below it, or
             (b, *t, num_classes) probabilities. None leaves them to the client's loss.
         statistics: The statistics to grant where `threat.statistics` is True.
-        batch_indices: For a client of t rounds, such as `clients.vertical_sgd`, whose update has a leading axis of
-            rounds: the records of each; granted where `threat.batch_indices` is True.
-        draws: For a client that draws, such as one with a loss of `models.stochastic`: its key, granted where
+        batch_indices: The records of each round of a client of t rounds, such as `clients.vertical_sgd`, whose update
+            has a leading axis of rounds; granted where `threat.batch_indices` is True.
+        draws: The key of a client that draws, such as one with a loss of `models.stochastic`; granted where
             `threat.draws` is True.
 
     Returns:
@@ -111,7 +111,7 @@ def grants(
     """What the threat model grants beside the parameters and the update: `Observation.extra`.
 
     Args:
-        key: It shuffles granted labels.
+        key: Randomness of the threat model: it shuffles granted labels.
         threat: What the adversary is granted.
         batch: The data behind the update: of one client, or of all clients behind a sum.
         statistics: The statistics to grant where `threat.statistics` is True.

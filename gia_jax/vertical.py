@@ -19,8 +19,8 @@ THREAT = ThreatModel(batch_indices=True)
 
 
 def parameters(key: PRNGKeyArray, slice_size: int, num_classes: int) -> Params:
-    """Of four workers with two dense layers, from a slice to ten numbers, and a server with one, in PyTorch's default
-    initialisation.
+    """Parameters of four workers with two dense layers, from a slice to ten numbers, and of a server with one, in
+    PyTorch's default initialisation.
     """
 
     def layer(key: PRNGKeyArray, inputs: int, features: int) -> Params:
@@ -49,7 +49,7 @@ def worker(params: Params, part: Array) -> Float[Array, "b f"]:
 
 
 def first_layers(tree: Params) -> list[Dense]:
-    """Of every worker, in the parameters or an update."""
+    """The first layer of every worker, in the parameters or an update."""
     return [Dense(own["first"]["kernel"], own["first"]["bias"]) for own in tree["workers"]]
 
 
@@ -62,10 +62,10 @@ def cafe_on_federation(
     """CAFE by exact steps on one federation that holds all the images, a quarter of each at every worker.
 
     Args:
-        images: Of even height and width.
-        key: Of the parameters, the batches and the attack.
-        batch_size: Records of a round, drawn without replacement.
-        rounds: Of a model that stays as it is.
+        images: Images of even height and width.
+        key: Key of the parameters, the batches and the attack.
+        batch_size: Number of records of a round, drawn without replacement.
+        rounds: Number of rounds, of a model that stays as it is.
 
     Returns:
         The outcome with every record as a victim, at its own place, the images, shape (n, 1, h, w, c), and the

@@ -441,7 +441,7 @@ def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> N
     assert parameters == [["key", "observation"], ["key", "state", "observation"], ["candidate", "observation"]]
 
 
-# One of each attack: the others are these with another setting. A dense first layer compiles sooner.
+# Each attack is here once; the cases left out are these with another setting. A dense first layer compiles sooner.
 HALF = {name: "bfloat16" for name, case in CASES.items() if not case.x64}
 HALF |= {"gradient_matching": "float16", "linear_inversion": "float16", "levenberg_marquardt": "bfloat16"}
 HALF = {name: dtype for name, dtype in HALF.items() if name not in ("latent_search", "deep image prior")}

@@ -354,7 +354,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             ["--attack", "grad_inversion", "--solver", "levenberg_marquardt"],
-            "--solver levenberg_marquardt is for one seed, got --attack grad_inversion",
+            "--solver levenberg_marquardt solves for one seed only, got --attack grad_inversion",
         ),
         (["--clip", "nan"], "--clip needs --aggregation, got nan"),
         (["--clients", "7"], "--clients needs --aggregation, got 7"),
@@ -365,7 +365,10 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--out", ""], "--out must name a folder, got ''"),
         (["--steps", "99999999999"], "--steps must be an integer from 1 to 2147483647, got 99999999999"),
         (["--restarts", "99999999999"], "--restarts must fit into memory: it needs "),
-        (["--defense", "mixup:k=99"], "--defense mixup:k=99 must mix at most 17 images, the batch and 16 others"),
+        (
+            ["--defense", "mixup:k=99"],
+            "--defense mixup:k=99 must mix at most the 17 images that a client has",
+        ),
         (
             ["--attack", "gias", "--generator", "nowhere.npz"],
             "save_decoder wrote, got 'nowhere.npz': [Errno 2] No such",
@@ -482,7 +485,7 @@ def test_on_a_full_disk_the_results_are_printed(
 
 
 def test_two_runs_in_one_folder_both_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one ends while the second computes."""
+    """The first run writes its results while the second one computes."""
     content = (tmp_path / "results.json", "of another run")
 
     def another(*_: Any) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Half precision everywhere: what is computed of it equals what is computed of the same numbers in float32."""
+"""What is computed from numbers in half precision equals what is computed from the same numbers in float32."""
 
 import functools
 
@@ -28,7 +28,7 @@ update = functools.partial(drawn, shapes={"a": (40, 30), "b": (30,), "c": (7, 3)
 
 
 def assert_same(half, single):
-    """The same numbers; of another type where the result is one."""
+    """Asserts that two trees hold the same numbers, whatever their types."""
     for got, wanted in zip(jax.tree.leaves(half), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=1e-6, atol=1e-7)
 
@@ -74,7 +74,7 @@ OBJECTIVES = {
 @HALVES
 def test_objectives_compare_in_single_precision(dtype):
     simulated, observed = update(0, dtype=dtype), update(1, dtype=dtype)
-    observed["a"] = jnp.where(observed["a"] > 1, observed["a"], 0)  # for those that read a support
+    observed["a"] = jnp.where(observed["a"] > 1, observed["a"], 0)  # some objectives read where an update is zero
 
     @jax.jit
     def values(s, o):

@@ -163,7 +163,7 @@ def test_progress_grows_to_the_whole() -> None:
 
 
 def test_signs_of_life_come_by_time_and_not_by_number() -> None:
-    """A prime number of steps is no different from others: few calls, the first short, and none of a single step."""
+    """A prime number of steps is no different from others: there are few calls, of which the first ones are short."""
     calls = {}
     for num_steps in (997, 1_000, 4_000):
         signs: list[Sign] = []
@@ -189,7 +189,7 @@ def _interrupt_at(call: int, error: type[BaseException] = _Interrupted) -> Calla
 
 
 def _interrupted(attack: Attack, path: Path, call: int) -> Path:
-    """Runs until a sign of life; the file that keeps the state."""
+    """Interrupts a run at a sign of life, and returns the file that keeps its state."""
     with pytest.raises(_Interrupted) as stopped:
         _study(attack, lanes=4, checkpoint=path, progress_fn=_interrupt_at(call))
     (state,) = path.iterdir()
@@ -257,9 +257,9 @@ def test_other_runs_in_the_same_folder_leave_a_state_alone(
 
 
 def test_runs_at_the_same_time_share_a_folder(tmp_path: Path) -> None:
-    """Two of the same and one other, saving all the time: none disturbs another."""
+    """Two equal runs and another one save all the time, and none disturbs another."""
 
-    @jax.enable_x64(True)  # of a thread, as the fixture
+    @jax.enable_x64(True)  # the setting of the fixture, which holds in its own thread only
     def run(attack: Attack) -> Study:
         return _study(attack, lanes=2, checkpoint=tmp_path, checkpoint_seconds=0.0)
 
@@ -331,7 +331,7 @@ def test_a_place_outside_of_the_run_is_refused(tmp_path: Path, place: Place) -> 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "bool", "key"])
 def test_a_state_of_any_type_comes_back(tmp_path: Path, dtype: str) -> None:
-    """Also where an optimizer keeps a key in its state, as `optax.noisy_sgd` does."""
+    """Keys are among them: `optax.noisy_sgd` keeps one in its state."""
     leaf = jax.random.split(jax.random.key(3), 4) if dtype == "key" else jnp.arange(4).astype(dtype)
     saved, shape = RunState(tmp_path, "1" * 64), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     saved.save(Progress(Place(step=2), [], [], {"a": leaf}))
@@ -356,7 +356,7 @@ def _walk_from() -> Attack:
 
 
 def test_a_warm_up_is_run_in_sight(tmp_path: Path) -> None:
-    """In pieces it does what `run` does in one, and it is saved and resumed like the steps."""
+    """In pieces a warm-up does what `run` does in one, and it is saved and resumed like the steps."""
     attack, signs = _warmed_up(), []
     found = _study(attack, num_restarts=1, progress_fn=signs.append)
     total = NUM_VICTIMS * (NUM_STEPS + 7)
@@ -377,7 +377,7 @@ def test_a_warm_up_is_run_in_sight(tmp_path: Path) -> None:
 
 
 def test_the_best_of_several_starts_goes_on() -> None:
-    """Of starts that end at different losses the lowest is handed over, and one that is not finite never is."""
+    """The start that ends at the lowest loss is handed over, and never one that is not finite."""
 
     def init_fn(key: jax.Array, observation: Observation) -> jax.Array:
         start = 3 * jax.random.normal(key, observation.extra["inputs_like"].shape)
@@ -427,7 +427,7 @@ def test_one_victim_that_is_not_finite_leaves_the_others_alone() -> None:
         return study_analytic(attacks.linear_inversion(dense("head")), jax.random.key(5), observations)
 
     for run in (lambda seen: study(_lbfgs(), jax.random.key(5), seen, num_steps=5), analytic):
-        with pytest.warns(UserWarning, match="the observations of victims 1 are not finite: they are marked"):
+        with pytest.warns(UserWarning, match="the observations of victims 1 are not finite: they are marked so"):
             found = run(observations)
         np.testing.assert_array_equal(found.reconstruction.is_finite, [True, False, True])
         jax.tree.map(np.testing.assert_array_equal, others(found), others(run(_observations())))

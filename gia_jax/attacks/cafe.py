@@ -83,9 +83,9 @@ def cafe(
     rounds, and the loss shows it.
 
     Args:
-        layers_fn: From the update, the first fully connected layer of every worker, with biases.
-        classifier_fn: From the update, the last layer, whose outputs are the logits of a softmax.
-        split_fn: From inputs (b, *d) to the workers' slices, such as `clients.quadrants`.
+        layers_fn: Picks from the update the first fully connected layer of every worker, with biases.
+        classifier_fn: Picks from the update the last layer, whose outputs are the logits of a softmax.
+        split_fn: Splits inputs (b, *d) into the workers' slices, such as `clients.quadrants`.
         invert_fn: Step III, `(key, params, H of every worker, batch of zeros with the labels found, the gradient of
             every record alone with a leading axis of records) -> inputs`, such as `feature_matching(...)`. None where
             the first layer of a worker is the fully connected one: H is the slice itself.
@@ -142,15 +142,16 @@ def feature_matching(
         client_fn: `(params, records) -> ` the gradient of every record alone, such as `clients.per_example(loss_fn)`.
             None leaves gradients out: they say more than H does where layers with weights come before it, such as
             convolutions.
-        total_variation_weight: beta >= 0.
-        num_steps: Steps, >= 1.
+        total_variation_weight: Weight beta of the total variation, >= 0 and finite.
+        num_steps: Number of optimiser steps, at least 1.
         optimizer: Default: Adam, from 0.1 down to 0 along a cosine.
 
     Returns:
         The `invert_fn` of `cafe`; it keeps the best step.
 
     Raises:
-        ValueError: A negative weight, no steps, or bounds in the wrong order.
+        ValueError: A weight that is negative or not finite, a number of steps that is no positive integer, or bounds
+            in the wrong order.
     """
     _check.not_negative(total_variation_weight=total_variation_weight)
     _check.finite("total_variation_weight", total_variation_weight)
@@ -187,8 +188,8 @@ def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
     """The sum over leaves and records of |s - o|^2 / |o|^2; a record whose o is zero does not count in that leaf.
 
     Args:
-        simulated: Leaves of shape (n, ...).
-        observed: The same of what is known.
+        simulated: Simulated gradients of single records, leaves of shape (n, ...).
+        observed: Known gradients of the same records, a tree like `simulated`.
     """
 
     def of_leaf(s: Array, o: Array) -> Float[Array, ""]:
@@ -228,8 +229,8 @@ def cafe_descent(
 
     Args:
         client_fn: The client of one round that the attacker assumes, such as `federated_sgd`.
-        layers_fn: As for `cafe`.
-        features_fn: As for `feature_matching`.
+        layers_fn: Picks from the update the first fully connected layer of every worker, as for `cafe`.
+        features_fn: `(params, inputs) -> ` the input of each of those layers, as for `feature_matching`.
         num_classes: Number of classes of the model, >= 2.
         learning_rate: Learning rate of Adam, > 0 and finite.
 
@@ -237,7 +238,7 @@ def cafe_descent(
         The attack. Its reconstruction has probabilities for labels and the loss of `cafe`.
 
     Raises:
-        ValueError: Fewer than two classes, or a rate that is not positive.
+        ValueError: `num_classes` is no integer of at least 2, or `learning_rate` is not positive and finite.
     """
     _check.integer(2, num_classes=num_classes)
     _check.positive(learning_rate=learning_rate)

@@ -36,9 +36,10 @@ def dlg(
     Args:
         client_fn: The client the attacker assumes; its loss takes class probabilities.
         num_classes: Number of classes c of the model, >= 2.
-        init_fn: Of the inputs. Default: standard normal, as in the paper.
-        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
-        optimizer: Default: L-BFGS with fixed steps of 1, as in the paper.
+        init_fn: Initialisation of the inputs. Default: standard normal, as in the paper.
+        objective_fn: Distance of two updates. Default: the paper's; `gia_jax.matching.adaptive` has those for a
+            defended client.
+        optimizer: Optimiser of inputs and labels. Default: L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
         The attack. Its labels are probabilities (b, c).

@@ -37,8 +37,8 @@ class Generated(NamedTuple):
     """The unknowns of the parameter search.
 
     Attributes:
-        latents: One for each image, shape (b, *z).
-        parameters: Of one generator for each image, leaves (b, ...).
+        latents: One latent for each image, shape (b, *z).
+        parameters: Parameters of one generator for each image, leaves (b, ...).
     """
 
     latents: Float[Array, "b *z"]
@@ -74,22 +74,24 @@ def latent_search(
     Args:
         client_fn: The client the attacker assumes.
         generator_fn: `(params, z) -> ` inputs in the model's space; from shape (b, *latent_shape) to (b, *d).
-        generator_params: Of the generator.
-        latent_shape: Of one latent; it is drawn from N(0, I).
+        generator_params: Parameters of the generator.
+        latent_shape: Shape of one latent, which is drawn from N(0, I).
         num_steps: Steps the schedule is made for, >= 1.
-        learning_rate: Of z, > 0.
-        total_variation_weight: alpha >= 0.
-        latent_weight: beta >= 0. Its term moves z; the loss that is reported does not count it.
-        label_fn: Default: the labels the threat model grants.
+        learning_rate: Highest learning rate of z, > 0 and finite.
+        total_variation_weight: Weight alpha of the total variation, >= 0 and finite.
+        latent_weight: Weight beta of the latents' norm, >= 0. Its term moves z; the loss that is reported does not
+            count it.
+        label_fn: The label rule. Default: the labels the threat model grants.
         objective_fn: D, if it is to be another; `gia_jax.matching.adaptive` has those for other defenses.
 
     Returns:
         The attack. Its `init` raises ValueError where the generator does not give inputs of the granted shape.
 
     Raises:
-        ValueError: A negative weight, a learning rate of 0 or less, or no steps.
+        ValueError: A negative weight, a learning rate that is not positive and finite, or no steps.
     """
     _check.not_negative(latent_weight=latent_weight)
+    _check.finite("latent_weight", latent_weight)
     adam = optax.adam(step_schedule(learning_rate, num_steps))
     return gradient_matching(
         client_fn,
@@ -133,24 +135,26 @@ def gias(
 
     Args:
         client_fn: The client the attacker assumes.
-        generator_fn: As for `latent_search`; what it makes of one latent must not depend on the others of the batch.
-        generator_params: Where every copy starts.
-        latent_shape: Of one latent.
+        generator_fn: `(params, z) -> ` inputs, as for `latent_search`; what it makes of one latent must not depend on
+            the others of the batch.
+        generator_params: Parameters at which every copy of the generator starts.
+        latent_shape: Shape of one latent.
         num_latent_steps: Steps of each latent search, >= 0.
         num_latents: Latent searches, >= 1, of which the best goes on.
         num_steps: Steps the schedule of the second stage is made for, >= 1.
-        latent_learning_rate: Of z, > 0.
-        learning_rate: Of w, > 0.
-        total_variation_weight: alpha >= 0.
-        latent_weight: As for `latent_search`.
-        label_fn: Default: the labels the threat model grants.
-        objective_fn: As for `latent_search`.
+        latent_learning_rate: Highest learning rate of z, > 0 and finite.
+        learning_rate: Highest learning rate of w, > 0 and finite.
+        total_variation_weight: Weight alpha of the total variation, >= 0 and finite.
+        latent_weight: Weight of the latents' norm in the first stage, >= 0, as for `latent_search`.
+        label_fn: The label rule. Default: the labels the threat model grants.
+        objective_fn: D, if it is to be another, as for `latent_search`.
 
     Returns:
         The attack. Its `init` raises ValueError where the generator does not give inputs of the granted shape.
 
     Raises:
-        ValueError: A negative weight or number of steps, a learning rate of 0 or less, or no latents.
+        ValueError: A negative weight, a number of steps or latents that is no integer in its range, or a learning rate
+            that is not positive and finite.
     """
     _check.integer(num_latents=num_latents)
     _check.integer(0, num_latent_steps=num_latent_steps)

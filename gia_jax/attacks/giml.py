@@ -52,17 +52,17 @@ def giml(
     observation whose attack does not end in finite parameters changes nothing.
 
     Args:
-        attack_fn: From the generator's parameters the attack that starts there:
+        attack_fn: Makes from the generator's parameters the attack that starts there:
             `lambda params: gias(client_fn, generator_params=params, ...)`. The authors' library has
             num_latents=1, total_variation_weight=1e-4 and latent_weight=1e-3 here.
-        num_steps: Steps of each attack, >= 1.
-        optimizer: Of the generator, in place of Adam at 1e-2.
+        num_steps: Number of steps of each attack, at least 1.
+        optimizer: Optimiser of the generator, in place of Adam at 1e-2.
 
     Returns:
         The learner. Start it at the network's initial weights; its `step` raises what the attack's `init` raises.
 
     Raises:
-        ValueError: If `num_steps` is below one.
+        ValueError: If `num_steps` is no positive integer.
     """
     _check.integer(num_steps=num_steps)
     optimizer = optax.adam(1e-2) if optimizer is None else optimizer

@@ -92,7 +92,7 @@ def grad_inversion(
         classifier_fn: Picks the last layer, such as `gia_jax.labels.dense("head")`.
         statistics_fn: `(params, inputs) -> ` statistics of the features, by `gia_jax.models.batch_norm_inputs`; None
             for a model without batch normalisation, which leaves that term out.
-        known_statistics_fn: From the observation, the statistics to match. Default: those the threat model grants.
+        known_statistics_fn: Reads from the observation the statistics to match. Default: those the threat model grants.
         num_seeds: Seeds that run together, >= 1.
         consensus_fn: E, from the inputs of all seeds (s, b, h, w, c) to one batch. Default: `registered_mean()`.
         num_steps: Steps the schedule is made for, more than `num_warm_up_steps`.
@@ -103,12 +103,12 @@ def grad_inversion(
         norm_weight: alpha_l2 >= 0.
         statistics_weight: alpha_BN >= 0.
         consistency_weight: alpha_group >= 0.
-        noise_scale: Of the noise on the pixels, in units of the rate, >= 0.
+        noise_scale: Standard deviation of the noise on the pixels, in units of the rate, >= 0.
         bounds: Darkest and brightest value of a pixel in the model's space; None for no box, as in the paper.
-        label_fn: Default: `column_minimum(classifier_fn)`.
-        init_fn: Of one seed. Default: standard normal pixels.
+        label_fn: The label rule. Default: `column_minimum(classifier_fn)`.
+        init_fn: Initialisation of one seed. Default: standard normal pixels.
         objective_fn: D. Default: the sum over layers of the L2 distances.
-        optimizer: In place of the paper's, with its noise.
+        optimizer: An optimiser in place of the paper's and of its noise.
 
     Returns:
         The attack; its candidate has a leading axis of seeds, its reconstruction is that of the lowest loss, and the
@@ -116,8 +116,8 @@ def grad_inversion(
         distinct; its first step for statistics that do not fit the model's.
 
     Raises:
-        ValueError: No seeds, no steps after the warm-up, a weight that is negative or not finite, or bounds in the
-            wrong order.
+        ValueError: A count that is no integer in its range, no steps after the warm-up, a rate or weight that is out
+            of its range or not finite, or bounds in the wrong order.
     """
     _check.integer(num_seeds=num_seeds, num_steps=num_steps)
     _check.integer(0, num_warm_up_steps=num_warm_up_steps)

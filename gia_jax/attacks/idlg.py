@@ -31,9 +31,10 @@ def idlg(
         client_fn: The client the attacker assumes.
         classifier_fn: Picks the last layer, such as `gia_jax.labels.dense("head")`.
         label_fn: Another label rule, for batches or known labels.
-        init_fn: Of the inputs. Default: standard normal.
-        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
-        optimizer: Default: L-BFGS with fixed steps of 1, as in the paper.
+        init_fn: Initialisation of the inputs. Default: standard normal.
+        objective_fn: Distance of two updates. Default: the paper's; `gia_jax.matching.adaptive` has those for a
+            defended client.
+        optimizer: Optimiser of the inputs. Default: L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
         The attack; its `init` raises ValueError for more than one example under the paper's rule.

@@ -48,7 +48,7 @@ def inverting_gradients(
         label_fn: Default: the labels the threat model grants.
         init_fn: Default: standard normal pixels.
         objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
-        optimizer: In place of the paper's.
+        optimizer: An optimiser in place of the paper's.
 
     Returns:
         The attack.

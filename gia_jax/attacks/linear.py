@@ -35,13 +35,16 @@ def linear_inversion(
     Args:
         layer_fn: Picks the first layer, such as `gia_jax.labels.dense("dense0")`.
         label_fn: Labels of the reconstruction; they take no part in the inversion.
-        tolerance: Relative L2 distance below which two rows agree, > 0 and finite; four units of rounding of the update
-            where that is more, as in half precision.
+        tolerance: Relative L2 distance below which two rows agree, > 0 and finite. Where four units of rounding of the
+            update are more than that, as in half precision, they take its place.
 
     Returns:
         `(key, observation) -> reconstruction`; the key is not used. Its loss is the share of the layer's gradient, in
         L2 norm, that no combination of the inputs found explains. It raises ValueError for a layer without a bias or
         whose input is not the (flattened) example, and for integer inputs.
+
+    Raises:
+        ValueError: `tolerance` is not positive and finite.
     """
     _check.positive(tolerance=tolerance)
     _check.finite("tolerance", tolerance)

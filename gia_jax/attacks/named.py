@@ -46,14 +46,14 @@ class Target(NamedTuple):
     Attributes:
         client_fn: The client the attacker assumes.
         classifier_fn: Picks the last layer.
-        num_classes: Of the model.
-        batch_size: Of the client.
+        num_classes: Number of classes of the model.
+        batch_size: Number of examples of the client.
         bounds: Darkest and brightest pixel in the model's space.
         apply_fn: `(params, inputs) -> logits`, whose predictions the counting of labels measures; None for 1 / classes.
-        adapt_fn: From the attack's own objective, the one to use: an attacker's that knows the defense.
+        adapt_fn: Makes from the attack's own objective that of an attacker that knows the defense.
         statistics_fn: `(params, inputs) -> ` statistics of the features; None leaves them out of the attack.
-        known_statistics_fn: From the observation, the client's; None for those the threat model grants.
-        generator: Of such images, for GIAS.
+        known_statistics_fn: Reads from the observation the statistics to match; None for those the threat model grants.
+        generator: A generator of such images, for GIAS.
     """
 
     client_fn: ClientFn
@@ -72,11 +72,11 @@ class Named(NamedTuple):
     """What the command line says of an attack.
 
     Attributes:
-        summary: One line.
-        num_steps: The paper's; 0 for an analytic attack.
-        labels: Whether it takes them for "known" or finds them, "inferred".
+        summary: One line on the attack.
+        num_steps: The paper's number of steps; 0 for an analytic attack.
+        labels: "known" where the attack takes labels as granted, "inferred" where it finds them.
         options: The options of the command line that it takes, beside those of the setting that is attacked.
-        model: Its default.
+        model: The model that is attacked by default.
         x64: Whether it needs float64.
     """
 
@@ -135,7 +135,8 @@ SOLVERS = {
     "levenberg_marquardt": "1,500 fixed steps of L-BFGS from the best of 8 near-grey starts, then Levenberg-Marquardt "
     "(float64)",
 }
-# L-BFGS with fixed steps sticks from some starts, where Levenberg-Marquardt cannot get away either: that shows early.
+# L-BFGS with fixed steps gets stuck from some starts, and Levenberg-Marquardt then does too. That shows in the first
+# steps: after `SCREENING` steps the best start goes on alone.
 WARM_UP_STARTS, SCREENING = 8, 300
 WARM_UP = 1_500
 LEVENBERG_MARQUARDT_STEPS = 20
@@ -234,7 +235,7 @@ def make_attack(name: str, target: Target, *, labels: str, solver: str, num_step
 
 
 def warm_up(build_fn: Callable[[optax.GradientTransformation, InitFn], Attack]) -> Attack:
-    """What comes before Levenberg-Marquardt: fixed steps of L-BFGS, from the best of several near-grey starts.
+    """The attack before Levenberg-Marquardt: fixed steps of L-BFGS from the best of several near-grey starts.
 
     Args:
         build_fn: `(optimizer, init_fn) -> attack`, a gradient-matching attack.
@@ -252,8 +253,8 @@ def make_analytic(name: str, target: Target, *, model: str, labels: str) -> Reco
     Args:
         name: A key of `INVERTIBLE`: "linear", on the layer that sees the example, or "r_gap".
         target: What is attacked.
-        model: Its name.
-        labels: As for `make_attack`; R-GAP finds its own.
+        model: Name of the model.
+        labels: "known" or "inferred", as for `make_attack`; R-GAP finds its own.
 
     Returns:
         The attack.

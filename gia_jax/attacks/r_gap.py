@@ -90,8 +90,8 @@ def r_gap(
         network: With a bias in its head, or with three classes or more, it may have biases and any activation;
             otherwise no biases, a homogeneous activation, and a hidden layer.
         bounds: Lowest and highest pixel values in the model's space, scalars or of shape (c,).
-        tolerance: By how much a pixel may leave the box, relative to its width, >= 0.
-        ranks: From `rank_analysis`, the ranks of the layers' constraints. Default: their number, `counted_ranks`, an
+        tolerance: How far a pixel may leave the box, relative to its width, >= 0 and finite.
+        ranks: Ranks of the layers' constraints, from `rank_analysis`. Default: their number, `counted_ranks`, an
             upper bound that takes no time.
 
     Returns:
@@ -100,7 +100,8 @@ def r_gap(
         of another network, and for a layer, by its name, whose rank is below the number of its unknowns.
 
     Raises:
-        ValueError: A network whose head leaves its input open, a negative tolerance, or bounds in the wrong order.
+        ValueError: A network whose head leaves its input open, a tolerance that is negative or not finite, or bounds
+            that are not finite or in the wrong order.
     """
     twins_fn = r_gap_twins(network, bounds=bounds, tolerance=tolerance)
 
@@ -126,15 +127,15 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
     """Both candidates, also for a network that has too few constraints.
 
     Args:
-        network: As for `r_gap`.
-        bounds: As for `r_gap`.
-        tolerance: As for `r_gap`.
+        network: The network, as for `r_gap`.
+        bounds: Lowest and highest pixel values, as for `r_gap`.
+        tolerance: How far a pixel may leave the box, as for `r_gap`.
 
     Returns:
         `observation -> twins`. It raises ValueError as `r_gap` does, but for ranks.
 
     Raises:
-        ValueError: As `r_gap`.
+        ValueError: The same arguments as those that `r_gap` refuses.
     """
     _check.not_negative(tolerance=tolerance)
     _check.finite("tolerance", tolerance)
@@ -179,12 +180,12 @@ class _Head(NamedTuple):
     """What the last layer tells, for one hypothesis about the label.
 
     Attributes:
-        inputs: Of the layer, for the smaller root.
+        inputs: Inputs of the layer, for the smaller root.
         cotangent: Gradient of the loss with respect to them.
-        scale: By which the larger root multiplies them, >= 1.
+        scale: Factor by which the larger root multiplies them, >= 1.
         margins: Both roots.
         label: The class.
-        residual: Relative, of the head's gradient.
+        residual: Relative residual of the head's gradient.
     """
 
     inputs: Float[Array, " d"]

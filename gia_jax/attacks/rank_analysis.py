@@ -43,9 +43,9 @@ class LayerRank(NamedTuple):
     """Whether the input of a layer follows from the layer's gradient and output.
 
     Attributes:
-        name: Of the layer.
-        unknowns: Values to find.
-        rank: Of the constraints on them.
+        name: Name of the layer.
+        unknowns: Number of values to find.
+        rank: Rank of the constraints on them.
     """
 
     name: str
@@ -62,9 +62,9 @@ def rank_analysis(
     cotangents, their rank hardly ever does: it is taken at one random example.
 
     Args:
-        network: As for `r_gap`.
-        params: Its parameters.
-        input_shape: Of an example.
+        network: The network, as for `r_gap`.
+        params: Parameters of the network.
+        input_shape: Shape of an example.
         key: Draws the example.
         tolerance: Singular values below this fraction of a layer's largest are taken for zeros. At least 1e-7: they are
             roots of the eigenvalues of the normal equations.
@@ -104,7 +104,7 @@ def counted_ranks(network: Network, input_shape: Shape) -> tuple[LayerRank, ...]
 
     Args:
         network: The network.
-        input_shape: Of an example.
+        input_shape: Shape of an example.
 
     Returns:
         As `rank_analysis`.

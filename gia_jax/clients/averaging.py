@@ -32,26 +32,26 @@ def federated_averaging(
     The attacker simulates the same steps on its dummy data. Where it does not know the order of the examples, leave
     `order_key` out of the attacker's client and give the victim's one: the dummy data then stand for the examples in
     the order of the attacker's own choosing. The steps run in `lax.scan` with rematerialisation: memory grows with the
-    number of steps only by one copy of the parameters each. The weights that are trained and their change are float32
-    or wider, because half precision loses a small step; the model sees them in the type of the parameters.
+    number of steps only by one copy of the parameters each. The weights are trained in float32 or wider, because half
+    precision loses a small step; the model sees them, and their change is shared, in the type of the parameters.
 
     Args:
         loss_fn: `(params, batch) -> ` scalar. With `loss_key`, `(key) -> ` such a loss.
-        learning_rate: Of the local SGD steps, > 0; it may be traced.
-        local_epochs: Passes over the batch, >= 1.
-        minibatch_size: Examples a step, a divisor of the batch's size; None takes the whole batch.
+        learning_rate: Learning rate of the local SGD steps, > 0 and finite; it may be traced.
+        local_epochs: Number of passes over the batch, at least 1.
+        minibatch_size: Number of examples in a step, a divisor of the batch's size; None takes the whole batch.
         order_key: A victim's own shuffling of its examples, anew every epoch; None keeps their order. Per-client keys
             go in by building the client inside the mapped function.
         loss_key: The key of a loss that draws, such as one of `models.stochastic`: every local step has a key of its
             own, split off this one; of this client and this round, never the attacker's. None: the loss draws nothing.
-        lowering: As for `federated_sgd`.
+        lowering: How convolutions are computed, as for `federated_sgd`.
 
     Returns:
         `(params, batch) -> pseudo-gradient`.
 
     Raises:
-        ValueError: If a count is below one, a concrete learning rate is not positive, or (when called) the batch's size
-            is not a multiple of `minibatch_size`.
+        ValueError: If a count is no positive integer, a concrete learning rate is not positive and finite, `lowering`
+            is unknown, or (when called) the batch's size is not a multiple of `minibatch_size`.
     """
     _check.integer(local_epochs=local_epochs)
     if minibatch_size is not None:

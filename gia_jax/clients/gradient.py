@@ -34,8 +34,8 @@ def parameter_gradient(loss_fn: Callable[..., jax.Array], *, lowering: Lowering 
         `(params, *data) -> ` gradient with respect to `params`, a tree like `params`.
 
     Raises:
-        ValueError: If the loss is not a scalar, a leaf of `params` is not floating point, or (where the data are
-            concrete) for what the loss refuses in them.
+        ValueError: If the loss is not a scalar, a leaf of `params` is not floating point, or the loss refuses the data,
+            where these are concrete.
     """
     prepare = lower if lowers_to_matmul(lowering) else (lambda closed: closed)
 
@@ -63,9 +63,9 @@ def parameter_gradient(loss_fn: Callable[..., jax.Array], *, lowering: Lowering 
 
 
 def check_data(loss_fn: Callable[..., jax.Array], params: Any, *data: Any) -> None:
-    """Lets a loss see concrete data, such as labels that are no classes, so that it can refuse them; it is not run.
+    """Lets a loss refuse concrete data, such as labels that are no classes; the loss is traced, but not run.
 
-    Where the gradient is derived the data are traced, and a loss can only answer with a NaN.
+    Where its gradient is derived the data are traced as well, and the loss can answer only with NaN.
     """
     if jax.tree.leaves(data) and _check.is_concrete(data):
         data = jax.tree.map(jnp.asarray, data)

@@ -1,4 +1,4 @@
-"""One gradient step: the client of federated SGD. And the losses that clients train with."""
+"""The client of federated SGD, which takes one gradient step, and the losses that clients train with."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -33,7 +33,7 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
 def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "..."]) -> Float[Array, ""]:
     """The mean softmax cross-entropy in nats, for class indices (b, *t) or class probabilities (b, *t, c).
 
-    It is computed in float32 or wider. Traced class indices that are no class make it NaN.
+    It is computed in float32 or wider. It is NaN where traced class indices are out of range.
 
     Raises:
         ValueError: Labels of another shape or type, or concrete ones that are no classes or no probabilities.
@@ -48,7 +48,7 @@ def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "
 
 
 def _nan_unless_classes(loss: Float[Array, ""], labels: Array, num_classes: int) -> Float[Array, ""]:
-    """The loss times NaN, which a gradient does not lose, where a label is no class."""
+    """The loss; NaN where a label is no class. It is multiplied by NaN, so that its gradient is NaN as well."""
     return loss * jnp.where(jnp.all((labels >= 0) & (labels < num_classes)), 1.0, jnp.nan)
 
 

@@ -25,7 +25,7 @@ def quadrants(images: Shaped[Array | np.ndarray, "b h w c"]) -> list[Shaped[Arra
     """The quarters of images as four workers hold them: top left, top right, bottom left, bottom right.
 
     Args:
-        images: Of even height and width.
+        images: Images of even height and width, shape (b, h, w, c).
 
     Returns:
         Four arrays of shape (b, h / 2, w / 2, c).
@@ -51,7 +51,7 @@ def vertical_model(
     """The joint model of M workers and a server: logits = server(worker_1(x_1), ..., worker_M(x_M)).
 
     Args:
-        split_fn: From inputs (b, *d) to the M slices, each feature in one of them, such as `quadrants`.
+        split_fn: Splits inputs (b, *d) into the M slices, each feature in one of them, such as `quadrants`.
         worker_fn: `(params of a worker, its slice) -> ` its output, shape (b, e).
         server_fn: `(params of the server, the workers' outputs side by side) -> ` logits.
 
@@ -85,14 +85,15 @@ def vertical_sgd(
         learning_rate: Rate of the step between two rounds, >= 0 and finite; with 0 the model is frozen.
         transformation: A defense: what is shared, and trained with, is its output; its state passes from round to
             round. None shares the gradient.
-        lowering: As for `federated_sgd`.
+        lowering: How convolutions are computed, as for `federated_sgd`.
 
     Returns:
         `(params, records) -> update`, where records is a batch of all N records and every leaf of the update is the
         T rounds' gradients, (t, *shape). To be observed with `observe(..., batch_indices=batch_indices)`.
 
     Raises:
-        ValueError: Indices that are no matrix of integers or out of range, or a negative learning rate.
+        ValueError: Indices that are no matrix of integers or out of range, or a learning rate that is negative or not
+            finite.
     """
     check_batch_indices(batch_indices)
     _check.not_negative(learning_rate=learning_rate)

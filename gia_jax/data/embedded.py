@@ -7,7 +7,7 @@ import numpy as np
 from gia_jax import _check
 from gia_jax.data.images import ImageData
 
-# Of all 1,797 digits: published with them, and the same whichever of them are loaded.
+# Mean and standard deviation of the pixels of all 1,797 digits: constants, the same whichever digits are loaded.
 DIGITS_MEAN, DIGITS_STD = 0.3052603006362915, 0.3760492205619812
 
 PHOTOGRAPHS = (
@@ -65,7 +65,7 @@ def photos(*, size: int = 32) -> ImageData:
 def digits() -> ImageData:
     """The 1,797 handwritten digits of 8x8 pixels shipped by scikit-learn (test split of a UCI set), in its order.
 
-    They are normalised by constants.
+    They are normalised by the mean and the standard deviation of all of them, which are constants here.
     """
     from sklearn.datasets import load_digits
 

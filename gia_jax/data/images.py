@@ -18,7 +18,8 @@ class ImageData(NamedTuple):
         labels: Class indices, int32, shape (n,).
         ids: One name an image; the order of all arrays follows them.
         class_names: One name a class.
-        mean: Mean of each channel, public: over the training set, or else over images that are not among these.
+        mean: Mean of each channel, public: over the training set, or else over other images than these, or a constant
+            of the set, as for `photos` and `digits`.
         std: Standard deviation of each channel, over the same images as the mean.
     """
 
@@ -31,7 +32,7 @@ class ImageData(NamedTuple):
     std: Sequence[float]
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
-        """From pixels in [0, 1] to the model's space: zero mean and unit variance a channel over the training set.
+        """Maps pixels in [0, 1] to the model's space: each channel less its `mean`, over its `std`.
 
         Raises:
             ValueError: `images` are integers, or have another number of channels, their last axis, than the mean.

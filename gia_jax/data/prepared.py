@@ -109,9 +109,9 @@ def prepared(name: str, *, split: str = "test", limit: int | None = None) -> Ima
 
 
 def _statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Channel means and deviations of 8-bit images of any sizes, as pixels in [0, 1]; None of no images.
+    """Channel means and deviations of 8-bit images of any sizes, as pixels in [0, 1]; None where there are no images.
 
-    A channel that is the same everywhere has the deviation 1: it only loses its mean.
+    The deviation of a channel that is the same everywhere is taken to be 1: normalising only takes off its mean.
     """
     count, total, squares = 0, np.zeros(()), np.zeros(())
     for image in images:
@@ -125,5 +125,5 @@ def _statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong, without the context that TFDS puts before it, in one line."""
+    """What went wrong, in one line."""
     return " ".join(str(error).split()) or type(error).__name__

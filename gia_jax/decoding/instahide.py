@@ -27,8 +27,8 @@ class InstaHideDecoding(NamedTuple):
     """What was decoded.
 
     Attributes:
-        images: Shape (n, *d), in the space of the encodings.
-        residuals: Of each pixel and channel, relative: || |M x| - |e| || / ||e||, shape d.
+        images: The images, shape (n, *d), in the space of the encodings.
+        residuals: Relative residual of each pixel and channel, || |M x| - |e| || / ||e||, shape d.
         solved: Whether the residual is within the tolerance, shape d. Unsolved values are the best found.
     """
 
@@ -55,13 +55,13 @@ def decode_instahide(
     mixed are unknowns: of a cross-dataset mixing pass the indices of public images too, or they act as noise.
 
     Args:
-        key: Of the random starts.
+        key: Key of the random starts.
         mixing: Known; of several epochs with more leading axes (`jax.vmap` of `draw_mixing`).
         encodings: Shape `mixing.sources.shape[:-1] + d`, in the space in which they were made, where 0 lies within the
             images' range (the model's normalised space): in [0, 1] the signs hide nothing, and |E| is MixUp.
         num_images: Images N that mix with each other.
         bounds: Darkest and brightest pixel in that space, broadcast against d; they settle the last sign.
-        num_restarts: At most, for every pixel; a pixel that is solved needs no more.
+        num_restarts: Largest number of restarts of a pixel; a pixel that is solved needs no more.
         num_steps: Reflections in each, >= 1.
         tolerance: Relative residual of a solved pixel.
         weights: Trust in each encoding, positive, shape (..., m) like the mixing; for inverted encodings the inverse of
@@ -117,14 +117,14 @@ def retrieve(
     local minimum; these pass most of them.
 
     Args:
-        key: Of the starts, random images x of unit variance.
-        matrix: Of rank n.
-        magnitudes: Not negative.
-        num_restarts: At most, for every column.
-        num_steps: Reflections in each restart, >= 1.
-        tolerance: Relative residual at which a column is solved.
-        relaxation: b in (0, 1].
-        batch_size: Columns at a time: memory is proportional to it.
+        key: Key of the starts, which are random images x of unit variance.
+        matrix: The matrix M, of rank n.
+        magnitudes: The magnitudes, not negative, a column for each problem.
+        num_restarts: Largest number of restarts of a column, at least 1.
+        num_steps: Number of reflections in each restart, at least 1.
+        tolerance: Relative residual at which a column is solved, > 0 and finite.
+        relaxation: Relaxation b in (0, 1].
+        batch_size: Number of columns solved at a time, at least 1: memory is proportional to it.
 
     Returns:
         The columns x and their relative residuals, in float32 or wider.

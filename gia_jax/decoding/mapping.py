@@ -32,15 +32,15 @@ def similarity(
     Threat model: whoever has the encodings, knows the scheme, and has public images like the private ones to encode.
 
     Args:
-        encodings: Of private images; signs play no part.
+        encodings: Encodings of private images, shape (m, *d); signs play no part.
         public: Encodings that the attacker made of public images by the same scheme, as many as pixels or more.
-        ridge: Added to the covariance, as a share of its mean variance, > 0.
+        ridge: What is added to the covariance, as a share of its mean variance, > 0 and finite.
 
     Returns:
         Values in [-1, 1], about 0 where no image is shared.
 
     Raises:
-        ValueError: Shapes that differ, fewer than two public encodings, or a ridge that is not positive.
+        ValueError: Shapes that differ, fewer than two public encodings, or a ridge that is not positive and finite.
     """
     _check.positive(ridge=ridge)
     _check.finite("ridge", ridge)
@@ -68,11 +68,11 @@ def same_source(matrix: Float[Array, "m n"]) -> Bool[Array, "m m"]:
 def precision_recall(
     predicted: Bool[Array, "m m"], truth: Bool[Array, "m m"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Of pairs of different encodings: the share of predicted ones that are true, of true ones that are predicted.
+    """The share of predicted pairs of different encodings that are true, and of true ones that are predicted.
 
     Args:
-        predicted: Symmetric; the diagonal plays no part.
-        truth: Likewise.
+        predicted: The predicted pairs, a symmetric matrix whose diagonal plays no part.
+        truth: The true pairs, a matrix of the same kind.
 
     Returns:
         Precision and recall, in [0, 1]; NaN where nothing is predicted, or nothing true.
@@ -118,19 +118,19 @@ def recover_mixing(
     updates from random starts, the closest one is kept, and the k largest entries of each row become its sources.
 
     Args:
-        key: Of the starts.
-        values: `similarity`.
+        key: Key of the starts.
+        values: Similarities of the encodings, from `similarity`, shape (m, m).
         num_images: N, of which there are as many clusters, in an order of their own.
         k: Images in an encoding, at most N.
-        num_restarts: Starts.
-        num_steps: Updates of each.
+        num_restarts: Number of random starts, at least 1.
+        num_steps: Number of updates from each start, at least 1.
 
     Returns:
         The mixing, shape (m, k), its coefficients rough: roots of the entries, adding up to 1. Unlike a drawn one it
         lists sources by coefficient.
 
     Raises:
-        ValueError: k outside 1 to N, or a count that is not positive.
+        ValueError: k is no integer from 1 to N, or a count is no positive integer or too large for memory.
     """
     _check.integer(num_images=num_images, num_restarts=num_restarts, num_steps=num_steps)
     _check.integer(1, num_images, k=k)
@@ -175,18 +175,18 @@ def refine_mixing(
     is undone, and the next starts with the two images that are most alike made one, and a free one for the worst fits.
 
     Args:
-        key: Of the pixels and of `retrieve`.
-        mixing: Of `recover_mixing`, shape (m, k).
-        encodings: Signs play no part.
-        num_images: N.
-        num_rounds: The mixing of the one with the least mean residual is returned.
+        key: Key of the choice of pixels and of `retrieve`.
+        mixing: The mixing from `recover_mixing`, shape (m, k).
+        encodings: Encodings of private images, shape (m, *d); signs play no part.
+        num_images: Number N of private images.
+        num_rounds: Number of rounds, at least 1; the mixing of the one with the least mean residual is returned.
         num_pixels: Pixels and channels used, chosen at random; all where there are fewer.
 
     Returns:
         The mixing, shape (m, k), coefficients adding up to 1. Host code around `retrieve`.
 
     Raises:
-        ValueError: Lengths that differ, or a count that is not positive.
+        ValueError: Lengths that differ, or a count that is no positive integer.
     """
     _check.integer(num_rounds=num_rounds, num_pixels=num_pixels)
     _check.fits(2 * num_rounds, num_rounds=num_rounds)

@@ -19,11 +19,11 @@ def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
     """The matrix M of coefficients: encodings are M times images, up to signs.
 
     Args:
-        mixing: Of one epoch, fields of shape (m, k), or of several, with more leading axes: these become one.
-        num_images: Private images N >= 1 that mix with each other and with no others.
+        mixing: Mixing of one epoch, fields of shape (m, k), or of several, with more leading axes: these become one.
+        num_images: Number N >= 1 of private images that mix with each other and with no others.
 
     Returns:
-        M, a row an encoding, in float32 or wider.
+        M, with a row for each encoding, in float32 or wider.
 
     Raises:
         ValueError: The fields have different shapes, or a source is no image.
@@ -71,7 +71,7 @@ def decode_mixup(mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: in
 def system(
     mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int
 ) -> tuple[Float[Array, "m n"], Float[Array, "m p"], tuple[int, ...]]:
-    """The matrix, the encodings as rows, both widened, and an image's shape; ValueError where the rank is below N."""
+    """The matrix, the encodings as rows, both widened, and an image's shape; raises ValueError below rank N."""
     if not jnp.issubdtype(encodings.dtype, jnp.floating):
         raise ValueError(f"encodings must be floating point, got {encodings.dtype}")
     wide = widened(encodings)
@@ -92,7 +92,7 @@ def noise_gain(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
     """Mean squared error of the images for each unit of that of the encodings, tr((M^T M)^-1) / N.
 
     Args:
-        matrix: Of `mixing_matrix`.
+        matrix: The matrix of coefficients, from `mixing_matrix`.
 
     Returns:
         The gain, for errors that are uncorrelated between encodings; infinite, or beyond precision, below rank N.
@@ -105,7 +105,7 @@ def predicted_psnr(encoding_mse: Float[ArrayLike, ""], matrix: Float[Array, "m n
 
     Args:
         encoding_mse: Mean squared error of the encodings, not negative, of pixels whose range has length 1.
-        matrix: Of `mixing_matrix`.
+        matrix: The matrix of coefficients, from `mixing_matrix`.
 
     Returns:
         The PSNR of the mean squared error over all images, before any clipping.

@@ -41,15 +41,15 @@ def dp_sgd(
 
     Args:
         loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. With `loss_key`, `(key) -> ` such a loss.
-        key: Of this client and this round, never the attacker's. A key used twice draws the same noise, which the
+        key: Key of this client and this round, never the attacker's. A key used twice draws the same noise, which the
             difference of the two updates cancels. `vmap` over clients, each with a key of its own.
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
         noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0 and finite.
-        loss_key: Of a loss that draws, such as `Precode.loss_fn`: every example has a key of its own, split off this
-            one; of this client and this round, another than `key`, never the attacker's. None: the loss draws nothing,
-            or the same for every example.
+        loss_key: Key of a loss that draws, such as `Precode.loss_fn`: every example has a key of its own, split off
+            this one. It is of this client and this round, another than `key`, never the attacker's. None: the loss
+            draws nothing, or the same for every example.
         microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
-        lowering: As for `clients.federated_sgd`.
+        lowering: How convolutions are computed, as for `clients.federated_sgd`.
 
     Returns:
         `(params, batch) -> update`, with one noise for each key, and one draw for each `loss_key`: the same in every

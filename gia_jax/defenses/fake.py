@@ -23,7 +23,7 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
     threshold; here every round draws anew, and there is no threshold.
 
     Args:
-        key: As for `gaussian_noise`: of this transformation of one client.
+        key: Key of this transformation of one client, as for `gaussian_noise`.
         scale: Standard deviation, > 0 and finite. It is the scale of what is shared, whatever the gradient's: choose
             the learning rate for it.
         count: Updates drawn each round, >= 1.
@@ -52,7 +52,7 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
 
         keys = jax.random.split(key, count)
         nearest = fake(keys[jnp.argmin(jax.lax.map(distance, keys))])
-        # What is shared is the fake number itself; leaf - leaf is 0, and the derivative of the identity.
+        # What is shared is the fake number itself: the difference added is 0, with the derivative of the identity.
         return jax.tree.map(
             lambda leaf, f: f.astype(leaf.dtype) + (leaf - jax.lax.stop_gradient(leaf)), updates, nearest
         )

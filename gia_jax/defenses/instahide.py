@@ -33,7 +33,7 @@ def instahide(
     """Encoding i is sigma * (lambda_1 x_i + ... + lambda_k x_{i_k}), sigma a fresh sign for every pixel and channel.
 
     Args:
-        num_classes: Of the model; labels become probabilities, mixed as in `mixup`.
+        num_classes: Number of classes of the model; labels become probabilities, mixed as in `mixup`.
         k: Images in an encoding, 1 or more.
         low: Least coefficient.
         high: Largest coefficient.

@@ -19,8 +19,8 @@ from gia_jax.base import Batch
 from gia_jax.precision import widened
 
 InputDefenseFn = Callable[[PRNGKeyArray, Batch], Batch]
-MOST_IMAGES = 10_000  # in an encoding
-NUMBERS_DRAWN = 10_000_000  # to see whether coefficients can be in bounds
+MOST_IMAGES = 10_000  # mixed in one encoding
+NUMBERS_DRAWN = 10_000_000  # at most, to estimate how often coefficients are in bounds
 
 
 class Mixing(NamedTuple):
@@ -61,7 +61,7 @@ def _check_settings(k: int, low: float, high: float) -> None:
 
 @functools.lru_cache
 def _share_within(k: int, low: float, high: float) -> float:
-    # For the sake of memory fewer draws of many coefficients, but no fewer than the 1,000 that a share is told by.
+    # The more coefficients, the fewer draws, to bound memory; 1,000 are left at least, enough to see one in 1,000.
     drawn = np.random.default_rng(0).dirichlet(_concentration(k), min(100_000, NUMBERS_DRAWN // k))
     return float(np.mean((drawn.min(1) >= low) & (drawn.max(1) <= high)))
 
@@ -74,7 +74,7 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
     """Each image with k - 1 distinct others, coefficients from Dirichlet(3, 1, ..., 1) given that all are in bounds.
 
     Args:
-        key: Of this draw.
+        key: Key of this draw.
         size: Images that mix with each other, n >= k.
         k: Images in an encoding.
         low: Least coefficient, >= 0.
@@ -89,7 +89,7 @@ def draw_mixing(key: PRNGKeyArray, size: int, *, k: int, low: float = 0.0, high:
     """
     _check_settings(k, low, high)
     key_sources, key_coefficients = jax.random.split(key)
-    sources = draw_sources(key_sources, size, k=k)  # first, for it compares k with the images
+    sources = draw_sources(key_sources, size, k=k)  # comes first, because it compares k with the number of images
     return Mixing(sources, draw_coefficients(key_coefficients, size, k=k, low=low, high=high))
 
 

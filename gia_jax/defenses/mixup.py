@@ -15,7 +15,7 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
     """Encoding i is lambda_1 x_i + ... + lambda_k x_{i_k} of k distinct images of the batch, and so is its label.
 
     Args:
-        num_classes: Of the model; labels become probabilities.
+        num_classes: Number of classes of the model; labels become probabilities.
         k: Images in an encoding, 1 or more; 1 leaves the images as they are.
         low: Least coefficient.
         high: Largest coefficient.

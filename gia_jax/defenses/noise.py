@@ -40,7 +40,7 @@ def gaussian_noise(key: PRNGKeyArray, scale: Float[ArrayLike, ""]) -> optax.Grad
     """Adds scale * N(0, 1) to every entry.
 
     Args:
-        key: Of this transformation of one client. Build it inside the `vmap` over clients: `vmap` over `init` alone
+        key: Key of this transformation of one client. Build it inside the `vmap` over clients: `vmap` over `init` alone
             gives all of them the same noise, and so does one key in two transformations.
         scale: Standard deviation, >= 0 and finite.
 
@@ -59,7 +59,7 @@ def laplace_noise(key: PRNGKeyArray, scale: Float[ArrayLike, ""]) -> optax.Gradi
     """Adds scale * Laplace(0, 1) to every entry: the standard deviation is sqrt(2) * scale.
 
     Args:
-        key: As for `gaussian_noise`.
+        key: Key of this transformation of one client, as for `gaussian_noise`.
         scale: The diversity b of the density exp(-|x| / b) / 2b, >= 0 and finite.
 
     Returns:

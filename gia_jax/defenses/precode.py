@@ -59,13 +59,13 @@ def precode(
     the layers whose gradient depends on epsilon most, `selected(objective, lambda path: "features" in path)`.
 
     Args:
-        key: Of the initial weights (as PyTorch's layers), not of epsilon.
+        key: Key of the initial weights (drawn as in PyTorch's layers), not of epsilon.
         features_fn: `(params, inputs) -> features` of shape (b, num_features), such as
             `models.functional(models.headless(module))`.
         params: Its parameters.
         num_features: Number of features that `features_fn` gives.
         num_classes: Number of classes of the model.
-        size: Entries of the code, >= 1.
+        size: Number of entries of the code, at least 1.
         weight: Weight of the divergence, >= 0 and finite.
 
     Returns:
@@ -112,7 +112,7 @@ def precode(
 
 
 def _dense(layer: Params, inputs: Float[Array, "b i"]) -> Float[Array, "b o"]:
-    """Float32 or wider: the code, its divergence and the logits come from it."""
+    """A dense layer in float32 or wider, because the code, its divergence and the logits come from it."""
     return widened(inputs) @ widened(layer["kernel"]) + widened(layer["bias"])
 
 

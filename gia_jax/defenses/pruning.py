@@ -82,7 +82,7 @@ def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransfo
 
     Args:
         ratio: Share of entries that are not sent, in [0, 1).
-        error_feedback: As for `prune`.
+        error_feedback: Whether what was pruned is added to the next update, as for `prune`.
 
     Returns:
         The transformation.

@@ -40,7 +40,7 @@ def ternary(key: PRNGKeyArray) -> optax.GradientTransformation:
     """TernGrad: every entry becomes -s, 0 or s, s the largest magnitude of its tensor: `quantize` with 2 bits.
 
     Args:
-        key: As for `quantize`.
+        key: Key of this transformation of one client, as for `quantize`.
 
     Returns:
         The transformation; its state is the key of the next update.
@@ -55,7 +55,7 @@ def quantize(key: PRNGKeyArray, bits: int | np.integer) -> optax.GradientTransfo
     entry becomes sign(g) (s / L) (floor(u) + b), where b is 1 with probability u - floor(u).
 
     Args:
-        key: As for `gaussian_noise`: of this transformation of one client.
+        key: Key of this transformation of one client, as for `gaussian_noise`.
         bits: An integer in [2, 16], the sign included.
 
     Returns:

@@ -55,7 +55,7 @@ def soteria(
         classifier_fn: Picks that layer from the parameters and from an update.
         ratio: Share of the features, in [0, 1); the paper prunes 0.01 to 0.8.
         num_probes: m >= 0; 0 for the lengths themselves, as in the paper.
-        lowering: As for `clients.federated_sgd`.
+        lowering: How convolutions are computed, as for `clients.federated_sgd`.
 
     Returns:
         `(params, batch) -> update`.
@@ -107,9 +107,9 @@ def live_share_pruned(
     num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> Float[Array, ""]:
-    """Of the features that are not 0 for every example of the batch, the share that Soteria prunes, in [0, 1].
+    """The share that Soteria prunes of the features that are not 0 for every example of the batch, in [0, 1].
 
-    Where it is 0, the update is the undefended one. 0 also where no feature is alive.
+    Where it is 0, the update is the undefended one. It is 0 also where no feature is alive.
     """
     options = {"ratio": ratio, "num_probes": num_probes, "lowering": lowering}
     kept = kept_features(apply_fn, classifier_fn, params, inputs, **options)
@@ -172,10 +172,10 @@ def _lengths(
 def _estimated_lengths(
     features_fn: Callable[[Array], Array], example: Float[Array, "*d"], *, num_probes: int
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
-    """The same from derivatives of all features along random directions."""
+    """The features and estimates of |dr_i / dx|, from derivatives of all features along random directions."""
     _check.fits(num_probes * example.size, num_probes=num_probes)
     features, push = jax.linearize(features_fn, example)
-    # Public directions, the same for everyone. Their key has a name of its own, so that no inputs are drawn from it.
+    # The directions are public and the same for everyone. Their key is one that no user draws inputs from by chance.
     key = jax.random.key(int.from_bytes(b"prob"))
     directions = jax.random.normal(key, (num_probes, *example.shape), wide_dtype(example.dtype)).astype(example.dtype)
     pushed = widened(jax.lax.map(push, directions, batch_size=LANES))

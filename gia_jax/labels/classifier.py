@@ -1,6 +1,6 @@
 """What every label rule needs: the gradient of the last layer, the size of the batch, and labels from counts.
 
-Rules compute in float32 or wider. Where what they read is not finite, the labels are -1, which are no classes.
+Rules compute in float32 or wider. Where what they read is not finite, the labels are -1, which is no class.
 """
 
 import math
@@ -17,7 +17,7 @@ from gia_jax.matching.initializations import as_granted, granted_like
 from gia_jax.precision import wide_dtype, widened, widened_tree
 from gia_jax.threat import granted
 
-MARGIN = 1e-2  # below -1, of the sum of the negative entries of a mean loss's bias gradient
+MARGIN = 1e-2  # how far below -1 the negative entries of a mean loss's bias gradient may add up to, by rounding
 
 
 class Dense(NamedTuple):
@@ -62,7 +62,7 @@ def last_gradient(classifier_fn: ClassifierFn, update: Updates) -> Dense:
 
 
 def bias_gradient(rule: str, classifier_fn: ClassifierFn, observation: Observation) -> Float[Array, " c"]:
-    """The gradient of the last bias, widened; ValueError where the layer has none."""
+    """The gradient of the last bias, widened; raises ValueError where the layer has none."""
     bias = last_gradient(classifier_fn, observation.update).bias
     if bias is None:
         raise ValueError(f"{rule} needs a bias in the last layer, got none")
@@ -72,13 +72,13 @@ def bias_gradient(rule: str, classifier_fn: ClassifierFn, observation: Observati
 def of_mean_loss(
     rule: str, classifier_fn: ClassifierFn, observation: Observation, values: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """`values` that a rule reads, where the bias gradient can be that of a mean loss, on whose scale the rule depends.
+    """The values that a rule reads, if the bias gradient can be that of a mean loss: the rule depends on its scale.
 
     A cross-entropy's entries add up to 0, and a mean's negative ones to no less than -1. What adds up to 0 and goes
     further below is the gradient of a sum; what does not add up to 0, such as noise, says nothing of the scale.
 
     Returns:
-        The values; NaN inside of a trace, where the gradient is known too late to raise.
+        The values. Inside of a trace, where the gradient is known too late to raise, they are NaN if it is another.
 
     Raises:
         ValueError: For a concrete gradient of a loss that is not a mean.
@@ -100,7 +100,7 @@ def of_mean_loss(
 
 
 def batch_size(observation: Observation) -> int:
-    """The number of labels to find, where it is granted; ValueError where granted labels are not classes."""
+    """The number of labels to find, where it is granted; raises ValueError for granted labels that are no classes."""
     labels = observation.extra.get("labels", jnp.zeros(0, jnp.int32))
     leaves = jax.tree.leaves(labels)
     if len(leaves) != 1 or leaves[0] is not labels:
@@ -138,7 +138,7 @@ def attackers_key(key: PRNGKeyArray | None, observation: Observation) -> PRNGKey
 
 
 def _hash(words: Array) -> Array:
-    """A sum of words, each times an odd number of its place's own, modulo 2^32."""
+    """The sum of the words modulo 2^32, each times an odd number that belongs to its place."""
     odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jnp.sum(words * (odd * jnp.uint32(2_654_435_761)), dtype=jnp.uint32)
 

@@ -38,18 +38,18 @@ def bias_counts(
     Args:
         classifier_fn: Picks the last layer; it must have a bias.
         apply_fn: `(params, inputs) -> logits`, to estimate p on standard normal inputs; None takes p = 1 / C.
-        num_dummies: Random inputs for that estimate, >= 1.
-        public_inputs: Inputs for that estimate in place of random ones, for an attacker that has some of the client's
-            kind: auxiliary data, to be named with the threat model.
+        num_dummies: Number of random inputs for that estimate, at least 1.
+        public_inputs: Inputs (n, *d) for that estimate in place of random ones, for an attacker that has some of the
+            client's kind: auxiliary data, to be named with the threat model.
         key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
             update.
 
     Returns:
         The rule; it raises ValueError where there is no bias, or where its gradient is not that of a mean loss. Inside
-        of a trace that is known too late, and the labels are -1.
+        of a trace the gradient is known too late to raise, and the labels are -1.
 
     Raises:
-        ValueError: `public_inputs` without `apply_fn`, or none of them.
+        ValueError: `num_dummies` is no positive integer, or `public_inputs` are empty or given without `apply_fn`.
     """
     _check.integer(num_dummies=num_dummies)
     if public_inputs is not None:

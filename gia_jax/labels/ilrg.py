@@ -34,7 +34,7 @@ def ilrg(classifier_fn: ClassifierFn) -> LabelFn:
 
     Returns:
         The rule; it raises ValueError where there is no bias, or where its gradient is not that of a mean loss. Inside
-        of a trace that is known too late, and the labels are -1.
+        of a trace the gradient is known too late to raise, and the labels are -1.
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:

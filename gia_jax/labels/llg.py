@@ -52,13 +52,16 @@ def llg_plus(
     Args:
         client_fn: The client the attacker simulates.
         classifier_fn: Picks the last layer.
-        num_dummies: Standard normal inputs per class for the impact, >= 1.
+        num_dummies: Number of standard normal inputs for the impact of each class, at least 1.
         key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
             update.
 
     Returns:
         The rule; it raises ValueError where the gradient of the last bias, if there is one, is not that of a mean loss.
-        Inside of a trace that is known too late, and the labels are -1.
+        Inside of a trace the gradient is known too late to raise, and the labels are -1.
+
+    Raises:
+        ValueError: `num_dummies` is no positive integer.
     """
     _check.integer(num_dummies=num_dummies)
 

@@ -32,7 +32,7 @@ def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> Object
 
     Args:
         objective_fn: D.
-        weight: Of the penalty, >= 0; 0 gives what `masked_cosine` does.
+        weight: Weight of the penalty, >= 0 and finite; 0 gives what `masked_cosine` does.
 
     Returns:
         The objective.
@@ -64,8 +64,9 @@ def supported(objective_fn: ObjectiveFn = cosine, *, among: Callable[[str], bool
 
     Args:
         objective_fn: Any objective.
-        among: From the key path of a leaf, such as "['fc']['kernel']", whether what is zero there is left out; all of
-            them, unless `objective_fn` makes use of the zeros of the rest, as `pruned` does.
+        among: Says by the key path of a leaf, such as "['fc']['kernel']", whether what is zero there is left out; by
+            default it is for all leaves. Choose fewer where `objective_fn` uses the zeros of the rest, as `pruned`
+            does.
 
     Returns:
         The objective.
@@ -181,7 +182,7 @@ def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
     observed length is also the noise's, so that the truth is no longer the least.
 
     Args:
-        objective_fn: Of two updates; the cosine is that already, and comes back as it is.
+        objective_fn: An objective of two updates; the cosine compares directions already, and comes back as it is.
 
     Returns:
         The objective; the same for every positive multiple of a simulated update.

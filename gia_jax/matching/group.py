@@ -28,16 +28,17 @@ def together(attack: Attack, num_seeds: int, consensus_fn: ConsensusFn) -> Attac
     as `consistency`. To a step the consensus is a constant: no derivative goes through it.
 
     Args:
-        attack: Of one seed, by `gradient_matching`; its unknowns are the inputs, or pass through `consensus_fn`.
-        num_seeds: s >= 1.
-        consensus_fn: From the unknowns of all seeds to what they agree on: `mean` or `registered_mean()`.
+        attack: The attack of one seed, by `gradient_matching`; its unknowns are the inputs, or pass through
+            `consensus_fn`.
+        num_seeds: Number s of seeds, at least 1.
+        consensus_fn: Maps the unknowns of all seeds to what they agree on: `mean` or `registered_mean()`.
 
     Returns:
         The attack. Its info is that of the seed of the lowest finite loss, and its reconstruction is that seed's, with
         the losses of all in `restart_losses`.
 
     Raises:
-        ValueError: Less than one seed; from `init`, more of them than fit into memory.
+        ValueError: `num_seeds` is no positive integer, or (from `init`) more seeds than fit into memory.
     """
     _check.integer(num_seeds=num_seeds)
 

@@ -1,7 +1,7 @@
 """Where the dummy inputs start: `(key, observation) -> ` inputs of the shape that the threat model grants.
 
-They are unknowns, which descent moves by less than half precision tells apart: float32 or wider. A client sees them in
-its own type, by `as_granted`.
+They are unknowns in float32 or wider, because descent moves them by less than half precision can resolve. A client sees
+them in its own type, by `as_granted`.
 """
 
 import math
@@ -42,7 +42,7 @@ def as_granted(inputs: Float[Array, "*shape"], observation: Observation) -> Floa
 
 
 def granted_like(observation: Observation) -> Float[Array, "b *d"]:
-    """The zeros of the batch's shape that the threat model grants; ValueError where it does not, or for integers."""
+    """The granted zeros of the batch's shape; raises ValueError where they are not granted, or are integers."""
     like = granted(observation, "inputs_like")
     granted_dtype(observation)
     return like
@@ -66,10 +66,14 @@ def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None
     Args:
         scale: Standard deviation, >= 0 and finite.
         mean: Mean of every pixel; with a small `scale`, 0 is near-grey for inputs normalised by the data's mean.
-        shape: Of the inputs (b, *d), for an adversary to whom the batch's shape is not granted but guessed.
+        shape: Shape of the inputs (b, *d), for an adversary to whom the batch's shape is not granted but guessed.
 
     Returns:
         The initialisation.
+
+    Raises:
+        ValueError: A scale that is negative or not finite, a mean that is not finite, or a shape that is not of
+            positive integers or does not fit into memory.
     """
     _check.not_negative(scale=scale)
     _check.finite("scale", scale)
@@ -155,7 +159,7 @@ def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None 
 
 
 def given(inputs: Shaped[Array, "b *d"]) -> InitFn:
-    """Start from these inputs: the end of another attack, an auxiliary image. Every restart is the same."""
+    """Starts from these inputs: the end of another attack, an auxiliary image. Every restart is the same."""
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(f"inputs must be floating point to be searched by descent, got {inputs.dtype}")
 

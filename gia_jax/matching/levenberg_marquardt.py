@@ -45,16 +45,16 @@ def levenberg_marquardt(
     gradient and the acceptance test but not the model Hessian.
 
     Args:
-        initial_damping: Relative to the mean of the diagonal of 2 J^T J, > 0.
-        max_trials: Dampings tried before the update is given up and x stays, >= 1.
-        tolerance: Of the loss, >= 0: below it x stays and nothing more is computed (except under `vmap`).
-        equations: Equations kept for each unknown, > 1: the residuals are summed with random signs into that many sums
-            (a balanced count sketch, the same in every step). Where residuals vanish at the solution, that has the
-            same solution and costs a fraction. None keeps all residuals.
+        initial_damping: First damping, relative to the mean of the diagonal of 2 J^T J, > 0 and finite.
+        max_trials: Number of dampings tried before the update is given up and x stays, at least 1.
+        tolerance: Loss, >= 0 and finite, at which x stays and nothing more is computed (except under `vmap`).
+        equations: Equations kept for each unknown, > 1 and finite: the residuals are summed with random signs into that
+            many sums (a balanced count sketch, the same in every step). Where residuals vanish at the solution, that
+            has the same solution and costs a fraction. None keeps all residuals.
         linear_solver: "cholesky" forms J (memory: unknowns x parameters) and factors J^T J; "cg" needs only products
             with J and its transpose, for networks whose Jacobian does not fit.
-        cg_steps: Conjugate-gradient steps at most, >= 1.
-        column_batch: Columns of J computed at once, >= 1.
+        cg_steps: Largest number of conjugate-gradient steps, at least 1.
+        column_batch: Number of columns of J computed at once, at least 1.
 
     Returns:
         The transformation; its update needs `value_fn` and `residual_fn`, which the matching step passes.
@@ -157,7 +157,7 @@ def _sketch(entries: int, size: int | None) -> Callable[[Array], Array]:
     terms = -(-entries // size)
 
     def sketch_fn(vector: Float[Array, " entries"]) -> Float[Array, " size"]:
-        # A public hash of places, the same in every step. Its key has a name of its own: no data are drawn from it.
+        # A public hash of places, the same in every step. Its key is one that no user draws data from by chance.
         key_order, key_sign = jax.random.split(jax.random.key(int.from_bytes(b"sket")))
         signed = jax.random.rademacher(key_sign, (entries,), vector.dtype) * vector
         shuffled = signed[jax.random.permutation(key_order, entries)]

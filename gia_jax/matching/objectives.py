@@ -1,6 +1,6 @@
 """How far a simulated update is from the observed one: `(simulated, observed) -> ` scalar, lower is closer.
 
-Sums run over all entries of all layers, in float32 or wider whatever the updates; `weighted` and `selected` change what
+Sums run over all entries of all layers, in float32 or wider whatever their type; `weighted` and `selected` change what
 a layer counts.
 """
 
@@ -78,7 +78,7 @@ def tag(*, scale: float = 0.1, layers: Sequence[str] | None = None) -> Objective
     Args:
         scale: Weight of the absolute differences of the first layer, >= 0; it falls linearly to scale / L in the last.
             The paper does not fix the layer weights; a linear decay is what re-implementations use.
-        layers: As for `linear_decay`.
+        layers: Names of the layers in the order of the network, as for `linear_decay`.
 
     Returns:
         The objective.
@@ -102,7 +102,7 @@ def gaussian_likelihood(scale: float | Updates) -> ObjectiveFn:
     (Balunovic et al., Bayesian Framework for Gradient Leakage, ICLR 2022, section 4).
 
     Args:
-        scale: Standard deviation of the noise, > 0; one number, or a tree like the update.
+        scale: Standard deviation of the noise, > 0 and finite; one number, or a tree like the update.
 
     Returns:
         The objective, in nats.
@@ -185,7 +185,7 @@ def weighted(objective_fn: ObjectiveFn, weights_fn: Callable[[Updates], Updates]
 
     Args:
         objective_fn: Any objective of this module.
-        weights_fn: From the observed update, a tree like it with one weight >= 0 a leaf, such as `linear_decay()`.
+        weights_fn: Makes from the observed update a tree like it with one weight >= 0 a leaf, such as `linear_decay()`.
 
     Returns:
         The objective of layers multiplied by the square root of their weight: squared differences and inner products
@@ -205,7 +205,7 @@ def selected(objective_fn: ObjectiveFn, keep_fn: Callable[[str], bool]) -> Objec
 
     Args:
         objective_fn: Any objective of this module.
-        keep_fn: From the key path of a leaf, such as "['fc']['kernel']", whether it counts.
+        keep_fn: Says by the key path of a leaf, such as "['fc']['kernel']", whether it counts.
 
     Returns:
         The objective; when called it raises ValueError if no layer is left.

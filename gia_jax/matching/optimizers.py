@@ -94,11 +94,11 @@ def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> o
 
     Args:
         learning_rate: Length of a step in units of the quasi-Newton one, > 0 and finite.
-        memory_size: Pairs kept, m >= 1.
+        memory_size: Number m of pairs kept, at least 1.
 
     Returns:
         The transformation. It works on one flat vector, whatever the tree, in float32 or wider. Its `init` raises
-        ValueError for a memory that no machine has.
+        ValueError where `memory_size` pairs do not fit into memory.
     """
     _check.positive(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)

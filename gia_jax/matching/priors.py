@@ -1,6 +1,6 @@
 """What the attacker believes about images: `(batch, observation) -> ` scalar, lower is more plausible.
 
-Images are (b, h, w, c) in the model's own space. What is computed of them is float32 or wider.
+Images are (b, h, w, c) in the model's own space. All arithmetic is in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -40,17 +40,17 @@ def total_variation(
     (p, q) = (2, 0.5) is isotropic, (2, 1.25) that of Wang et al., Beyond Inferring Class Representatives, INFOCOM 2019.
 
     Args:
-        inner_exponent: p > 0, of each difference.
-        outer_exponent: q > 0, of their sum.
+        inner_exponent: Exponent p of each difference, > 0 and finite.
+        outer_exponent: Exponent q of their sum, > 0 and finite.
         color_opponents: Whether to add the channels R-G, R-B and G-B; images must have three channels.
-        eps: Added to differences, so that roots have a derivative at 0; >= 0.
+        eps: Number added to differences, so that roots have a derivative at 0, >= 0 and finite.
 
     Returns:
         The prior.
 
     Raises:
-        ValueError: An exponent that is not positive and finite, or a negative `eps`; when called, inputs that are no
-            images or, with `color_opponents`, not of three channels.
+        ValueError: An exponent that is not positive and finite, or an `eps` that is negative or not finite; when
+            called, inputs that are no images or, with `color_opponents`, not of three channels.
     """
     _check.positive(inner_exponent=inner_exponent, outer_exponent=outer_exponent)
     _check.finite("inner_exponent", inner_exponent)
@@ -111,9 +111,9 @@ def batch_norm_statistics(
 
     Args:
         statistics_fn: `(params, inputs) -> ` mean and biased variance of every batch-normalisation layer's input.
-        target_fn: From the observation, the statistics to match. None takes what the threat model grants,
+        target_fn: Reads from the observation the statistics to match. None takes what the threat model grants,
             observation.extra["statistics"].
-        first_layer_weight: Of the first layer, >= 0; the others count once.
+        first_layer_weight: Weight of the first layer, >= 0 and finite; the others count once.
 
     Returns:
         The prior: the sum over layers of the L2 distances (not squared) of means and of variances.

@@ -21,10 +21,10 @@ def advance(
     Args:
         attack: The attack.
         key: The key that the whole run passes to every call.
-        state: From `attack.init` or the last call.
+        state: State from `attack.init` or the last call.
         observation: The observation.
-        start: Steps done so far; may be traced.
-        num_steps: Steps to do, static.
+        start: Number of steps done so far; it may be traced.
+        num_steps: Number of steps to do, static.
 
     Returns:
         The state and the stacked info, leaves (num_steps,).
@@ -51,7 +51,8 @@ def run(
         The reconstruction and the stacked info of every step.
 
     Raises:
-        ValueError: A `num_steps` below one, or an observation with non-finite values (outside of a trace).
+        ValueError: A `num_steps` that is no positive integer, or an observation with non-finite values (outside of a
+            trace).
     """
     _check.integer(num_steps=num_steps)
     _check.finite("observation", observation)
@@ -133,11 +134,15 @@ def continued(first: Attack, second: Attack, *, num_steps: int, num_starts: int 
     Args:
         first: A gradient-matching attack, plain or under `keep_best`.
         second: A gradient-matching attack with the same unknowns; its labels and optimizer start as it says.
-        num_steps: Steps of `first`, done in `init`, at least 1.
-        num_starts: Independent starts of `first`, at least 1; `second` goes on from the one of the lowest finite loss.
+        num_steps: Number of steps of `first`, done in `init`, at least 1.
+        num_starts: Number of independent starts of `first`, at least 1; `second` goes on from the one of the lowest
+            finite loss.
 
     Returns:
         The attack; only the steps of `second` are counted and reported.
+
+    Raises:
+        ValueError: A count that is no positive integer.
     """
     _check.integer(num_steps=num_steps, num_starts=num_starts)
 
@@ -186,7 +191,7 @@ def from_starts(attack: Attack, num_starts: int) -> Attack:
 
 
 def best_start(attack: Attack, state: AttackState, observation: Observation) -> Any:
-    """Of the starts of `from_starts`, the candidate of the lowest finite loss; its best where `keep_best` kept one."""
+    """The candidate of the lowest finite loss of all starts of `from_starts`, or the best one that `keep_best` kept."""
     candidate = state.candidate
     if isinstance(candidate, Best):
         return _lowest(candidate.best, candidate.best_loss)
@@ -194,7 +199,7 @@ def best_start(attack: Attack, state: AttackState, observation: Observation) -> 
 
 
 def _lowest(stacked: PyTree[Array], losses: Float[Array, " n"]) -> PyTree[Array]:
-    """The member of the lowest finite loss of a stack."""
+    """The member of a stack that has the lowest finite loss."""
     index = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
@@ -226,6 +231,6 @@ def restarts(reconstruct_fn: ReconstructFn, num_restarts: int, *, batch_size: in
 
 
 def choose(found: Reconstruction) -> Reconstruction:
-    """Of stacked reconstructions (leading axis r), the one of the lowest finite loss, with the losses of all."""
+    """The stacked reconstruction (leading axis r) of the lowest finite loss, with the losses of all."""
     chosen = _lowest(found, jnp.where(found.is_finite, found.loss, jnp.inf))
     return chosen._replace(restart_losses=found.loss)

@@ -55,7 +55,7 @@ def gradient_matching(
         min over z of  D(client(params, decode(z)), update) + prior(decode(z)).
 
     The unknowns, the updates that D compares, and the loss are float32 or wider. The client sees inputs in the type of
-    the granted ones, or of the parameters where none are, and the reconstruction has that type.
+    the granted ones, or of the parameters where none are, and the reconstructed inputs have that type.
 
     Args:
         client_fn: What the attacker believes the client did; for a defended client, the defended `client_fn`.
@@ -66,7 +66,8 @@ def gradient_matching(
             Default: the labels the threat model grants, whatever targets these are.
         decode_fn: `(z, labels) -> Batch`. Default: z are the inputs.
         project_fn: `z -> z` after every update, such as a box.
-        optimizer: Of z. Default: Adam at 0.1. It is passed `key`, `value`, `grad`, `value_fn` and `residual_fn`.
+        optimizer: Optimiser of z. Default: Adam at 0.1. It is passed `key`, `value`, `grad`, `value_fn` and
+            `residual_fn`.
         residual_fn: `(simulated, observed) -> ` tree whose sum of squares is D, for solvers of least squares.
 
     Returns:
@@ -133,7 +134,11 @@ def gradient_matching(
 
 
 def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
-    """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel)."""
+    """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel).
+
+    Raises:
+        ValueError: A concrete `low` that is not below `high`, or a NaN.
+    """
     if _check.is_concrete((low, high)):
         lows, highs = np.broadcast_arrays(np.asarray(low), np.asarray(high))
         wrong = ~(lows < highs)  # NaN as well

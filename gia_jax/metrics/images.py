@@ -15,7 +15,7 @@ from gia_jax.precision import widened
 
 Images = Float[Array | np.ndarray, "b h w c"]
 AXES = ("n", "h", "w", "c")
-ROUNDING = 1e-3  # how far true pixels may leave [0, 1], or as far as the rounding of bfloat16 takes them
+ROUNDING = 1e-3  # how far true pixels may leave [0, 1]; in bfloat16 farther, by one unit of its rounding
 
 
 class ImageScores(NamedTuple):
@@ -135,8 +135,8 @@ def nearest(images: Images, gallery: Float[Array | np.ndarray, "n h w c"]) -> Fl
         gallery: Public images of the same shape, one or more.
 
     Returns:
-        The guesses, of the type of `gallery`; NaN for a traced image, and never a traced public image, that is not
-        pixels in [0, 1].
+        The guesses, of the type of `gallery`. The guess for a traced image that is not pixels in [0, 1] is NaN, and a
+        traced public image that is not pixels in [0, 1] is never a guess.
 
     Raises:
         ValueError: The shapes do not fit, an array is of integers, or concrete pixels leave [0, 1].
@@ -159,7 +159,7 @@ def _squared_distances(image: Float[Array, "h w c"], gallery: Float[Array, "n h 
 
 
 def as_pixels(images: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
-    """Clipped to [0, 1], NaN as 0.5, in float32 or wider: how every metric reads a reconstruction."""
+    """The images clipped to [0, 1], NaN as 0.5, in float32 or wider: how every metric reads a reconstruction."""
     return jnp.nan_to_num(jnp.clip(widened(jnp.asarray(images)), 0, 1), nan=0.5)
 
 
@@ -169,7 +169,7 @@ def true_pixels(
     """True images without what rounding took out of [0, 1], in float32 or wider, and which of them are pixels at all.
 
     Raises:
-        ValueError: As `check_pixels` does.
+        ValueError: The images are none that `check_pixels` passes.
     """
     check_pixels(name, images, AXES)
     values, slack = widened(jnp.asarray(images)), _slack(images)
@@ -178,9 +178,9 @@ def true_pixels(
 
 
 def check_pixels(name: str, images: Array | np.ndarray, axes: tuple[str, ...], *, in_range: bool = True) -> None:
-    """Raises ValueError for an array that is no images with these axes, "..." for any number of them, or of integers.
+    """Raises ValueError for an array of integers, or one that is no images with these axes ("..." is any number).
 
-    With `in_range` also for concrete values outside of [0, 1], or NaN.
+    With `in_range` it does so for concrete values that are NaN or outside of [0, 1] as well.
     """
     shape = jnp.shape(images)
     ranked = len(shape) >= len(axes) - 1 if axes[0] == "..." else len(shape) == len(axes)

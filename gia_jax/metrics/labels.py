@@ -16,7 +16,8 @@ def label_overlap(recovered: Array | np.ndarray, truth: Array | np.ndarray) -> F
         truth: Class indices or probabilities of the b true labels.
 
     Returns:
-        A number in [0, 1]; the order of the labels plays no part. NaN where a traced `truth` is no labels.
+        A number in [0, 1]; the order of the labels plays no part. NaN where a traced `truth` holds something that is no
+        label.
 
     Raises:
         ValueError: The two have different lengths or none, are neither integers of shape (b,) nor probabilities of

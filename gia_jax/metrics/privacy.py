@@ -22,8 +22,8 @@ from gia_jax.precision import widened
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove", "replace_one")
-MAX_ROUNDS = 10**9  # rounding errors of a round, as often as that, are still small
-MAX_LOSSES = 2**24  # of a composed distribution: a GiB and some ten seconds
+MAX_ROUNDS = 10**9  # up to which the rounding errors of all rounds together are small
+MAX_LOSSES = 2**24  # losses in a composed distribution, which take a GiB and some ten seconds
 TAIL = 1e-15  # the probability that a composed distribution counts as that of an infinite loss
 
 
@@ -39,9 +39,9 @@ def epsilon(
     """The epsilon of `num_rounds` releases, for data sets that differ in one example.
 
     Args:
-        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, > 0.
-        delta: In (0, 1).
-        num_rounds: Releases, each with noise of its own, at most 10^9.
+        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, from 1e-50 to 1e50.
+        delta: Probability in (0, 1) with which epsilon need not hold.
+        num_rounds: Number of releases, each with noise of its own, from 1 to 10^9.
         sampling_rate: The chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
             sampling that the adversary does not see; a server that chose the cohort saw it.
         relation: How the data sets differ: "add_or_remove", one has an example more, or "replace_one", an example has
@@ -100,10 +100,10 @@ def reconstruction_robustness(
     from mu, which may be larger), composed over the rounds by FFT.
 
     Args:
-        noise_multiplier: As for `epsilon`.
+        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, as for `epsilon`.
         prior: kappa in (0, 1), the chance of success without the release: 1 / n for n equally likely candidates.
-        num_rounds: As for `epsilon`.
-        sampling_rate: As for `epsilon`.
+        num_rounds: Number of releases, as for `epsilon`.
+        sampling_rate: The chance of each example to take part in a round, as for `epsilon`.
 
     Returns:
         Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart (farther below
@@ -155,7 +155,7 @@ def fisher_information(
         params: Parameters.
         batch: Examples, of d numbers each.
         scale: Standard deviation of the noise on the update, > 0 and finite.
-        batch_size: Columns of J computed at once, of d, at least 1; None: all.
+        batch_size: Number of the d columns of J computed at once, at least 1; None computes all at once.
 
     Returns:
         The matrix, in the units of the inputs to the power -2, in float32 or wider. NaN where a traced `scale` is not
@@ -200,7 +200,8 @@ def fisher_bound(information: Float[Array | np.ndarray, "d d"]) -> Float[Array, 
     """The least mean squared error per entry of UNBIASED estimators: d / trace(information).
 
     Hannun et al. 2021 (as above), 1 / eta^2. No ceiling for an attack with a prior, which is biased and may do better:
-    see `van_trees_bound`. Infinite without any information; NaN where a traced `information` is seen to be none.
+    see `van_trees_bound`. It is infinite where `information` is all 0, and NaN where a traced one is seen not to be
+    symmetric or to have a negative diagonal.
 
     Raises:
         ValueError: If a concrete `information` is not finite, symmetric and positive semi-definite, or has no entries.
@@ -219,7 +220,7 @@ def van_trees_bound(
     """The least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian of this covariance.
 
     Van Trees, Detection, Estimation, and Modulation Theory, 1968, section 2.4.3: trace((E[F] + covariance^-1)^-1) / d,
-    here as trace(L' (1 + L' E[F] L)^-1 L) / d with covariance = L L', which needs no inverse of a singular covariance.
+    here as trace(L (1 + L' E[F] L)^-1 L') / d with covariance = L L', which needs no inverse of a singular covariance.
     It is attained where the update is linear in the inputs. In float64: with little noise the matrix is too
     ill-conditioned for less. What is below the rounding of the matrices' entries as given counts as 0.
 
@@ -296,16 +297,17 @@ def privacy_lines(
     """What belongs beside every epsilon, a line each: epsilon, gamma, and the bounds on the error of a reconstruction.
 
     Args:
-        noise_multiplier: As for `epsilon`; 0 is clipping without noise, None is noise without clipping: neither has an
-            epsilon or a gamma.
-        delta: As for `epsilon`.
-        num_rounds: As for `epsilon`.
-        sampling_rate: As for `epsilon`.
-        relation: As for `epsilon`.
-        accountant: As for `epsilon`.
-        prior: As for `reconstruction_robustness`; None leaves its line out.
-        information: As for `van_trees_bound`, of all that is released together; None leaves out both bounds.
-        covariance: As for `van_trees_bound`; None leaves out that bound.
+        noise_multiplier: Standard deviation of the noise, as for `epsilon`; 0 is clipping without noise, None is noise
+            without clipping: neither has an epsilon or a gamma.
+        delta: Probability in (0, 1) with which epsilon need not hold.
+        num_rounds: Number of releases, as for `epsilon`.
+        sampling_rate: The chance of each example to take part in a round, as for `epsilon`.
+        relation: How the data sets differ, as for `epsilon`.
+        accountant: How epsilon is computed, as for `epsilon`.
+        prior: The chance of success without the release, as for `reconstruction_robustness`; None leaves its line out.
+        information: Fisher information of all that is released together, as for `van_trees_bound`; None leaves out both
+            bounds.
+        covariance: Covariance of the prior, as for `van_trees_bound`; None leaves out that bound.
 
     Returns:
         The lines. Errors are in the units of the inputs squared.
@@ -316,7 +318,7 @@ def privacy_lines(
     """
     if covariance is not None and information is None:
         raise ValueError("information must be given with covariance, got None")
-    # Also what is not used must be right.
+    # Arguments are checked also where they are not used.
     _check_mechanism(noise_multiplier or 1.0, num_rounds, sampling_rate)
     _check_accounting(delta, sampling_rate, relation, accountant)
     if prior is not None:
@@ -371,7 +373,7 @@ def _check_prior(prior: float) -> None:
 def _losses(noise_multiplier: float, sampling_rate: float, relation: Any) -> Any | None:
     """The privacy loss distribution of one sampled release; None where its losses are no floating-point numbers.
 
-    Losses grow as the noise to the power -2, and so does the spacing of their grid: it would fill memory.
+    Losses grow as the noise to the power -2, and so does the spacing of their grid, which would else fill memory.
     """
     try:
         found = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(

@@ -97,7 +97,7 @@ def stochastic(
         `apply_of(key) -> apply_fn`, a function as `functional` returns, and params.
 
     Raises:
-        ValueError: As for `functional`, or a module without a random state.
+        ValueError: What `functional` refuses, or a module without a random state.
     """
     forward, params = _forward(module, batch_norm, statistics)
     if not _keys(nnx.split(module, nnx.Param, ...)[2]):
@@ -110,7 +110,7 @@ def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
 
     Args:
         module: Any `flax.nnx` module whose forward pass ends in the layer `name`.
-        name: The layer, an attribute of the module.
+        name: Name of the layer, an attribute of the module.
 
     Returns:
         The copy.
@@ -248,7 +248,7 @@ def _forward(
 
 
 def _is_key(leaf: Array) -> bool:
-    """Whether it is a key, typed or raw."""
+    """Whether a leaf is a random key, typed or raw."""
     is_raw = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
     return is_raw or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -322,7 +322,7 @@ def _watched(layer: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
 
 
 def _watch(model: nnx.Module, before: BeforeFn | None) -> None:
-    """Has every batch-normalisation layer of a model of one's own call `before`; it stays the layer it is."""
+    """Makes every batch-normalisation layer of a model, which is changed, call `before`; it stays the layer it is."""
     for _, layer in list(nnx.iter_modules(model)):
         if isinstance(layer, nnx.BatchNorm):
             object.__setattr__(layer, "__class__", _watched(type(layer)))

@@ -54,10 +54,10 @@ class VariationalAutoencoder(nnx.Module):
     """A `Decoder` and the encoder it is trained with (Kingma, Welling, Auto-Encoding Variational Bayes, ICLR 2014).
 
     Args:
-        input_shape: As for `Decoder`.
-        latent_size: Entries of a latent.
-        width: As for `Decoder`; the encoder mirrors it.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image, as for `Decoder`.
+        latent_size: Number of entries of a latent.
+        width: Width of the decoder, as for `Decoder`; the encoder mirrors it.
+        rngs: Random streams of the initial weights.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ def load_decoder(path: Path) -> Decoder:
         The decoder, of the size that its weights have, in float32 or wider.
 
     Raises:
-        ValueError: A file that is not there, that is none of a decoder, that is damaged or too large, or that holds
-            weights which are not finite.
+        ValueError: A file that is not there, that is not of a decoder, that is damaged or too large, or that holds
+            weights that are not finite.
     """
     try:
         return _load(path)

@@ -4,8 +4,8 @@ Needs the extra `secure`, and BFV and CKKS the extra `he`. All parties run in th
 own input and bytes. Secrets come from the operating system.
 
 A client answers every round once, in order, and nothing more after an error. A message that was changed on its way ends
-the run with `AggregationAborted`, or leaves the sum as it is. The exceptions are a client's own upload, where it
-travels as a vector or as a homomorphic ciphertext: no party can tell that it was changed, and the sum changes with it.
+the run with `AggregationAborted`, or leaves the sum as it is. The exception is a client's own upload that travels as a
+vector or as a homomorphic ciphertext: no party can tell that it was changed, and the sum changes with it.
 """
 
 from gia_jax.secure_aggregation import limits

@@ -23,10 +23,10 @@ def see_aggregated(
     """What the server holds of one client, and of all, after a round of the protocol for every victim.
 
     Args:
-        case: Each victim's batch is that of all clients together, in equal parts.
-        protected: Each client.
-        protocol: For as many clients.
-        key: Of the clients, the rounding and the threat model.
+        case: The victims; the batch of each is that of all clients together, in equal parts.
+        protected: The client that each of them is.
+        protocol: The protocol, for as many clients.
+        key: Key of the clients, the rounding and the threat model.
         known: Whether labels are granted.
 
     Returns:

@@ -10,7 +10,8 @@ class AggregationAborted(RuntimeError):  # noqa: N818, the usual word
     """The run ended without a sum.
 
     Attributes:
-        view: What the server holds nevertheless; its total is None. None where a single party was driven by hand.
+        view: What the server holds nevertheless; its total is None. It is None itself where a single party was driven
+            by hand.
     """
 
     view: Optional["ServerView"] = None

@@ -35,21 +35,21 @@ def fastsecagg(sharing: Sharing, *, clip: float, bits: int = 22) -> AggregationP
     noticed before it has their answers, and may learn more than a sum: from that only `secagg` with `consistency`
     protects.
 
-    A changed message ends the run or leaves the sum right, but for a chance of one in the prime: the shared update has
-    one entry more, which verifies the sum. Clients that share garbage are not noticed, and a client that answers with a
-    wrong share on purpose can evade the check.
+    A changed message ends the run or leaves the sum right, but for a chance of one in `sharing.prime`: the shared
+    update has one entry more, which verifies the sum. Clients that share garbage are not noticed, and a client that
+    answers with a wrong share on purpose can evade the check.
 
     Args:
         sharing: `fft_sharing(...)`, or `packed_shamir(...)`, which decodes from any clients of sufficient number.
-        clip: Largest magnitude of an entry.
-        bits: Bits an entry.
+        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
 
     Returns:
-        The protocol, for `sharing.num_shares` clients. A client sends (N - 1) / num_secrets times the length of its
-        update, and one entry more.
+        The protocol, for `sharing.num_shares` clients. For an update of p entries a client sends about
+        (N - 1) (p + 1) / num_secrets entries.
 
     Raises:
-        ValueError: As `Quantizer`.
+        ValueError: Arguments that `Quantizer` refuses.
     """
     quantizer = Quantizer(clip, bits, sharing.num_shares, sharing.prime)
     minimum = sharing.privacy + 1  # no sum over colluders and one victim only because all others are left out
@@ -175,7 +175,7 @@ class FastSecAggClient(ShareClient):
 
     @client_round
     def sum_shares(self, message: bytes) -> bytes:
-        """Round 2: of all whose boxes came."""
+        """Round 2: the sum of the shares of all whose boxes came."""
         self.receive(message)
         return self.sum_of(self.senders)
 

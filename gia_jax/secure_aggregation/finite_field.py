@@ -26,7 +26,7 @@ def matmul(left: UInt32[np.ndarray, "a b"], right: UInt32[np.ndarray, "b c"], pr
 
 
 def lagrange(known: Sequence[int], wanted: Sequence[int], prime: int) -> UInt32[np.ndarray, "w k"]:
-    """From a polynomial's values at the points `known` to its values at `wanted`; all points differ modulo `prime`."""
+    """The matrix from a polynomial's values at `known` to those at `wanted`; all points differ modulo `prime`."""
     weights = [pow(math.prod(x - y for y in known if y != x), -1, prime) for x in known]
     rows = []
     for point in wanted:

@@ -55,25 +55,26 @@ def homomorphic(
 
     The server believes a published sum only where all published sums are equal, so a client alone cannot lie about it.
     But these ciphertexts have no tag, as they can be added: a client's ciphertext that was changed on its way, and
-    still is one, changes the sum unnoticed. So does one that the server sends to all clients, which publish nothing
-    or all the same wrong sum. Bytes that are no ciphertext of the right kind end the run.
+    still is one, changes the sum unnoticed. So does a wrong one that the server sends to all clients: they publish
+    nothing, or all the same wrong sum. Bytes that are no ciphertext of the right kind end the run.
 
     Args:
-        num_clients: N; with Paillier at most 2^15.
+        num_clients: Number N of clients; with Paillier at most 2^15.
         scheme: "bfv" is exact; "ckks" is approximate, its error of about 1e-6 steps is rounded off; both need the
             extra `he`. "paillier" is exact, of the extra `secure` alone, and slow: a tenth of a second or more for
             every 65 entries.
-        clip: Largest magnitude of an entry.
-        bits: Bits an entry.
+        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
         publish: Whether the clients tell the server the sum, as a server that holds the model in the clear needs it.
             False: the view's aggregate is None.
-        key_bits: Of Paillier, from 1024 to 16384, above which it would take minutes; below 3072 it is for tests.
+        key_bits: Length of Paillier's key in bits, from 1024 to 16384, above which it would take minutes; below 3072 it
+            is for tests.
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: As `Quantizer`, an unknown scheme, or Paillier's arguments out of range.
+        ValueError: Arguments that `Quantizer` refuses, an unknown scheme, or Paillier's arguments out of range.
         ImportError: BFV or CKKS without the extra `he`.
     """
     if scheme not in SCHEMES:
@@ -104,11 +105,11 @@ class Cipher(NamedTuple):
     Its functions raise MalformedMessage for bytes that are no ciphertext or public key of its own.
 
     Attributes:
-        generate: From the key's bits, the secret key. (Lattice schemes have a length of their own.)
-        public: From the secret key, what the server needs to add; it encrypts nothing.
-        encrypt: From the secret key and signed integers, shape (p,), a ciphertext for every block of them.
-        add: From what `public` gave and ciphertexts of the same block, that of the sum.
-        decrypt: From the secret key and the ciphertexts of all blocks, the integers, at least p of them.
+        generate: Makes a secret key of a number of bits. (Lattice schemes have a length of their own.)
+        public: Derives from the secret key what the server needs to add; it encrypts nothing.
+        encrypt: Makes from the secret key and signed integers, shape (p,), a ciphertext for every block of them.
+        add: Makes from what `public` gave and ciphertexts of the same block that of the sum.
+        decrypt: Reads with the secret key from the ciphertexts of all blocks the integers, at least p of them.
     """
 
     generate: Callable[[int], bytes]
@@ -259,7 +260,7 @@ SCHEMES: Mapping[str, Callable[[], Cipher]] = {
 
 @dataclass(frozen=True)
 class Encrypted(Wire):
-    """From a client: what the server needs to add, and ciphertexts by block."""
+    """What a client sends: what the server needs to add, and ciphertexts by block."""
 
     public: bytes
     blocks: Bytes
@@ -267,7 +268,7 @@ class Encrypted(Wire):
 
 @dataclass(frozen=True)
 class EncryptedSum(Wire):
-    """From the server: the ciphertexts of the sum by block."""
+    """What the server sends: the ciphertexts of the sum by block."""
 
     blocks: Bytes
 
@@ -332,7 +333,7 @@ class HomomorphicServer(Server):
 
     @server_round
     def learn(self, answers: Bytes) -> Bytes:
-        """Round 1: what the clients publish, if they do."""
+        """Round 1: takes the sum that the clients publish, if they do."""
         require(len(answers), 1, "with the decrypted sum")
         published = set(answers.values())
         if len(published) > 1:

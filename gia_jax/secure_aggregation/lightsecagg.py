@@ -40,19 +40,19 @@ def lightsecagg(
     entry more, which verifies the sum of the masks. A client that answers with a wrong share on purpose can evade that.
 
     Args:
-        num_clients: N, so that N U is at most 2^22.
-        privacy: T, not negative, below `survivors`.
-        survivors: U, at most N; N - U clients may drop out.
-        clip: Largest magnitude of an entry.
-        bits: Bits an entry.
-        prime: Of the field, a prime below 2^31.
+        num_clients: Number N of clients, so that N U is at most 2^22.
+        privacy: Number T of colluding clients, not negative, below `survivors`.
+        survivors: Number U of clients that must answer, at most N and 2,048; N - U clients may drop out.
+        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
+        prime: Modulus of the field, a prime above N + U and below 2^31.
 
     Returns:
-        The protocol. A client sends (N - 1) / (U - T) times the length of its update, and one entry more, beside its
-        masked update.
+        The protocol. For an update of p entries a client sends about (N - 1) (p + 1) / (U - T) entries beside
+        its masked update.
 
     Raises:
-        ValueError: As `Quantizer` and `packed_shamir`, or T < U <= N does not hold.
+        ValueError: Arguments that `Quantizer` or `packed_shamir` refuses, or T < U <= N does not hold.
     """
     _check.integer(num_clients=num_clients, survivors=survivors)
     _check.integer(0, privacy=privacy)

@@ -30,8 +30,8 @@ def lone_honest_client(
     No protocol prevents it: the sum less what the others put in is what is left.
 
     Args:
-        view: After a run.
-        client: The only honest one.
+        view: The server's view after a run.
+        client: Number of the only honest client.
         residues: What every client put in, from `quantized`; the row of `client` is not read.
         params: What the server sent.
 
@@ -60,10 +60,10 @@ def inconsistent_models(params: Params, layer: Path, victim: int, num_clients: i
     Threat model: a malicious server that sends each client parameters of its own.
 
     Args:
-        params: What the victim gets.
+        params: Parameters that the victim gets.
         layer: Keys to a layer with "kernel" and "bias" that is followed by ReLU.
-        victim: From 0.
-        num_clients: N.
+        victim: Number of the victim, from 0 to N - 1.
+        num_clients: Number N of clients.
 
     Returns:
         A tree like `params` with a leading axis of the clients, for `vmap(client_fn)`.
@@ -104,10 +104,11 @@ def imprinted(
     Threat model: a malicious server that sends all clients the same altered parameters.
 
     Args:
-        params: With a first layer on the flattened example, ReLU behind it, and a dense layer that follows.
+        params: Parameters of a network with a first layer on the flattened example, ReLU behind it, and a dense layer.
         layer: Keys to the first layer, "kernel" (d, k) and "bias" (k,).
         following: Keys to the next one, "kernel" (k, c).
-        thresholds: Rising and finite; quantiles of the mean of an input, as the attacker guesses them.
+        thresholds: Quantiles of the mean of an input, as the attacker guesses them, shape (k,), rising and finite;
+            traced ones that do not rise make the layer's bias NaN.
         gain: About the largest entry of the layer's gradient, times that of an input and over the batch size; positive.
 
     Returns:
@@ -140,8 +141,9 @@ class Bins(NamedTuple):
     """What the bins of an imprint hold.
 
     Attributes:
-        inputs: For each bin its example, shape (k, d); a mixture where it holds several.
-        occupied: Whether the bin holds any, shape (k,). A bin whose gradients are not finite counts as occupied.
+        inputs: The example of each bin, shape (k, d); a mixture where it holds several.
+        occupied: Whether the bin holds any example, shape (k,). A bin whose gradients are not finite counts as
+            occupied.
     """
 
     inputs: Float[Array, "k d"]
@@ -155,10 +157,13 @@ def imprint_inversion(update: Updates, layer: Path, *, tolerance: float = 1e-4) 
 
     Args:
         update: The gradient, as observed.
-        layer: As for `imprinted`.
-        tolerance: Differences of bias gradients below this fraction of the largest are taken to be rounding. Behind a
-            quantizer, one step of it times the root of the number of clients, in that unit, is not enough: take
-            several. From 0 to 1.
+        layer: Keys to the first layer, as for `imprinted`.
+        tolerance: Fraction from 0 to 1 of the largest difference of bias gradients; what is below it is taken to be
+            rounding. Behind a quantizer, one step of it times the root of the number of clients, in that unit, is not
+            enough: take several.
+
+    Returns:
+        What the bins hold.
 
     Raises:
         ValueError: If the layer is missing, or the tolerance out of range.
@@ -169,7 +174,7 @@ def imprint_inversion(update: Updates, layer: Path, *, tolerance: float = 1e-4) 
     gradient = widened_tree(given)
     kernel = jnp.diff(gradient["kernel"].T, axis=0, append=0)
     bias = jnp.diff(gradient["bias"], append=0)
-    # Negated, so that what is not a number is not taken for an empty bin.
+    # The comparison is negated, so that NaN is not taken for an empty bin.
     occupied = ~(jnp.abs(bias) <= tolerance * jnp.nanmax(jnp.abs(bias)))
     inputs = jnp.where(occupied[:, None], kernel / jnp.where(occupied, bias, 1)[:, None], 0)
     return Bins(inputs.astype(given["kernel"].dtype), occupied)
@@ -183,8 +188,11 @@ def imprint_share(num_bins: int, num_examples: int) -> float:
     An attacker that wants more takes more bins.
 
     Args:
-        num_bins: k, at least 1.
-        num_examples: n, in the sum over all clients, at least 1.
+        num_bins: Number k of bins, at least 1.
+        num_examples: Number n of examples in the sum over all clients, at least 1.
+
+    Returns:
+        The share, in (0, 1).
 
     Raises:
         ValueError: A number that is no integer of at least 1.
@@ -197,8 +205,8 @@ class Disaggregated(NamedTuple):
     """Single updates from many sums.
 
     Attributes:
-        updates: For each client its update, shape (n, p).
-        determined: For each client whether its update follows from the sums, shape (n,); the others mean nothing.
+        updates: The update of each client, shape (n, p).
+        determined: Whether the client's update follows from the sums, shape (n,); the other updates mean nothing.
     """
 
     updates: Float[np.ndarray, "n p"]
@@ -214,11 +222,14 @@ def disaggregated(participation: Bool[np.ndarray, "rounds n"], sums: Float[np.nd
     Threat model: an honest-but-curious server that sees who takes part, as it does in every protocol here.
 
     Args:
-        participation: Who is in which sum.
-        sums: One for each round.
+        participation: Which clients are in the sum of each round, booleans.
+        sums: The sum of each round, finite.
+
+    Returns:
+        The updates, in float64, and which of them are determined.
 
     Raises:
-        ValueError: If there is not one sum for each round, or one is not finite.
+        ValueError: If there is not one sum for each round, one is not finite, or `participation` is not boolean.
     """
     if len(sums) != len(participation):
         raise ValueError(f"sums must have {len(participation)} rounds, got {len(sums)}")
@@ -242,9 +253,9 @@ def joint_labels(
     has how many, but `bias_counts` reads the same from its mean and its total.
 
     Args:
-        view: After a run whose updates were gradients times counts.
-        params: What the server sent.
-        counts: Examples of each contributor, at least 1.
+        view: The server's view after a run whose updates were gradients times counts.
+        params: Parameters that the server sent.
+        counts: Number of examples of each contributor, at least 1.
         classifier_fn: Picks the last layer; it must have a bias.
 
     Returns:
@@ -274,9 +285,12 @@ def noise_against_server(noise_multiplier: float, *, num_clients: int, num_hones
     Differential Privacy and Secure Aggregation, EuroS&P 2023. Pass both to `gia_jax.metrics.epsilon`.
 
     Args:
-        noise_multiplier: Of the sum, > 0 and finite.
-        num_clients: n.
-        num_honest: From 1, the worst case, to n.
+        noise_multiplier: Noise multiplier of the whole sum, > 0 and finite.
+        num_clients: Number n of clients.
+        num_honest: Number of honest clients, from 1, the worst case, to n.
+
+    Returns:
+        The noise multiplier that is left, `noise_multiplier` times sqrt(num_honest / n).
 
     Raises:
         ValueError: An argument out of range.

@@ -11,10 +11,10 @@ from gia_jax.secure_aggregation.protocol import ServerView, decode, divided, mod
 
 
 class Ciphertext(NamedTuple):
-    """In place of an observation: there are no numbers to attack. A table prints "n/a: ciphertext", never a score.
+    """Takes the place of an observation where there are no numbers to attack. A table prints "n/a: ciphertext" for it.
 
     Attributes:
-        num_bytes: Of the ciphertext.
+        num_bytes: Length of the ciphertext in bytes.
     """
 
     num_bytes: int
@@ -39,10 +39,10 @@ def observe(
       other contributors, the update itself.
 
     Args:
-        view: After a run.
+        view: The server's view after a run.
         target: "aggregate", or "client:" and a number.
         params: What the server sent to the clients.
-        colluders: From a client to the residues it put into the protocol, shape (p,), as `quantized` gives them.
+        colluders: The residues that each colluding client put into the protocol, shape (p,), as `quantized` gives them.
         extra: What else the threat model grants, as `gia_jax.grants` makes it.
 
     Returns:
@@ -50,7 +50,7 @@ def observe(
 
     Raises:
         ValueError: An unknown target, a client that sent nothing, a colluder that is no contributor or whose residues
-            are none or of another length, or a sum that there is not, or that is over colluders only.
+            are none or of another length, a sum that the server does not have, or one over colluders only.
     """
     colluders = {} if colluders is None else colluders
     if unknown := sorted(set(colluders) - set(view.contributors)):

@@ -26,15 +26,15 @@ def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationPr
     An upload that was changed on its way changes the sum unnoticed.
 
     Args:
-        num_clients: N.
-        clip: Largest magnitude of an entry.
-        bits: Bits an entry.
+        num_clients: Number N of clients.
+        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: As `Quantizer`.
+        ValueError: Arguments that `Quantizer` refuses.
     """
     quantizer = Quantizer(clip, bits, num_clients)
 

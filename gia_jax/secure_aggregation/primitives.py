@@ -83,8 +83,8 @@ class Mailbox:
         """Agrees on the key of the channel to `peer`.
 
         Args:
-            peer: The other end.
-            public: Its public key.
+            peer: Number of the client at the other end.
+            public: Public key of that client.
             announced: What both ends must have been told alike: a box opens only for an end that was.
         """
         self._channels[peer] = ChaCha20Poly1305(agree(self._private, public, b"channel")), announced
@@ -96,7 +96,7 @@ class Mailbox:
         return nonce + cipher.encrypt(nonce, content, f"{self.client} to {receiver} ".encode() + announced)
 
     def open(self, sender: int, box: bytes) -> bytes:
-        """Decrypts what `sender` sealed; MalformedMessage where a bit, a name or what was announced is another."""
+        """Decrypts what `sender` sealed; raises MalformedMessage where a bit, a name or what was announced differs."""
         if sender not in self._channels:
             raise MalformedMessage(f"client {self.client} has no channel to client {sender}, and got a box from it")
         cipher, announced = self._channels[sender]

@@ -28,11 +28,11 @@ class Client:
     Every round is a method that `client_round` decorates: it answers once, in the order of `rounds`.
 
     Attributes:
-        rounds: For each round, from the server's message to the client's answer.
+        rounds: A function for each round, which makes from the server's message the client's answer.
 
     Args:
-        client: Its number.
-        rounds: The attribute.
+        client: Number of the client.
+        rounds: The methods that become the attribute, in order.
     """
 
     rounds: Sequence[Callable[[bytes], bytes]]
@@ -49,8 +49,8 @@ def client_round(step: Callable[[ClientType, bytes], bytes]) -> Callable[[Client
     """Makes a method of a client one of its rounds.
 
     Two answers to one round would differ by secrets, such as a single pairwise mask. So the round counts as taken
-    before it runs, and a client that was asked out of order, or that raised, is finished: whatever it is asked after
-    that, it raises AggregationAborted.
+    before it runs, and a client that was asked out of order, or that raised, is finished: it raises AggregationAborted
+    whatever it is asked after that.
     """
 
     @functools.wraps(step)
@@ -73,13 +73,13 @@ class Server:
     """The server's side of a protocol. All that it knows of a client it was sent as bytes.
 
     Attributes:
-        rounds: For each round, from the answers that came to the next messages, both by client.
+        rounds: A function for each round, which makes from the answers that came the next messages, both by client.
         uploads: What carries each client's update: residues, shape (p,), or ciphertext.
         contributors: The clients in the sum, once they are known.
         total: The sum, shape (p,), once it is known.
 
     Args:
-        num_clients: They have the numbers below it.
+        num_clients: Number of clients, which are numbered from 0.
     """
 
     rounds: Sequence[Callable[[Bytes], Bytes]]
@@ -112,11 +112,12 @@ class AggregationProtocol(NamedTuple):
     """A protocol by which a server learns a sum. `aggregate` runs it.
 
     Attributes:
-        name: For tables.
-        quantizer: From floats to residues; it knows the number of clients.
-        collusion: Clients that may tell the server all they know, with the sum over the others still all it learns.
-        make_clients: From every client's residues, shape (n, p), and every client's randomness, the clients.
-        make_server: From the length p, and the server's randomness, the server.
+        name: Name of the protocol, for tables.
+        quantizer: What turns floats into residues; it knows the number of clients.
+        collusion: Number of clients that may tell the server all they know, with the sum over the others still all it
+            learns.
+        make_clients: Makes the clients from the residues of each, shape (n, p), and the randomness of each.
+        make_server: Makes the server from the length p and its randomness.
     """
 
     name: str
@@ -130,7 +131,7 @@ class Message(NamedTuple):
     """One message on its way; the server's number is `SERVER`.
 
     Attributes:
-        round: From 0.
+        round: Number of the round, from 0.
         kind: The step that made it.
         sender: Client or server.
         receiver: Client or server.
@@ -194,7 +195,7 @@ def aggregate(
         key: The clients' stochastic rounding; client i draws from `fold_in(key, i)`. No secret depends on it.
         protocol: Such as `secagg(...)`.
         updates: A tree of floats, every leaf with a leading axis of the protocol's number of clients.
-        dropouts: From a client to the first round that it does not answer.
+        dropouts: By client, the first round that it does not answer.
         insecure_seed: None draws every secret from the operating system. A number, not negative, makes a run
             reproducible, for experiments only: whoever knows it knows every secret, and two runs with one number use
             the same masks.
@@ -222,11 +223,11 @@ def aggregate_residues(
     """`aggregate` of vectors that are residues already.
 
     Args:
-        protocol: As for `aggregate`.
-        residues: Of every client, below the quantizer's modulus.
+        protocol: The protocol, such as `secagg(...)`.
+        residues: Residues of every client, uint32, below the quantizer's modulus.
         like: One client's update, of p entries in all; None for a vector.
-        dropouts: As for `aggregate`.
-        insecure_seed: As for `aggregate`.
+        dropouts: By client, the first round that it does not answer.
+        insecure_seed: Seed of a reproducible and insecure run, as for `aggregate`; None for none.
 
     Returns:
         The server's view.
@@ -300,15 +301,15 @@ def quantized(
     """What every client puts into the protocol: its own secret, which a colluder knows of itself.
 
     Args:
-        key: As for `aggregate`.
-        protocol: Its quantizer is used.
-        updates: As for `aggregate`.
+        key: Key of the clients' stochastic rounding, as for `aggregate`.
+        protocol: The protocol, whose quantizer is used.
+        updates: Updates of all clients, as for `aggregate`.
 
     Returns:
         The residues of every client, shape (n, p), and the shapes of one update.
 
     Raises:
-        ValueError: As `aggregate`.
+        ValueError: Updates that `aggregate` refuses.
     """
     count = protocol.quantizer.num_clients
     leaves = jax.tree.leaves(updates)
@@ -340,7 +341,7 @@ def decode(
 ) -> PyTree[Array]:
     """The tree of floats that a vector of residues, or a sum of such, stands for.
 
-    It is in float32 where `like` is in half precision: who divides a sum casts after that.
+    It is in float32 where `like` is in half precision, so that a sum may be divided before it is cast.
     """
     leaves, treedef = jax.tree.flatten(like)
     values = np.asarray(_decode(quantizer, residues))
@@ -364,7 +365,7 @@ def require_residues(name: str, residues: np.ndarray, modulus: int) -> None:
 
 
 def words(data: bytes, count: int, modulus: int = 2**32) -> UInt32[np.ndarray, " count"]:
-    """`count` residues that travelled as bytes; MalformedMessage where they are not."""
+    """`count` residues that travelled as bytes; raises MalformedMessage where the bytes are none."""
     if len(data) != 4 * count:
         raise MalformedMessage(f"a vector must have {4 * count} bytes, got {len(data)}")
     found = np.frombuffer(data, "<u4")
@@ -385,7 +386,7 @@ def require(found: int, threshold: int, step: str) -> None:
 
 
 def require_own_keys(client: int, own: bytes, keys: Bytes, publics: Iterable[bytes]) -> None:
-    """Raises MalformedMessage where the keys that a client is sent have not its own, or two public keys are equal."""
+    """Raises MalformedMessage where the keys sent to a client do not hold its own, or two public keys are equal."""
     publics = list(publics)
     if keys.get(client) != own or len(set(publics)) < len(publics):
         raise MalformedMessage(f"client {client} got keys that are not its own, or not distinct")

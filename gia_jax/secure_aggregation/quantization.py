@@ -32,9 +32,9 @@ class Quantizer:
 
     Attributes:
         clip: Largest magnitude of an entry, > 0; larger ones are clipped. Public.
-        bits: Bits an entry, the sign included, from 2 to 31.
-        num_clients: Vectors that are added, at least 1.
-        modulus: Of the sums, from 3 to 2^32: `RING`, or a prime where a protocol divides.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
+        num_clients: Number of vectors that are added, at least 1.
+        modulus: Modulus of the sums, from 3 to 2^32: `RING`, or a prime where a protocol divides.
 
     Raises:
         ValueError: An argument out of range, or a sum of `num_clients` vectors that could wrap around:
@@ -75,7 +75,7 @@ class Quantizer:
         return self.largest / self.clip
 
     def encode(self, key: PRNGKeyArray, values: Float[Array, " p"]) -> UInt32[Array, " p"]:
-        """Clips, rounds at random and maps to residues; one client's key, its vector, shape (p,), finite."""
+        """Clips, rounds at random and maps to residues the vector of one client, shape (p,) and finite, by its key."""
         _check.finite("values", values)
         values = widened(values)
         scaled = jnp.clip(values, -self.clip, self.clip) * self.scale

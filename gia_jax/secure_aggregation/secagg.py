@@ -51,35 +51,36 @@ def secagg(
     round, so up to num_clients - threshold may drop out.
 
     Threat model: an honest-but-curious server and up to threshold - 1 clients that collude with it learn the sum over
-    the other contributors, and nothing else; with threshold colluders they learn everything, and a sum over one
-    honest client is that client's update. With `consistency` also a server that lies about who dropped out, where
-    2 threshold > num_clients + colluders and the clients' identity keys come from a source it cannot forge. A client
-    answers every round once, so that no server gets two masked inputs, whose difference is masks, or two sets of
+    the other contributors, and nothing else; with threshold colluders they learn everything, and a sum over one honest
+    client is that client's update. With `consistency` this holds also for a server that lies about who dropped out,
+    where 2 threshold > num_clients + colluders and the clients' identity keys come from a source it cannot forge. A
+    client answers every round once, so that no server gets two masked inputs, whose difference is masks, or two sets of
     shares. From a server that sends different models (`limits.inconsistent_models`) only `model_hashes` protect.
 
     A masked input that was changed on its way, or that a client made of garbage, changes the sum unnoticed. Any other
     changed message ends the run or leaves the sum right.
 
     Args:
-        num_clients: N.
-        threshold: t, from 2 (1 for a single client) to N; with `neighbours`, out of a client and its neighbours.
-        clip: Largest magnitude of an entry.
-        bits: Bits an entry.
+        num_clients: Number N of clients.
+        threshold: Number t of clients that must answer, from 2 (1 for a single client) to N; with `neighbours`, out of
+            a client and its neighbours.
+        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        bits: Number of bits of an entry, the sign included, from 2 to 31.
         neighbours: None masks and shares with every other client. An even number k < N does so with k others, on a
             circle in random order (SecAgg+); every client then needs `threshold` answers from among its own k + 1.
             Colluders and dropouts that cut the circle in two give the server two sums: fewer than k of them together
             never do, and more hardly ever, because the order is random. The server draws it, and must be honest.
         consistency: Adds signed keys and the consistency round.
-        model_hashes: Of the model that each client received, such as `limits.model_hash` of it. Masks are then derived
-            from it: between clients with different models they do not cancel, and the sum is noise. (A proposal of this
-            library, without a paper.)
+        model_hashes: Hash of the model that each client received, such as `limits.model_hash` of it. Masks are then
+            derived from it: between clients with different models they do not cancel, and the sum is noise. (A proposal
+            of this library, without a paper.)
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: As `Quantizer`; `threshold` or `neighbours` out of range or no integer; `consistency` with
-            neighbours; or not one hash, of bytes, for each client.
+        ValueError: Arguments that `Quantizer` refuses; `threshold` or `neighbours` out of range or no integer;
+            `consistency` with neighbours; or not one hash, of bytes, for each client.
     """
     quantizer = Quantizer(clip, bits, num_clients)
     if neighbours is not None:
@@ -156,7 +157,7 @@ class Signer:
     directory: dict[int, bytes]
 
     def sign(self, content: bytes) -> bytes:
-        """A signature of this client, of `content` that says what it is."""
+        """A signature of this client under `content`, which must say what it is."""
         return self.identity.sign(f"{self.client} ".encode() + content)
 
     def verify(self, client: int, content: bytes, signature: bytes) -> None:
@@ -292,7 +293,7 @@ class SecAggClient(Client):
             self._signer.verify(client, _survivors(request.survivors), signature)
 
 
-# What an identity key signs says what it is, so that no signature of one content is one of the other.
+# What an identity key signs begins with what it is, so that a signature of keys is never one of survivors.
 def _keys(channel: bytes, mask: bytes) -> bytes:
     return b"keys " + channel + mask
 

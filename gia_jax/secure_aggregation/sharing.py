@@ -35,19 +35,20 @@ from gia_jax.secure_aggregation.protocol import (
 )
 from gia_jax.secure_aggregation.wire import ByClient, Bytes
 
-MATRIX = 2**22  # entries of a code's matrix, each of which Python computes: seconds
+MATRIX = 2**22  # most entries of a code's matrix: Python computes each, which takes seconds
 
 
 class Sharing(NamedTuple):
     """A linear scheme: sums of shares are shares of sums.
 
     Attributes:
-        prime: Of the field.
-        num_shares: One for every client.
-        num_secrets: Secrets in one block.
-        privacy: Shares that together say nothing of the secrets.
-        share: From randomness and blocks of secrets, shape (num_secrets, m), the shares, (num_shares, m).
-        recover: From shares by client, shape (m,) each, the secrets; AggregationAborted where they are too few.
+        prime: Modulus of the field.
+        num_shares: Number of shares, one for every client.
+        num_secrets: Number of secrets in one block.
+        privacy: Number of shares that together say nothing of the secrets.
+        share: Makes from randomness and blocks of secrets, shape (num_secrets, m), the shares, (num_shares, m).
+        recover: Finds the secrets from shares by client, shape (m,) each; raises AggregationAborted where they are too
+            few.
     """
 
     prime: int
@@ -62,10 +63,10 @@ def packed_shamir(num_shares: int, *, num_secrets: int, privacy: int, prime: int
     """A polynomial through the secrets and `privacy` random values: any num_secrets + privacy shares determine it.
 
     Args:
-        num_shares: N, so that N (S + T) is at most 2^22.
-        num_secrets: S, at least 1.
-        privacy: T, not negative, S + T <= N and at most 2,048.
-        prime: A prime above N + S + T and below 2^31.
+        num_shares: Number N of shares, so that N (S + T) is at most 2^22.
+        num_secrets: Number S of secrets in a block, at least 1.
+        privacy: Number T of shares that say nothing, not negative; S + T is at most N and 2,048.
+        prime: Modulus of the field, a prime above N + S + T and below 2^31.
 
     Returns:
         The scheme.
@@ -119,12 +120,12 @@ class ShareClient(Client):
     """A client that shares one vector among all, and answers with the sum of what it holds.
 
     Args:
-        client: Its number.
+        client: Number of the client.
         secret: The vector of residues that it shares, shape (p,).
-        random: Its source of randomness.
+        random: Source of randomness of the client.
         sharing: The scheme.
-        minimum: Clients in a sum that it takes part in.
-        rounds: The protocol's own, that come after the exchange of shares.
+        minimum: Least number of clients in a sum that it takes part in.
+        rounds: Rounds of the protocol that come after the exchange of shares.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class ShareClient(Client):
 
     @property
     def senders(self) -> tuple[int, ...]:
-        """Whose shares it holds, its own included."""
+        """The clients whose shares it holds, itself included."""
         return tuple(sorted(self._held))
 
     def sum_of(self, contributors: tuple[int, ...]) -> bytes:
@@ -189,9 +190,9 @@ class ShareServer(Server):
     """The server of such an exchange: it forwards keys and boxes, and recovers the sum of the vectors.
 
     Args:
-        length: p.
+        length: Length p of the vectors.
         sharing: The scheme.
-        minimum: Clients that must answer.
+        minimum: Least number of clients that must answer.
     """
 
     def __init__(self, length: int, sharing: Sharing, minimum: int) -> None:
@@ -200,14 +201,14 @@ class ShareServer(Server):
 
     @server_round
     def send_keys(self, answers: Bytes) -> Bytes:
-        """Round 0: to everybody everybody's key."""
+        """Round 0: sends everybody's key to everybody."""
         require(len(answers), self._minimum, "with keys")
         self._owners = set(answers)
         return dict.fromkeys(answers, ByClient(answers).to_bytes())
 
     @server_round
     def send_boxes(self, answers: Bytes) -> Bytes:
-        """Round 1: to each client the boxes for it."""
+        """Round 1: sends each client the boxes for it."""
         require(len(answers), self._minimum, "with shares")
         boxes = {sender: ByClient.from_bytes(data).contents for sender, data in answers.items()}
         for sender, sent in boxes.items():

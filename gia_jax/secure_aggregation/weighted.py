@@ -32,8 +32,8 @@ class WeightedMean(NamedTuple):
         mean: The contributors' updates, weighted; a tree like one of them. For gradients of the mean loss, weighted by
             numbers of examples, it is the gradient of the union of their batches.
         total: The sum of the contributors' weights.
-        view: Of the run, whose vectors begin with the weight: what an attack observes of the sum is `mean`, not
-            `observe(view, "aggregate", ...)`.
+        view: The server's view of the run, whose vectors begin with the weight: what an attack observes of the sum is
+            `mean`, not `observe(view, "aggregate", ...)`.
     """
 
     mean: Updates
@@ -57,13 +57,13 @@ def weighted_mean(
     The total tells the server the size of the joint batch, all that `labels.bias_counts` needs beside the mean.
 
     Args:
-        key: As for `aggregate`.
+        key: Key of the clients' stochastic rounding, as for `aggregate`.
         protocol: One that gives the server the sum, with `bits` small enough for num_clients times `max_weight`.
-        updates: As for `aggregate`; clipped and rounded before they are weighted.
-        weights: Of every client, each known to that client alone.
+        updates: Updates of all clients, as for `aggregate`; they are clipped and rounded before they are weighted.
+        weights: Weight of every client, each known to that client alone.
         max_weight: The largest weight that a client may have; public.
-        dropouts: As for `aggregate`.
-        insecure_seed: As for `aggregate`.
+        dropouts: By client, the first round that it does not answer.
+        insecure_seed: Seed of a reproducible and insecure run, as for `aggregate`; None for none.
 
     Returns:
         The mean, the total and the view.

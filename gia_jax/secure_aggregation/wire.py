@@ -25,7 +25,7 @@ class Wire:
 
     @classmethod
     def from_bytes(cls: type[MessageType], data: bytes) -> MessageType:
-        """The message that travelled as `data`, or MalformedMessage: cut short, too long, or naming a client twice."""
+        """The message that travelled as `data`; raises MalformedMessage for another length, or a client named twice."""
         reader = _Reader(data)
         message = cls(**{field.name: reader.read(field.type) for field in dataclasses.fields(cls)})
         if reader.left:

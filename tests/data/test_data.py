@@ -211,7 +211,7 @@ def test_a_set_without_published_statistics_takes_those_of_other_images(monkeypa
     monkeypatch.setattr(module, "STATISTICS", {})
     monkeypatch.setattr(module, "NUM_PUBLIC", 300)
     test, train = data.load("mnist", limit=1), data.load("mnist", split="train", limit=300)
-    # Of the training split, whatever is loaded of another one, and of another split for the training split's own.
+    # The statistics are of the training split for another split, and of another split for the training split.
     assert test.mean == pytest.approx(train.images.mean((0, 1, 2)).tolist(), rel=1e-5)
     assert test.std == pytest.approx(train.images.std((0, 1, 2)).tolist(), rel=1e-5)
     assert data.load("mnist", limit=9)[5:] == test[5:]
@@ -223,7 +223,7 @@ def test_a_set_without_published_statistics_takes_those_of_other_images(monkeypa
 def test_a_set_of_one_split_takes_the_statistics_of_its_rest(monkeypatch):
     import tensorflow_datasets as tfds
 
-    every, built = data.load("mnist", limit=30), tfds.builder  # STATISTICS have no set of the name "thirty"
+    every, built = data.load("mnist", limit=30), tfds.builder  # no statistics are published for "thirty"
 
     class Part:
         """The builder of a set with a single split of thirty images."""

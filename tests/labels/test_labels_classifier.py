@@ -143,7 +143,7 @@ def test_dummies_come_from_the_update_or_the_attackers_key():
     np.testing.assert_array_equal(shown(0), shown(0))
     assert not np.array_equal(shown(0), shown(1))
     np.testing.assert_array_equal(shown(0, jax.random.key(5)), shown(1, jax.random.key(5)))
-    # What a client draws from the key of everyone is not what the attacker draws.
+    # A client that draws from a key that everyone uses does not draw what the attacker draws.
     assert not np.any(np.isin(shown(0), jax.random.normal(jax.random.key(0), (8, 4))))
     keys = [attackers_key(None, seen(seed)) for seed in (0, 0, 1)]
     assert keys[0] == keys[1] != keys[2]

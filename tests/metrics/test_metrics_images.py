@@ -119,7 +119,7 @@ def test_success_share():
     assert float(metrics.success_share(psnr)) == pytest.approx(3 / 5)
     assert float(metrics.success_share(psnr, threshold=25.0)) == pytest.approx(2 / 5)
     assert float(metrics.success_share(psnr, threshold=jnp.inf)) == pytest.approx(1 / 5)
-    assert jnp.isnan(metrics.success_share(psnr.at[0].set(jnp.nan)))  # a score that is none is no failure
+    assert jnp.isnan(metrics.success_share(psnr.at[0].set(jnp.nan)))  # NaN does not count as a failure
 
 
 def test_retrieval_rank_counts_the_nearer_images():
@@ -155,10 +155,10 @@ def test_truth_that_is_not_pixels_is_refused_or_scored_nan():
         metrics.ssim(truth, truth.at[1, 0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match=r"gallery must be pixels in \[0, 1\], got 255"):
         metrics.nearest(truth, truth.at[1, 0, 0, 0].set(255))
-    # Rounding is none: a normalised image that comes back a little too bright is as bright as can be.
+    # Rounding is no error: a normalised image that comes back a little too bright counts as white.
     white = jnp.ones((1, 8, 8, 3))
     assert np.isposinf(metrics.image_scores(white, white * (1 + 5e-4)).psnr)
-    # In a trace the one image is marked, and its neighbours are not.
+    # In a trace the scores of that one image are NaN, and those of its neighbours are not.
     for broken in (jnp.nan, 1.5, -jnp.inf):
         scores = jitted_scores(truth, truth.at[1, 0, 0, 0].set(broken))
         for values in (scores.psnr, scores.mse, scores.ssim):
@@ -167,7 +167,7 @@ def test_truth_that_is_not_pixels_is_refused_or_scored_nan():
 
 
 def test_integers_and_other_shapes_are_refused_by_name():
-    """Beneath the type checker of the tests, which refuses them first."""
+    """The functions are called without the type checker of the tests, which would refuse the arrays first."""
     truth, bytes_ = jnp.asarray(images(2, 8, 8, 1)), jnp.full((2, 8, 8, 1), 7, jnp.uint8)
     scores, ssim, rank, nearest = (
         inspect.unwrap(fn) for fn in (metrics.image_scores, metrics.ssim, metrics.retrieval_rank, metrics.nearest)
@@ -237,7 +237,7 @@ def test_scores_of_half_precision_are_those_of_its_values(dtype):
 
 
 def test_costs_are_not_held_all_at_once():
-    """Of 256 images of 28x28 they are 0.2 GB, and three times that on the way to them."""
+    """For 256 images of 28x28 all differences together would take 0.2 GB, and three times that while computed."""
     one = jax.ShapeDtypeStruct((256, 28, 28, 1), jnp.float32)
     largest = max(
         value.aval.size

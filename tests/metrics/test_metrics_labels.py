@@ -66,7 +66,7 @@ def test_a_label_that_was_not_recovered_is_never_right():
     soft = jnp.array([[jnp.nan, 0.0], [1.0, 0.0]])
     assert float(label_overlap(soft, jnp.array([0, 0]))) == 0.5
     assert float(label_overlap(jnp.array([-1, 0]), jnp.array([0, 0]))) == 0.5
-    # Truth is checked before a trace; in one it is marked.
+    # A concrete truth is refused; for a traced one the score is NaN.
     overlap = jax.jit(label_overlap)
     assert jnp.isnan(overlap(jnp.array([0, 1]), jnp.array([0, -1])))
     assert jnp.isnan(overlap(jnp.array([0, 0]), soft))

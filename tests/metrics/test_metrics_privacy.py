@@ -256,7 +256,7 @@ GOOD = {"noise_multiplier": 1.0, "delta": 1e-5, "num_rounds": 1, "sampling_rate"
 def test_bad_settings_of_epsilon_are_named(argument, value, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(epsilon)(**{**GOOD, argument: value})
-    # Also where they would not be used.
+    # They are refused also where they would not be used.
     if argument != "noise_multiplier":
         with pytest.raises(ValueError, match=message):
             inspect.unwrap(privacy_lines)(**{**GOOD, argument: value, "noise_multiplier": None})
@@ -295,7 +295,7 @@ def test_what_the_accountant_cannot_resolve_is_named():
         epsilon(1e-6, **sampled)
     with pytest.raises(ValueError, match=r"delta must be larger for accountant 'pld' with sampling, got 1e-15$"):
         epsilon(1.0, **(sampled | {"delta": 1e-15, "relation": "replace_one"}))
-    # The other accountant has them all, and the first one as many rounds as there is little to compose.
+    # The other accountant resolves all of these, and the first one many rounds where there is little to compose.
     rounds = {"num_rounds": 10**9, "sampling_rate": 1e-9, "delta": 1e-5}
     tight, loose = (epsilon(1.0, accountant=accountant, **rounds) for accountant in ("pld", "rdp"))
     assert 0 < tight < loose < 0.2
@@ -318,7 +318,7 @@ def test_gamma_of_extremes_is_a_chance_above_the_prior(prior, sigma, rounds, rat
     sampled = -np.expm1(rounds * np.log1p(-rate)) if rate < 1 else 1.0
     assert prior <= gamma <= prior + sampled * (1 - prior) + 1e-12
     assert gamma <= max(prior, stats.norm.cdf(stats.norm.ppf(prior) + rounds**0.5 / sigma))
-    if sigma == 1e-6:  # whoever is sampled is reconstructed
+    if sigma == 1e-6:  # an example that is sampled is reconstructed for sure
         assert gamma == pytest.approx(prior + sampled * (1 - prior), rel=1e-9)
 
 
@@ -354,12 +354,12 @@ def test_no_information_bounds_nothing_that_is_unbiased():
 
 
 def test_van_trees_takes_information_of_any_size():
-    """A direction that is known exactly is worth nothing, one of which nothing is known its variance."""
+    """A direction that is known exactly adds nothing to the bound; one of which nothing is known adds its variance."""
     for strength in (1e3, 1e20, 1e200):
         information = np.diag([strength, 0.0])
         covariance = np.array([[1.0, 0.5], [0.5, 2.0]])
         assert van_trees_bound(information, covariance) == pytest.approx((2 - 0.25) / 2, abs=1 / strength + 1e-9)
-        # Beside it a direction of little information is still worth what it is.
+        # Beside it, a direction of little information still adds what it adds alone.
         beside = van_trees_bound(np.diag([strength, 1.0]), np.eye(2))
         assert beside == pytest.approx((1 / (1 + strength) + 0.5) / 2, rel=1e-9)
 

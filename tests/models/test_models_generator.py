@@ -122,7 +122,7 @@ def test_damaged_files_are_refused_or_read_as_they_were(saved: Path, tmp_path: P
             jax.tree.map(np.testing.assert_array_equal, found, right)
     file.write_bytes(raw[: len(raw) // 2])
     refusal(file)
-    # Methods of compression that nobody has, and encryption.
+    # The archive names a method of compression that does not exist, or says that it is encrypted.
     for place, value, reason in ((10, 99, "compression method is not supported"), (8, 1, "is encrypted")):
         content = bytearray(raw)
         content[raw.index(b"PK\x01\x02") + place] = value

@@ -48,7 +48,7 @@ class Dropped(nnx.Module):
 
 
 class StochasticDepth(nnx.Module):
-    """One draw for the batch, from the stream of an `nnx.Rngs`; on where it is told to be."""
+    """It makes one draw for the batch from a stream of `nnx.Rngs`, unless it is told to be deterministic."""
 
     def __init__(self, rngs):
         self.first, self.head = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
@@ -60,7 +60,7 @@ class StochasticDepth(nnx.Module):
 
 
 class Noisy(nnx.Module):
-    """Noise without a switch, from keys of its own, typed and raw."""
+    """It adds noise that no switch turns off, from keys of its own, one typed and one raw."""
 
     def __init__(self, rngs):
         self.head = nnx.Linear(4, 3, rngs=rngs)
@@ -110,7 +110,7 @@ def test_a_module_without_random_state_cannot_draw():
 
 @pytest.mark.parametrize("kind", [Dropped, StochasticDepth, Noisy])
 def test_all_that_a_stochastic_module_draws_comes_from_the_key(kind):
-    """Not from where its streams stand, nor from their seeds; and it is drawn anew for another key."""
+    """Neither the seeds of its streams nor how far they are matter; for another key it draws anew."""
     module, other = kind(nnx.Rngs(0)), kind(nnx.Rngs(0))
     if hasattr(other, "drop"):
         other.drop.rngs = nnx.Rngs(99).dropout.fork()
@@ -138,7 +138,7 @@ def test_the_mask_of_dropout_is_that_of_the_key():
     assert 0.35 < np.mean(first == second) < 0.65
     half = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     apply_of, params = models.stochastic(half)
-    assert 0.15 < np.mean(np.asarray(apply_of(KEY)(params, ones)) > 0) < 0.35  # of two layers, two masks
+    assert 0.15 < np.mean(np.asarray(apply_of(KEY)(params, ones)) > 0) < 0.35  # two layers have two masks
 
 
 def test_victim_and_attacker_share_a_mask_only_where_its_key_is_granted():
@@ -183,7 +183,7 @@ def test_every_example_has_a_mask_of_its_own():
 
 
 class Odd(nnx.Module):
-    """Features on axis 1, a mask, a subclass, a layer used twice, layers in containers, and one that reads a scale."""
+    """It has features on axis 1, a mask, a subclass, a layer used twice, layers in containers, and a scale read out."""
 
     class Doubled(nnx.BatchNorm):
         def __call__(self, x):
@@ -211,7 +211,7 @@ IMAGES = jax.random.normal(jax.random.key(3), (6, 4, 5)) * 2 + 1
 
 
 def plain_odd(params, x, statistics=None):
-    """`Odd` in training mode by hand, or with statistics; and the statistics of what enters its layers."""
+    """`Odd` written out, in training mode or with given statistics, and the statistics of the inputs of its layers."""
     found, given = [], iter(statistics or [])
 
     def norm(layer, x, axis, where=True):
@@ -269,7 +269,7 @@ def test_examples_that_are_to_stay_apart_are_not_mixed():
         for call in (client_fn, jax.jit(client_fn)):
             with pytest.raises(ValueError, match=message):
                 call(params, BATCH)
-    jax.eval_shape(clients.federated_sgd(loss_fn), params, BATCH)  # afterwards as before
+    jax.eval_shape(clients.federated_sgd(loss_fn), params, BATCH)  # the mode is refused only within those clients
     evaluated = clients.cross_entropy(models.functional(Dropped(nnx.Rngs(0)))[0])
     rows = jax.jit(clients.per_example(evaluated))(params, BATCH)
     close(jax.tree.map(lambda leaf: leaf.mean(0), rows), jax.jit(jax.grad(evaluated))(params, BATCH))
@@ -279,7 +279,7 @@ def test_examples_that_are_to_stay_apart_are_not_mixed():
 
 
 class Tied(nnx.Module):
-    """One layer used twice, and an embedding that is the head as well; of token ids."""
+    """A model of token ids that uses one layer twice, and its embedding as the head as well."""
 
     def __init__(self, rngs):
         self.embedding, self.layer = nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
@@ -336,7 +336,7 @@ def test_several_heads_with_a_loss_of_ones_own_and_targets_in_a_dictionary():
     batch = Batch(INPUTS, targets)
     observation = seen(lambda params, batch: loss(apply_fn(params, batch.inputs), batch.labels), params, batch)
     close(observation.update, jax.jit(jax.grad(plain))(params, batch))
-    # One permutation for all targets: whose they are stays together.
+    # One permutation is for all targets, so that those of one example stay together.
     granted = observation.extra["labels"]
     order = [int(np.argmin(np.abs(INPUTS[:, 0] - 3 - place))) for place in granted["place"][:, 0]]
     assert sorted(order) == list(range(6))
@@ -406,7 +406,7 @@ def test_parameters_of_other_types(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_statistics_of_half_precision_are_computed_in_float32(dtype):
-    """In half precision the squares of such values overflow, or the mean of as many is off by a tenth."""
+    """In half precision the squares of such values overflow, or the mean of so many is off by a tenth."""
     module = jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.Sequential(nnx.BatchNorm(2, rngs=nnx.Rngs(0))))
     _, params = models.functional(module)
     inputs = (300 + 100 * jax.random.normal(KEY, (2000, 2))).astype(dtype)

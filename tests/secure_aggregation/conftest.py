@@ -1,4 +1,4 @@
-"""What the tests of secure aggregation share."""
+"""Fixtures that the tests of secure aggregation share."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """As for a user, whose annotations nobody checks at run time: it is also several times faster."""
+    """Switches off the checks of annotations at run time, which users do not have either; that is much faster."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -171,7 +171,7 @@ def test_boxes_of_another_run_stop_the_run():
 
 @pytest.mark.parametrize("field", ["mask", "channel", "signature"])
 def test_a_key_of_a_peer_that_the_server_changed_stops_both_before_they_mask(field):
-    """Also without signatures: a mask of another key would not cancel, and the sum would be wrong."""
+    """This holds without signatures too: a mask of another key would not cancel, and the sum would be wrong."""
     protocol = sa.secagg(N, threshold=T, clip=1.0)
     clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, P))
     pending = drive(clients, server, until=1)

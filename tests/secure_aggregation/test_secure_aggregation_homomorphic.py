@@ -142,7 +142,7 @@ def test_what_is_no_ciphertext_of_the_right_kind_is_refused(scheme):
             cipher.add(b"no key", [good])
         with pytest.raises(sa.MalformedMessage, match="ciphertexts of one block must have one length"):
             cipher.add(public, [good, cipher.encrypt(key, np.arange(1))[0]])
-        # Of another key: no integers, or others.
+        # A ciphertext of another key decrypts to other integers, or to none.
         values = cipher.decrypt(other, [good]) if scheme == "bfv" else np.zeros(3)
         assert not np.array_equal(values[:3], np.arange(3))
         return

@@ -1,4 +1,4 @@
-"""Two thousand changed messages: a run ends with AggregationAborted, or its sum is right, but for changed uploads."""
+"""Two thousand messages are changed: the run aborts or its sum is right, unless a client's own upload was changed."""
 
 import collections
 import dataclasses
@@ -36,7 +36,7 @@ UPLOADS = {"upload", "mask_input", "encrypt"}
 
 @pytest.fixture
 def cheap_ciphers(monkeypatch):
-    """One key for all runs, and what is the same in all of them computed once."""
+    """Uses one key for all runs, and computes once what is the same in all of them."""
     for scheme in ("bfv", "ckks", "paillier"):
         try:
             cipher = he.SCHEMES[scheme]()
@@ -100,7 +100,7 @@ def bytewise(rng, payload):
 
 
 def fieldwise(rng, payload):
-    """Entries dropped, renamed, exchanged or added in one field of a message."""
+    """Drops, renames, exchanges or adds entries in one field of a message."""
     for wire in WIRES:
         try:
             message = wire.from_bytes(payload)
@@ -127,7 +127,7 @@ def fieldwise(rng, payload):
 
 
 def mutation(rng, place, kinds, old):
-    """A change of the message at one place: its bytes, its fields, or another message in its stead."""
+    """Makes a change of the message at one place: of its bytes or fields, or another message in its stead."""
     done = []
 
     def change(sent, kind, sender, receiver, payload):
@@ -178,7 +178,7 @@ MADE = {
 
 
 def outcome(protocol, residues, seed, change):
-    """Why a run ended, or the server after it."""
+    """The reason why a run aborted, or else the server after it."""
     try:
         return None, run(protocol, residues, seed, change)[0]
     except sa.AggregationAborted as error:
@@ -214,7 +214,7 @@ def test_a_changed_message_ends_the_run_or_leaves_the_sum_right(name, cheap_ciph
         outcomes["wrong upload"] += 1
     assert outcomes.total() == count
     assert outcomes["aborted"] > count / 4
-    # Boxes have tags: there is no upload of those that could change unnoticed.
+    # Boxes have tags: an upload that consists of them cannot change unnoticed.
     assert (outcomes["wrong upload"] > 0) == (name not in ("fft", "packed_shamir"))
 
 

@@ -1,4 +1,4 @@
-"""Updates in half precision, through every protocol: the same numbers as in float32, cast last."""
+"""Updates in half precision give the same numbers as in float32 in every protocol; they are cast last."""
 
 import dataclasses
 

@@ -60,7 +60,7 @@ def test_a_client_that_refused_a_message_is_finished(kind):
 
 @pytest.mark.parametrize("consistency", [False, True])
 def test_the_difference_of_two_masked_inputs_is_not_to_be_had(consistency):
-    """All boxes, then all but one: the differences of the answers would be the pairwise masks."""
+    """A server that sends all boxes, then all but one, would get pairwise masks as differences of the answers."""
     protocol = sa.secagg(4, threshold=2, clip=1.0, consistency=consistency)
     residues = random_residues(np.random.default_rng(0), protocol, 5)
     clients, server = parties(protocol, residues)
