@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gia_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        notes = "; ".join(getattr(stopped, "__notes__", ["no state was kept"]))
-        print(f"\ngia_jax: interrupted; {notes}", file=sys.stderr)
+        kept = f"the same command goes on from the states kept in {console.states(Path(args.out))}"
+        any_kept = next(console.states(Path(args.out)).glob("*.state"), None)
+        print(f"\ngia_jax: interrupted; {kept if any_kept else 'no state was kept'}", file=sys.stderr)
         return 143 if stopped.args == (TERMINATED,) else 130
     return 0
 

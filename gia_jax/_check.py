@@ -1,5 +1,6 @@
 """Checks of concrete arguments. Inside a trace values are unknown and these pass; shapes are always checked."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,26 @@ def positive(**values: Any) -> None:
 def not_negative(**values: Any) -> None:
     """Raises ValueError naming a concrete number, or leaf of a tree, below zero; None passes."""
     _bounded(values, lambda value: value >= 0, "not be negative")
+
+
+def scalar(**values: Any) -> None:
+    """Raises ValueError naming a value that is an array with an axis, in place of a single number."""
+    for name, value in values.items():
+        shape = value.shape if hasattr(value, "shape") else np.shape(value)
+        if shape != ():
+            raise ValueError(f"{name} must be a single number, got shape {shape}")
+
+
+def different(**keys: Any) -> None:
+    """Raises ValueError naming two concrete random keys that are the same: what they draw would be related."""
+    known = {name: key for name, key in keys.items() if key is not None and is_concrete(key)}
+    data = {
+        name: np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
+        for name, key in known.items()
+    }
+    for (name, one), (other, two) in itertools.combinations(data.items(), 2):
+        if np.array_equal(one, two):
+            raise ValueError(f"{other} must be another key than {name}, got {two.tolist()} for both")
 
 
 def integer(low: int = 1, high: int | None = None, **values: Any) -> None:

@@ -61,6 +61,20 @@ def test_what_has_no_order_is_refused(value):
             check(width=value)
 
 
+def test_an_array_is_no_single_number():
+    _check.scalar(width=1.0, height=jnp.float32(2), depth=np.ones(()))
+    with pytest.raises(ValueError, match=r"width must be a single number, got shape \(3,\)"):
+        _check.scalar(width=[1.0, 2.0, 3.0])
+
+
+def test_keys_that_are_the_same_are_named():
+    key, other = jax.random.split(jax.random.key(0))
+    _check.different(key=key, order_key=None, loss_key=other)
+    for same in (key, jax.random.key_data(key)):
+        with pytest.raises(ValueError, match=r"loss_key must be another key than key, got \[.*\] for both"):
+            _check.different(key=key, order_key=other, loss_key=same)
+
+
 def test_bounds_accept():
     _check.positive(a=1, b=1e-30, c=None, d={"x": jnp.ones(2)})
     _check.not_negative(a=0, b=0.0, c=None)

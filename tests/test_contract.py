@@ -437,7 +437,7 @@ def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> N
             make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
         return
     attack = make_attack(name, target, labels="inferred", solver=solver, num_steps=10)
-    parameters = [list(inspect.signature(fn).parameters) for fn in attack]
+    parameters = [list(inspect.signature(fn).parameters) for fn in attack[:3]]
     assert parameters == [["key", "observation"], ["key", "state", "observation"], ["candidate", "observation"]]
 
 

@@ -512,7 +512,7 @@ def test_an_interruption_is_one_line_and_is_resumed(
         assert main([*SHORT, "--out", str(tmp_path)]) == status
     (state,) = (tmp_path / "states").iterdir()
     error = capsys.readouterr().err.strip()
-    assert error == f"gia_jax: interrupted; the same run goes on from the state kept in {state}"
+    assert error == f"gia_jax: interrupted; the same command goes on from the states kept in {state.parent}"
     assert main([*SHORT, "--out", str(tmp_path)]) == 0
     first = capsys.readouterr().err.splitlines()[1]
     assert not first.startswith("inverting_gradients:   0 %")

@@ -56,12 +56,15 @@ def federated_averaging(
     _check.integer(local_epochs=local_epochs)
     if minibatch_size is not None:
         _check.integer(minibatch_size=minibatch_size)
+    _check.scalar(learning_rate=learning_rate)
     _check.positive(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)
     lowers_to_matmul(lowering)  # refuses an unknown one here
+    _check.different(order_key=order_key, loss_key=loss_key)
     loss = Draws(loss_fn, loss_key)
 
     def client_fn(params: Params, batch: Batch) -> Updates:
+        _check.examples(batch.inputs)
         size = batch.inputs.shape[0]
         step_size = size if minibatch_size is None else minibatch_size
         if size % step_size:

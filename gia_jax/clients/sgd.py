@@ -42,7 +42,9 @@ def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "
     _check.classes(labels, logits.shape[:-1], num_classes)
     logits = widened(logits)
     if labels.ndim == logits.ndim:
-        return jnp.mean(optax.losses.softmax_cross_entropy(logits, widened(labels)))
+        rows = widened(labels)
+        valid = jnp.all(rows >= 0) & jnp.all(jnp.sum(rows, -1) <= 1.02)  # the rounding of bfloat16
+        return jnp.mean(optax.losses.softmax_cross_entropy(logits, rows)) * jnp.where(valid, 1.0, jnp.nan)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _nan_unless_classes(jnp.mean(losses), labels, num_classes)
 
@@ -143,6 +145,17 @@ class Draws(NamedTuple):
         """Lets the loss refuse concrete data, before the calls are mapped or scanned and the data traced."""
         check_data(self.of(self.key), params, batch)
 
+    def check_apart(self, client: str, params: Params, batch: Batch) -> None:
+        """Lets the model refuse, in the name of `client`, that its examples are taken apart; nothing is computed.
+
+        The loss is called outside of the cache of `jax.jit`, in which a refusal would be skipped.
+        """
+        loss_fn = self.of(self.key)
+        loss_fn = getattr(loss_fn, "__wrapped__", loss_fn) if hasattr(loss_fn, "lower") else loss_fn
+        with examples_apart(client, draws_anew=self.key is not None):
+            # A new function every time, because `eval_shape` has a cache as well.
+            jax.eval_shape(lambda *data: loss_fn(*data), params, jax.tree.map(lambda leaf: leaf[:1], batch))
+
 
 def per_example(
     loss_fn: LossFn | Callable[[PRNGKeyArray], LossFn],
@@ -163,19 +176,19 @@ def per_example(
         over examples, their mean is what `federated_sgd` shares.
 
     Raises:
-        ValueError: When called, for an empty batch, or for a model with batch normalisation in training mode: it mixes
-            the examples.
+        ValueError: When called, for an empty batch, for a model with batch normalisation in training mode, which mixes
+            the examples, or for one of `models.stochastic` without `loss_key`: all examples would share one draw.
     """
     lowers_to_matmul(lowering)  # refuses an unknown one here
     loss = Draws(loss_fn, loss_key)
 
     def client_fn(params: Params, batch: Batch) -> Updates:
         _check.examples(batch.inputs)
+        loss.check_apart("per_example", params, batch)
         loss.check(params, batch)
 
         def one(example: Batch, own: PRNGKeyArray | None) -> Updates:
-            with examples_apart("per_example"):
-                return parameter_gradient(loss.of(own), lowering=lowering)(params, example)
+            return parameter_gradient(loss.of(own), lowering=lowering)(params, example)
 
         singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
         return jax.vmap(one)(singles, loss.keys(batch.inputs.shape[0]))

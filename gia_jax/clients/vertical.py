@@ -96,6 +96,7 @@ def vertical_sgd(
             finite.
     """
     check_batch_indices(batch_indices)
+    _check.scalar(learning_rate=learning_rate)
     _check.not_negative(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)
     gradient_fn = parameter_gradient(loss_fn, lowering=lowering)

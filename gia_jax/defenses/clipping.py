@@ -30,6 +30,7 @@ def clip(norm: Float[ArrayLike, ""]) -> optax.GradientTransformation:
     Raises:
         ValueError: If `norm` is not positive and finite.
     """
+    _check.scalar(norm=norm)
     _check.positive(norm=norm)
     _check.finite("norm", norm)
     return optax.stateless(lambda updates, _: clipped(updates, norm))

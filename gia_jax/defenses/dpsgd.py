@@ -20,7 +20,6 @@ from gia_jax.clients.sgd import Draws
 from gia_jax.defenses.clipping import clipped
 from gia_jax.defenses.noise import add_noise
 from gia_jax.lowering import Lowering
-from gia_jax.models.functional import examples_apart
 from gia_jax.precision import cast_like, widened_tree
 
 
@@ -66,6 +65,7 @@ def dp_sgd(
         replacing is the relation of one release. There is no sampling, hence no amplification, and without noise no
         epsilon. All of it is for given draws of the loss, which do not depend on the data.
     """
+    _check.scalar(norm=norm, noise_multiplier=noise_multiplier)
     _check.positive(norm=norm)
     _check.finite("norm", norm)
     _check.not_negative(noise_multiplier=noise_multiplier)
@@ -74,13 +74,13 @@ def dp_sgd(
         _check.integer(microbatch_size=microbatch_size)
     noiseless = _check.is_concrete(noise_multiplier) and not np.any(np.asarray(noise_multiplier))
 
+    _check.different(key=key, loss_key=loss_key)
     loss = Draws(loss_fn, loss_key)
 
     def clipped_sum(params: Params, batch: Batch, keys: Key[Array, "b"] | None) -> Updates:
         def one(example: Batch, own: PRNGKeyArray | None) -> Updates:
             gradient_fn = parameter_gradient(loss.of(own), lowering=lowering)
-            with examples_apart("dp_sgd"):
-                gradient = gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example))
+            gradient = gradient_fn(params, jax.tree.map(lambda leaf: leaf[None], example))
             return clipped(widened_tree(gradient), norm)
 
         return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch, keys))
@@ -92,6 +92,7 @@ def dp_sgd(
         if size % microbatch:
             raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")
 
+        loss.check_apart("dp_sgd", params, batch)
         loss.check(params, batch)
         keys = loss.keys(size)
 

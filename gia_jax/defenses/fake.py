@@ -35,6 +35,7 @@ def fake_gradients(key: PRNGKeyArray, scale: Float[ArrayLike, ""], *, count: int
     Raises:
         ValueError: If `scale` is not positive and finite, or `count` no positive integer.
     """
+    _check.scalar(scale=scale)
     _check.positive(scale=scale)
     _check.integer(count=count)
     _check.fits(2 * int(count), count=count)

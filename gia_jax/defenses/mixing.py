@@ -142,7 +142,7 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
 
     Raises:
         ValueError: If `num_classes` is no positive integer, or the labels are neither indices below it nor rows of as
-            many probabilities. Of traced labels only shape and type are known. Or the inputs, whose type the
+            many probabilities. Traced labels that are no class give a row of NaN. Or the inputs, whose type the
             probabilities get, are integers.
     """
     _check.integer(num_classes=num_classes)
@@ -155,4 +155,5 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
     _check.fits(batch.inputs.shape[0] * num_classes, num_classes=num_classes)
     if batch.labels.ndim == 2:
         return batch.labels.astype(batch.inputs.dtype)
-    return jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)
+    rows = jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)
+    return jnp.where((jnp.sum(rows, 1) > 0)[:, None], rows, jnp.nan)

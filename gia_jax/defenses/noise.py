@@ -81,6 +81,7 @@ def add_noise(key: PRNGKeyArray, updates: Updates, scale: Float[ArrayLike, ""], 
 def _additive(
     key: PRNGKeyArray, scale: Float[ArrayLike, ""], sampler: Callable[..., Any]
 ) -> optax.GradientTransformation:
+    _check.scalar(scale=scale)
     _check.not_negative(scale=scale)
     _check.finite("scale", scale)
     return stochastic(key, lambda k, updates: add_noise(k, updates, scale, sampler))

@@ -75,7 +75,8 @@ def of_mean_loss(
     """The values that a rule reads, if the bias gradient can be that of a mean loss: the rule depends on its scale.
 
     A cross-entropy's entries add up to 0, and a mean's negative ones to no less than -1. What adds up to 0 and goes
-    further below is the gradient of a sum; what does not add up to 0, such as noise, says nothing of the scale.
+    further below is the gradient of a sum; what does not add up to 0, such as noise, says nothing of the scale. The sum
+    over a batch in which all classes are about as frequent as predicted stays above -1, and is not noticed.
 
     Returns:
         The values. Inside of a trace, where the gradient is known too late to raise, they are NaN if it is another.
@@ -133,7 +134,8 @@ def attackers_key(key: PRNGKeyArray | None, observation: Observation) -> PRNGKey
         bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}")
         return _hash(bits.ravel().astype(jnp.uint32))
 
-    total = _hash(jnp.stack([summed(leaf) for leaf in jax.tree.leaves(observation.update)]))
+    leaves = [leaf for leaf in jax.tree.leaves(observation.update) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    total = _hash(jnp.stack([summed(leaf) for leaf in leaves]))
     return jax.random.fold_in(jax.random.key(int.from_bytes(b"dumm")), total)
 
 

@@ -67,7 +67,7 @@ def masked_cosine(simulated: Updates, observed: Updates, *, threshold: float = 1
     _check.not_negative(threshold=threshold)
 
     def kept(update: Updates) -> Updates:
-        return jax.tree.map(lambda leaf, o: jnp.where(jnp.abs(o) > threshold, leaf, 0), update, observed)
+        return jax.tree.map(lambda leaf, o: jnp.where(jnp.abs(o) <= threshold, 0, leaf), update, observed)
 
     return cosine(kept(simulated), kept(observed))
 

@@ -28,7 +28,7 @@ def soft_sign(num_steps: int) -> optax.GradientTransformation:
     """Signs that soften: gradients become tanh(s g) / s with s = 1 - t / num_steps at step t
     (Geiping's `breaching`, 2022); `optax.scale_by_sign` is the hard sign.
     """
-    _check.integer(num_steps=num_steps)
+    _check.integer(1, 2**31 - 1, num_steps=num_steps)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

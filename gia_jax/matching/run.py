@@ -54,7 +54,8 @@ def run(
         ValueError: A `num_steps` that is no positive integer, or an observation with non-finite values (outside of a
             trace).
     """
-    _check.integer(num_steps=num_steps)
+    _check.integer(1, 2**31 - 1, num_steps=num_steps)
+    _check.fits(len(AttackInfo._fields) * num_steps, num_steps=num_steps)
     _check.finite("observation", observation)
     key_init, key_steps = jax.random.split(key)
     state = attack.init(key_init, observation)
@@ -171,6 +172,7 @@ def from_starts(attack: Attack, num_starts: int) -> Attack:
     keys_of = functools.partial(jax.random.split, num=num_starts)
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
+        _check.fits(num_starts * sum(leaf.size for leaf in jax.tree.leaves(observation.update)), num_starts=num_starts)
         return jax.vmap(attack.init, (0, None))(keys_of(key), observation)
 
     def step(key: PRNGKeyArray, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
@@ -217,7 +219,7 @@ def restarts(reconstruct_fn: ReconstructFn, num_restarts: int, *, batch_size: in
         `(key, observation) -> ` the chosen reconstruction with the `restart_losses` of all. A restart that is not
         finite is never chosen unless all are, and then `is_finite` is False.
     """
-    _check.integer(num_restarts=num_restarts)
+    _check.integer(1, 2**31 - 1, num_restarts=num_restarts)
     if batch_size is not None:
         _check.integer(batch_size=batch_size)
 

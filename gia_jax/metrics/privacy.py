@@ -165,6 +165,7 @@ def fisher_information(
         ValueError: If `scale` is not positive and finite, `batch_size` no positive integer, the batch empty, of
             integers, not finite or with another number of labels, or the derivatives do not fit into memory.
     """
+    _check.scalar(scale=scale)
     _check.positive(scale=scale)
     _check.finite("scale", scale)
     if batch_size is not None:
@@ -345,6 +346,7 @@ def privacy_lines(
 
 
 def _check_mechanism(noise_multiplier: float, num_rounds: int | float, sampling_rate: float) -> None:
+    _check.scalar(noise_multiplier=noise_multiplier)
     _check.positive(noise_multiplier=noise_multiplier)
     _check.finite("noise_multiplier", noise_multiplier)
     if not 1e-50 <= noise_multiplier <= 1e50:

@@ -25,14 +25,19 @@ BatchNormMode = Literal["evaluation", "training", "exact"]
 # What a batch-normalisation layer does before it normalises: `(layer, inputs, mask) -> None`.
 BeforeFn = Callable[[nnx.BatchNorm, Array, Array | None], None]
 
-# The client that is calling its loss on single examples, while it does.
-_APART: ContextVar[str | None] = ContextVar("apart", default=None)
+# The client whose loss on single examples is being checked, and whether it draws anew for each of them.
+_APART: ContextVar[tuple[str, bool] | None] = ContextVar("apart", default=None)
 
 
 @contextlib.contextmanager
-def examples_apart(client: str) -> Generator[None]:
-    """Within it, batch normalisation in training mode is refused in the name of `client`: it would mix the examples."""
-    token = _APART.set(client)
+def examples_apart(client: str, *, draws_anew: bool) -> Generator[None]:
+    """Within it, what mixes the examples of `client`, or draws the same for each of them, is refused in its name.
+
+    Args:
+        client: The name of the client.
+        draws_anew: Whether it gives every example a key of its own.
+    """
+    token = _APART.set((client, draws_anew))
     try:
         yield
     finally:
@@ -147,6 +152,7 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
     def statistics_fn(params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
         recorded: Statistics = []
         forward(params, inputs, None, lambda *call: recorded.append(_statistics_of(*call)))
+        _check_reached(recorded)
         if not recorded:
             raise ValueError(f"module must have nnx.BatchNorm layers, got none in {type(module).__name__}")
         return recorded
@@ -168,6 +174,7 @@ def running_statistics(module: nnx.Module, params: Params, inputs: Shaped[Array,
     forward, _ = _forward(module, "evaluation")
     found: Statistics = []
     forward(params, inputs, None, lambda norm, *_: found.append((widened(norm.mean[...]), widened(norm.var[...]))))
+    _check_reached(found)
     return found
 
 
@@ -234,6 +241,12 @@ def _forward(
     ) -> PyTree[Array]:
         _check.same_structure("params", params, "the module", like)
         if key is not None:
+            apart = _APART.get()
+            if apart is not None and not apart[1]:
+                raise ValueError(
+                    f"loss_key must be given to {apart[0]} for a module that draws, got None: its examples would share "
+                    "one draw"
+                )
             return run(params, inputs, _reseeded(rest, key), True, before)
         if keys:
             draws = _drawn(lambda state: run(params, inputs, state, False, None), rest, keys)
@@ -249,7 +262,7 @@ def _forward(
 
 def _is_key(leaf: Array) -> bool:
     """Whether a leaf is a random key, typed or raw."""
-    is_raw = leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+    is_raw = leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,)
     return is_raw or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -277,6 +290,8 @@ def _drawn(outputs_fn: Callable[[PyTree], PyTree[Array]], rest: PyTree, keys: di
         return outputs_fn(jax.tree.unflatten(tree, [places.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
     traced = jax.make_jaxpr(of_keys)([leaves[place] for place in keys]).jaxpr
+    if not any(name in str(traced) for name in ("random_bits", "threefry2x32")):
+        return []  # a constant of two integers only looks like a key
     _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
     return [name for name, is_used in zip(keys.values(), used, strict=True) if is_used]
 
@@ -288,10 +303,10 @@ def _reseeded(rest: PyTree, key: PRNGKeyArray) -> PyTree:
         for leaf in jax.tree.leaves(node):
             if len(fresh) in places:
                 own = jax.random.fold_in(key, len(fresh))
-                if leaf.dtype == jnp.uint32:
-                    leaf = jax.random.key_data(own)
-                else:
-                    leaf = jax.random.split(own, leaf.shape) if leaf.shape else own
+                is_raw = leaf.dtype == jnp.uint32
+                shape = leaf.shape[:-1] if is_raw else leaf.shape
+                own = jax.random.split(own, shape) if shape else own
+                leaf = jax.random.key_data(own) if is_raw else own
             elif isinstance(node, nnx.RngCount):
                 leaf = jnp.zeros_like(leaf)
             fresh.append(leaf)
@@ -305,9 +320,9 @@ class _Watched(nnx.BatchNorm):
 
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
         del use_running_average  # of the module's own choosing
-        if not self.use_running_average and (client := _APART.get()) is not None:
+        if not self.use_running_average and (apart := _APART.get()) is not None:
             raise ValueError(
-                f"batch_norm must not be 'training' where {client} takes examples apart, as it mixes them: "
+                f"batch_norm must not be 'training' where {apart[0]} takes examples apart, as it mixes them: "
                 "use 'evaluation' or group normalisation"
             )
         if self.before is not None:
@@ -325,6 +340,11 @@ def _watch(model: nnx.Module, before: BeforeFn | None) -> None:
     """Makes every batch-normalisation layer of a model, which is changed, call `before`; it stays the layer it is."""
     for _, layer in list(nnx.iter_modules(model)):
         if isinstance(layer, nnx.BatchNorm):
+            if before is not None and layer.mean.shape != (layer.num_features,):
+                raise ValueError(
+                    "module must have batch-normalisation layers of its own where their statistics are read or set, "
+                    f"got a stack of shape {layer.mean.shape}, as in nnx.scan"
+                )
             object.__setattr__(layer, "__class__", _watched(type(layer)))
             cast(_Watched, layer).before = nnx.static(before)
 
@@ -335,6 +355,17 @@ def _statistics_of(norm: nnx.BatchNorm, x: Array, mask: Array | None) -> tuple[A
     axes = tuple(axis for axis in range(x.ndim) if axis != norm.axis % x.ndim)
     mean = jnp.mean(x, axes, keepdims=True, where=mask)
     return mean.reshape(-1), jnp.mean(jnp.square(x - mean), axes, where=mask)
+
+
+def _check_reached(found: Statistics) -> None:
+    """Raises ValueError for statistics that were traced in a transform inside of the module, and cannot leave it."""
+    try:
+        jax.tree.map(lambda leaf: leaf + 0, found)
+    except jax.errors.UnexpectedTracerError:
+        raise ValueError(
+            "module must call its batch-normalisation layers outside of nnx.scan, nnx.vmap, nnx.remat and nnx.jit, or "
+            "their statistics cannot be read; got one inside"
+        ) from None
 
 
 def _set_statistics(norm: nnx.BatchNorm, own: tuple[Array, Array] | None) -> None:

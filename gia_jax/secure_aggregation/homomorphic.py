@@ -334,7 +334,7 @@ class HomomorphicServer(Server):
     @server_round
     def learn(self, answers: Bytes) -> Bytes:
         """Round 1: takes the sum that the clients publish, if they do."""
-        require(len(answers), 1, "with the decrypted sum")
+        require(len(answers), self._minimum, "with the decrypted sum")
         published = set(answers.values())
         if len(published) > 1:
             raise AggregationAborted(f"clients must publish one sum, got {len(published)} that differ")

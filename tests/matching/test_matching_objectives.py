@@ -254,3 +254,8 @@ def test_layerwise_euclidean_is_the_sum_of_distances_with_a_derivative_at_the_tr
     assert float(objectives.layerwise_euclidean(a, b)) == pytest.approx(5 + 2)
     slope = jax.grad(objectives.layerwise_euclidean)(a, a)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope))
+
+
+def test_a_nan_is_not_taken_for_a_pruned_entry() -> None:
+    observed = {"a": jnp.full(3, jnp.nan)}
+    assert np.isnan(objectives.masked_cosine({"a": jnp.ones(3)}, observed))

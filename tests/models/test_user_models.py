@@ -418,3 +418,105 @@ def test_statistics_of_half_precision_are_computed_in_float32(dtype):
     before, after = [(jnp.full(2, 1.0, dtype),) * 2], [(jnp.full(2, 1.5, dtype),) * 2]
     inferred = models.inferred_statistics(before, after, momentum=0.99)
     np.testing.assert_allclose(jax.tree.leaves(inferred)[0], (1.5 - 0.99) / 0.01, rtol=1e-5)
+
+
+# What hides from a check that looks at one call.
+
+
+@pytest.mark.parametrize("client", ["dp_sgd", "per_example"])
+def test_examples_stay_apart_behind_a_jitted_loss_too(client):
+    """The cache of `jax.jit` would skip a refusal that is made while tracing."""
+    apply_fn, params = models.functional(Dropped(nnx.Rngs(0)), batch_norm="training")
+    loss_fn = jax.jit(clients.cross_entropy(apply_fn))
+    loss_fn(params, jax.tree.map(lambda leaf: leaf[:1], BATCH))
+    made = {
+        "dp_sgd": lambda: defenses.dp_sgd(loss_fn, KEY, norm=1.0, noise_multiplier=0.0),
+        "per_example": lambda: clients.per_example(loss_fn),
+    }[client]()
+    for call in (made, jax.jit(made)):
+        with pytest.raises(ValueError, match=f"batch_norm must not be 'training' where {client} takes examples apart"):
+            call(params, BATCH)
+
+
+@pytest.mark.parametrize("client", ["dp_sgd", "per_example"])
+def test_examples_do_not_share_one_draw(client):
+    apply_of, params = models.stochastic(Dropped(nnx.Rngs(0)))
+    loss_fn = clients.cross_entropy(apply_of(KEY))
+    made = {
+        "dp_sgd": lambda: defenses.dp_sgd(loss_fn, jax.random.key(1), norm=1.0, noise_multiplier=0.0),
+        "per_example": lambda: clients.per_example(loss_fn),
+    }[client]()
+    with pytest.raises(ValueError, match=f"loss_key must be given to {client} for a module that draws, got None"):
+        made(params, BATCH)
+
+
+class Keys(nnx.Module):
+    """It holds several raw keys, or a constant that looks like one."""
+
+    def __init__(self, rngs, draws):
+        self.head, self.draws = nnx.Linear(4, 3, rngs=rngs), draws
+        self.pair = nnx.Variable(jax.random.split(jax.random.PRNGKey(5), 3) if draws else jnp.array([2, 3], jnp.uint32))
+
+    def __call__(self, x):
+        pair = self.pair[...]
+        return self.head(x + jax.random.normal(pair[1], x.shape) if self.draws else x * pair.sum())
+
+
+def test_raw_keys_are_found_and_constants_are_left_alone():
+    apply_fn, params = models.functional(Keys(nnx.Rngs(0), draws=False))
+    np.testing.assert_allclose(apply_fn(params, INPUTS), 5 * INPUTS @ params["head"]["kernel"], rtol=1e-5, atol=1e-6)
+    drawing = Keys(nnx.Rngs(0), draws=True)
+    with pytest.raises(ValueError, match=r"module must not draw in its forward pass, got draws from module.*pair"):
+        models.functional(drawing)[0](params, INPUTS)
+    apply_of, params = models.stochastic(drawing)
+    assert far(apply_of(KEY)(params, INPUTS), apply_of(jax.random.key(8))(params, INPUTS))
+
+
+class Stacked(nnx.Module):
+    """Its three batch-normalisation layers are one stack, over which `nnx.scan` runs."""
+
+    def __init__(self, rngs):
+        self.norms = nnx.vmap(lambda key: nnx.BatchNorm(4, rngs=nnx.Rngs(key)))(jax.random.split(rngs(), 3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, norm: norm(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.norms)
+
+
+class Remat(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.remat(lambda norm, x: norm(x))(self.norm, x)
+
+
+def test_layers_inside_of_transforms_are_right_or_refused():
+    for module in (Stacked(nnx.Rngs(0)), Remat(nnx.Rngs(0))):
+        apply_fn, params = models.functional(module)
+        np.testing.assert_allclose(apply_fn(params, INPUTS), INPUTS, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"module must .* batch-normalisation layers"):
+            models.batch_norm_inputs(module)(params, INPUTS)
+    apply_fn, params = models.functional(
+        Stacked(nnx.Rngs(0)), batch_norm="exact", statistics=[(jnp.zeros(4), jnp.ones(4))]
+    )
+    with pytest.raises(ValueError, match=r"got a stack of shape \(3, 4\), as in nnx.scan"):
+        apply_fn(params, INPUTS)
+
+
+@pytest.mark.parametrize("rows", [-1.0, 2.0])
+def test_traced_rows_that_are_no_probabilities_are_seen(rows):
+    client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(lambda params, x: x @ params)))
+    update = client_fn(jnp.ones((4, 3)), Batch(INPUTS, jnp.full((6, 3), rows)))
+    assert np.isnan(update).all()
+
+
+def test_traced_classes_that_do_not_exist_are_seen_when_mixed():
+    encode = jax.jit(defenses.mixup(3, k=2, high=1.0))
+    assert np.isfinite(encode(KEY, BATCH).labels).all()
+    assert np.isnan(encode(KEY, Batch(INPUTS, LABELS + 10)).labels).all()
+
+
+def test_an_empty_batch_is_refused_by_local_steps():
+    client_fn = clients.federated_averaging(clients.cross_entropy(lambda params, x: x @ params), learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"batch.inputs must have shape .* got \(0, 4\)"):
+        client_fn(jnp.ones((4, 3)), Batch(INPUTS[:0], LABELS[:0]))

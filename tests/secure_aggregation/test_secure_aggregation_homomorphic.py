@@ -127,6 +127,15 @@ def test_a_sum_that_one_client_alone_publishes_is_not_believed(publish):
     assert server.total is None
 
 
+def test_a_sum_that_only_one_client_publishes_is_not_believed():
+    protocol = made("paillier", 3)
+    clients, server = parties(protocol, random_residues(np.random.default_rng(0), protocol, 3))
+    drive(clients, server, until=1)
+    with pytest.raises(sa.AggregationAborted, match="only 1 clients answered with the decrypted sum, threshold 2"):
+        server.learn({0: bytes(12)})
+    assert server.total is None
+
+
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_what_is_no_ciphertext_of_the_right_kind_is_refused(scheme):
     cipher = made(scheme) and SCHEMES[scheme]()
