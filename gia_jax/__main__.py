@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 _attack(args)
             else:
                 demonstration.run(Path(args.out), args.seed)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, OverflowError) as error:
         print(f"gia_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
@@ -97,8 +97,9 @@ def process() -> NoReturn:
     """Runs `main` as a process of its own; an interruption does not wait for compilers that are still at work."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start
+        with contextlib.suppress(OSError):
+            stream.flush()
     if status > 128:
         os._exit(status)
     sys.exit(status)
@@ -220,8 +221,8 @@ def _options(args: argparse.Namespace) -> tuple[str, ...]:
             reason = f"needs {NEEDS[name]}" if name in NEEDS and not cafe else f"is not for --attack {args.attack}"
             raise ValueError(f"{_flag(name)} {reason}, got {getattr(args, name)!r}")
     for name in set(given).intersection(COUNTS):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(args, name)}")
+        if not 1 <= getattr(args, name) < 2**31:
+            raise ValueError(f"{_flag(name)} must be at least 1 and below 2^31, got {getattr(args, name)}")
     return taken
 
 
@@ -275,7 +276,6 @@ def _checked(args: argparse.Namespace) -> tuple[Part, ...]:
         raise ValueError("--solver levenberg_marquardt solves for one seed only, got --attack grad_inversion")
     if args.statistics == "exact" and args.aggregation is not None:
         raise ValueError(f"--statistics exact are those of one client only, got --aggregation {args.aggregation}")
-    _check.integer(1, 2**31 - 1, **{"--steps": max(args.steps, 1)})
     _check.fits(args.victims * args.restarts, **{"--restarts": args.restarts})
     _check.fits(args.victims * args.restarts * max(args.steps, 1), **{"--steps": args.steps})
     size = args.batch_size * _num_clients(args)
@@ -402,9 +402,9 @@ def _attack(args: argparse.Namespace) -> None:
         content[target] = report.results(
             outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra
         )
-    print(console.table(rows, guesses))
     attacked = [outcome for _, outcome in found.values()]
-    console.write(out, content.get("", content), attacked, began)
+    console.write(out, content.get("", content), attacked, began)  # first of all: a closed pipe loses the rest only
+    print(console.table(rows, guesses) + "\n")
     for target, (seen_case, outcome) in found.items():
         title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "") + (f", {target}" if target else "")
         console.picture(out / _picture_name(target), seen_case.pixels, {args.attack: outcome}, title, began)
@@ -419,7 +419,7 @@ def _cafe(args: argparse.Namespace, began: float) -> None:
     defaults = {"data": "mnist", "records": NUM_RECORDS, "rounds": NUM_ROUNDS, "batch_size": BATCH_SIZE}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    _check.fits(args.rounds * args.records, rounds=args.rounds)
+    _check.fits(args.records * args.rounds, **{"--records": args.records})
     out = console.folder(Path(args.out), [console.RESULTS, "reconstructions.png"])
     images = data.load(args.data, limit=args.records)
     if len(images.labels) < args.records:
@@ -438,10 +438,10 @@ def _cafe(args: argparse.Namespace, began: float) -> None:
     small = args.data in ("photos", "digits")
     gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
     guesses = report.baselines(pixels, gallery)
-    print(console.table([console.row("cafe", False, outcome, None)], guesses))
     settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*CAFE_OPTIONS, "seed")}
     content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat)
     console.write(out, content, [outcome], began)
+    print(console.table([console.row("cafe", False, outcome, None)], guesses) + "\n")
     first = outcome._replace(scores=report.Scores(*(field[:8] for field in outcome.scores)))
     console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)
 

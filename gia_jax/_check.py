@@ -74,13 +74,15 @@ def scalar(**values: Any) -> None:
             raise ValueError(f"{name} must be a single number, got shape {shape}")
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether an array is of random keys of the new style."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def different(**keys: Any) -> None:
     """Raises ValueError naming two concrete random keys that are the same: what they draw would be related."""
     known = {name: key for name, key in keys.items() if key is not None and is_concrete(key)}
-    data = {
-        name: np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
-        for name, key in known.items()
-    }
+    data = {name: np.asarray(jax.random.key_data(key) if is_key(key) else key) for name, key in known.items()}
     for (name, one), (other, two) in itertools.combinations(data.items(), 2):
         if np.array_equal(one, two):
             raise ValueError(f"{other} must be another key than {name}, got {two.tolist()} for both")

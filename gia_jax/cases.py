@@ -99,6 +99,10 @@ class Case(NamedTuple):
         def averaging(loss_fn: LossFn) -> Any:
             return clients.federated_averaging(loss_fn, learning_rate=self.learning_rate, local_epochs=self.local_steps)
 
+        images = self.truth.labels.shape[1] + len(self.others.labels)
+        for part in parts:
+            if part.acts_on == "input" and part.settings["k"] > images:
+                raise ValueError(f"defense {part} must mix at most the {images} images that a client has")
         make_client = clients.federated_sgd if self.local_steps == 1 else averaging
         protected = protect(parts, self.module, num_classes=self.num_classes, make_client=make_client)
         dtype = self.truth.inputs.dtype
@@ -320,7 +324,9 @@ def attack(
     target = target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
     rule = "known" if known_labels else "inferred"
     if name in INVERTIBLE:
-        found = study_analytic(make_analytic(name, target, model=model, labels=rule), key_attack, together)
+        found = study_analytic(
+            make_analytic(name, target, model=model, labels=rule), key_attack, together, progress_fn=progress_fn
+        )
     else:
         found = study(
             make_attack(name, target, labels=rule, solver=solver, num_steps=num_steps),

@@ -16,7 +16,7 @@ from gia_jax import ThreatModel, report
 from gia_jax.cases import Case, Outcome
 from gia_jax.plots import picture_grid
 from gia_jax.protection import Protected
-from gia_jax.store import unclaimed, write_whole
+from gia_jax.store import write_unclaimed
 from gia_jax.study import Sign
 
 RESULTS = "results.json"
@@ -70,11 +70,11 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
     Raises:
         OSError: The file cannot be written. The states are kept, or, where one is missing, the content was printed.
     """
-    text, path = report.to_json(content), unclaimed(out / RESULTS, since)
+    text = report.to_json(content)
     try:
-        write_whole(path, text.encode())
+        path = write_unclaimed(out / RESULTS, text.encode(), since)
     except OSError as error:
-        reason = f"{str(path)!r} cannot be written: {error.strerror}"
+        reason = f"{str(out / RESULTS)!r} cannot be written: {error.strerror}"
         states = [outcome.study.checkpoint for outcome in outcomes]
         if None in states:
             print(text)
@@ -88,6 +88,8 @@ def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.study.checkpoint is not None:
             outcome.study.checkpoint.unlink(missing_ok=True)
+            for part in states(out).glob(f"{outcome.study.checkpoint.name}.*.part"):
+                part.unlink(missing_ok=True)  # of a process that was killed while it wrote
     with contextlib.suppress(OSError):  # there is none, or it keeps the state of another run
         states(out).rmdir()
 
@@ -104,8 +106,10 @@ def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title:
     for name, outcome in outcomes.items():
         columns[name] = outcome.scores.images.reshape(flat.shape)
         captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.scores.psnr.reshape(-1)]
-    path = unclaimed(path, since)
-    picture_grid(columns, path, captions=captions, title=title)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        drawing = Path(folder) / path.name
+        picture_grid(columns, drawing, captions=captions, title=title)
+        path = write_unclaimed(path, drawing.read_bytes(), since)
     print(f"wrote {path}")
 
 
@@ -153,7 +157,7 @@ def progress(name: str) -> Callable[[Sign], None]:
     In a terminal one line is updated at every call; elsewhere there is a line at most every `QUIET_SECONDS`, and at
     every new phase.
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     shown: dict[str, Any] = {"phase": "", "at": 0.0, "width": 0}
 
     def progress_fn(sign: Sign) -> None:

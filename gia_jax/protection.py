@@ -1,6 +1,7 @@
 """Defenses by the names of the command line, any number of them in one client, and the attacker that knows them."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ COMBINATIONS = {
     "prune_instahide": ("instahide:k=4", "prune:ratio=0.9"),
 }
 NAMES = ("none", *DEFENSES, *COMBINATIONS)
+LEAST, LARGEST = 1e-15, 1e15  # of a setting: its square and the updates that it scales are numbers of float32
 INTEGERS = ("bits", "k", "num_probes", "size")
 NOISE = ("dpsgd", "gaussian", "laplace")
 WEIGHTS = 0x9EC0DE  # sets PRECODE's default weights, which are public, apart from all that a user draws from key 0
@@ -142,6 +144,10 @@ def _check_part(part: Part) -> None:
     if part.settings.keys() != DEFENSES[part.name].settings.keys():
         names = ", ".join(DEFENSES[part.name].settings) or "nothing"
         raise ValueError(f"defense {part.name} must set {names}, got {', '.join(part.settings) or 'nothing'}")
+
+    for name, value in part.settings.items():
+        if isinstance(value, float) and value and math.isfinite(value) and not LEAST <= abs(value) <= LARGEST:
+            raise ValueError(f"defense {part}: {name} must be 0 or from {LEAST:g} to {LARGEST:g}, got {value}")
 
     def unused(*_: Any) -> Any:
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Files that outlive a killed process: each is written whole or not at all, and states of interrupted runs are kept."""
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -29,6 +30,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The file cannot be written; what was there is left as it was.
     """
+    path = path.resolve()  # a link stays one
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:
@@ -39,6 +41,30 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_unclaimed(path: Path, content: bytes, since: float) -> Path:
+    """Writes a file whole, under a name that no other process has written since a moment.
+
+    Args:
+        path: The wanted path.
+        content: The whole content.
+        since: The moment, in seconds as `time.time` counts them.
+
+    Returns:
+        The path that was written: the wanted one, or one with a number behind its name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody else looks for a name between the next two lines
+        path = unclaimed(path, since)
+        write_whole(path, content)
+    finally:
+        os.close(descriptor)
+    return path
 
 
 def unclaimed(path: Path, since: float) -> Path:
@@ -95,7 +121,12 @@ class RunState:
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
         self.path = None if folder is None else folder / f"{fingerprint[:20]}.state"
-        self._fingerprint, self._warned = fingerprint, False
+        self._fingerprint, self._warned, self._failed = fingerprint, False, False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the file is there, as it was saved or loaded last."""
+        return self.path is not None and self.path.exists() and not self._failed
 
     def save(self, progress: Progress) -> None:
         """Writes the state. Where that fails a warning says so, once, and the run goes on without."""
@@ -113,7 +144,9 @@ class RunState:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, MAGIC + hashlib.sha256(payload).digest() + payload)
+            self._failed = False
         except OSError as error:
+            self._failed = True
             if not self._warned:
                 reason = error.strerror or str(error)
                 warnings.warn(f"the run goes on, but its state cannot be kept in {self.path}: {reason}", stacklevel=3)
@@ -145,8 +178,9 @@ class RunState:
             if saved["fingerprint"] != self._fingerprint:
                 raise ValueError("it is of another run")
             place = Place(**saved["place"])
-            within = 0 <= place.first <= limits.first and 0 <= place.stage < limits.stage
-            if not within or not -1 <= place.step <= limits.step or not place.seconds >= 0:
+            whole = all(type(number) is int for number in place[:3])
+            within = whole and 0 <= place.first <= limits.first and 0 <= place.stage < limits.stage
+            if not within or not -1 <= place.step <= limits.step or not 0 <= place.seconds < float("inf"):
                 raise ValueError(f"its place {tuple(place)} is not in the run")
             # Before a stage has begun the state is the one in which the last stage ended.
             begun = place.stage if place.step >= 0 else place.stage - 1
@@ -154,8 +188,10 @@ class RunState:
                 raise ValueError("it has no state" if begun >= 0 else "it has a state before there can be one")
             state = _unpacked(states[begun], saved["state"]) if begun >= 0 else None
             done = [_unpacked(finished, one) for one in saved["finished"]]
+            if bool(done) != (place.first > 0) or any(np.ndim(curve) != 2 for curve in saved["curves"]):
+                raise ValueError("its results are not those of its place")
             return Progress(place, jax.tree.map(np.asarray, done), list(saved["curves"]), state)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise ValueError(f"checkpoint must be a file that a study wrote, got '{self.path}': {error}") from None
 
 

@@ -158,7 +158,11 @@ def study(
     """
     _check.integer(num_restarts=num_restarts, lanes=lanes)
     _check.integer(1, 2**31 - 1, num_steps=num_steps)
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    _check.not_negative(checkpoint_seconds=checkpoint_seconds)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
+        raise ValueError(f"checkpoint must be a folder, got the file {str(checkpoint)!r}")
+    key = _typed(key)
     victims, finite = finite_victims(observations)
     _check.fits(victims * num_restarts, num_restarts=num_restarts)
     _check.fits(victims * num_restarts * num_steps, num_steps=num_steps)
@@ -175,6 +179,11 @@ def study(
     programs, states, found = _programs(stages, attack, lanes, keys[index], example)
     settings = (num_steps, num_restarts, lanes)
     fingerprint = "" if checkpoint is None else _fingerprint(programs, keys, observations, settings)
+    if checkpoint is not None and any("callback" in program.as_text() for program in programs):
+        warnings.warn(
+            "no state is kept of an attack that calls back to Python, which no fingerprint tells", stacklevel=2
+        )
+        checkpoint = None
     saved = RunState(checkpoint, fingerprint)
     most = max(stage.num_steps for stage in stages)
     place, finished, curves, state = saved.load(states, found, Place(total, len(stages), most))
@@ -211,7 +220,7 @@ def study(
             finished, state, place = [*finished, done], None, later._replace(first=min(later.first, total))
     except BaseException as stopped:
         saved.save(Progress(place._replace(seconds=pace.seconds()), finished, curves, state))
-        if saved.path is not None and saved.path.exists():
+        if saved.is_kept:
             stopped.add_note(f"the same run goes on from the state kept in {saved.path}")
         raise
     if resumed is not place:
@@ -223,17 +232,23 @@ def study(
     chosen = jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
     chosen = chosen._replace(is_finite=chosen.is_finite & finite)
     losses = _joined(curves, num_steps)[:total].reshape(victims, num_restarts, num_steps)
-    kept = saved.path if saved.path is not None and saved.path.exists() else None
-    return Study(chosen, losses, timing, kept)
+    return Study(chosen, losses, timing, saved.path if saved.is_kept else None)
 
 
-def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observations: Observation) -> Study:
+def study_analytic(
+    reconstruct_fn: ReconstructFn,
+    key: PRNGKeyArray,
+    observations: Observation,
+    *,
+    progress_fn: ProgressFn | None = None,
+) -> Study:
     """`study` of an attack that needs no steps.
 
     Args:
         reconstruct_fn: `(key, observation) -> reconstruction`.
         key: The attacker's randomness.
         observations: Observations as `study` takes them; victims that are not finite are treated as it treats them.
+        progress_fn: Called with a `Sign` before compiling, before running and at the end.
 
     Returns:
         The study, of one restart for every victim.
@@ -241,17 +256,28 @@ def study_analytic(reconstruct_fn: ReconstructFn, key: PRNGKeyArray, observation
     Raises:
         ValueError: Parameters that are not finite, or no victim whose observation is.
     """
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    key = _typed(key)
     victims, finite = finite_victims(observations)
     keys = victim_keys(key, victims, 1)[:, 0]
+    show_fn = (lambda sign: None) if progress_fn is None else progress_fn
+    show_fn(Sign("compiling", 0, victims, 0.0, None))
     began = time.perf_counter()
     compiled = jax.jit(jax.vmap(reconstruct_fn, (0, SHARED_PARAMS))).lower(keys, observations).compile()
     compile_seconds = time.perf_counter() - began
+    show_fn(Sign("steps", 0, victims, 0.0, None))
     began = time.perf_counter()
     found = jax.tree.map(np.asarray, compiled(keys, observations))
     elapsed = time.perf_counter() - began
+    show_fn(Sign("steps", victims, victims, elapsed, 0.0))
     found = found._replace(restart_losses=found.loss[:, None], is_finite=found.is_finite & finite)
     return Study(found, np.zeros((victims, 1, 0)), Timing(compile_seconds, elapsed, 1e3 * elapsed / victims))
+
+
+def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A key of the new style, also of one of the old style."""
+    if not isinstance(key, jax.Array) or not (_check.is_key(key) or key.shape == (2,)):
+        raise ValueError(f"key must be one random key, got {key!r}")
+    return key if _check.is_key(key) else jax.random.wrap_key_data(key)
 
 
 def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v"]]:
@@ -261,10 +287,18 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
         ValueError: The parameters are not finite, or no victim's observation is.
     """
     _check.finite("observations.params", observations.params)
-    leaves = jax.tree.leaves((observations.update, observations.extra))
-    victims = jax.tree.leaves(observations.update)[0].shape[0]
+    both = {"update": observations.update, "extra": observations.extra}
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(observations.update)]
+    if not shapes or not shapes[0] or not shapes[0][0]:
+        raise ValueError(
+            f"observations.update must have a first axis of victims, at least 1, got {shapes[:1] or 'none'}"
+        )
+    victims = shapes[0][0]
     finite = np.ones(victims, bool)
-    for leaf in leaves:
+    for path, leaf in jax.tree.leaves_with_path(both):
+        if jnp.shape(leaf)[:1] != (victims,):
+            name = "observations" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name} must have a first axis of {victims} victims, got shape {jnp.shape(leaf)}")
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             finite &= np.isfinite(np.asarray(leaf)).reshape(victims, -1).all(1)
     if not finite.any():
@@ -341,6 +375,7 @@ class _Pace:
         self._steps, self._lanes, self._total = [stage.num_steps for stage in stages], lanes, total
         self._progress_fn = progress_fn
         self._each: list[float | None] = [None] * len(stages)  # seconds of a step of all lanes
+        self._calls = [0] * len(stages)
         self._most = [1] * len(stages)
         self._before, self._began = 0.0, time.perf_counter()
         self._called = self._began
@@ -367,6 +402,7 @@ class _Pace:
         """Notes how long a call took, and shows where the run is."""
         self._each[place.stage] = (time.perf_counter() - self._called) / count
         self._most[place.stage] = 8 * count
+        self._calls[place.stage] += 1
         self.sign(self._phase(place.stage), place)
 
     def sign(self, phase: str, place: Place) -> None:
@@ -380,6 +416,7 @@ class _Pace:
         done += lanes * sum(n for n, passed in zip(self._steps, before, strict=True) if passed)
         left: float | None = 0.0
         for s, (steps, each) in enumerate(zip(self._steps, self._each, strict=True)):
+            each = each if self._calls[s] > 1 else None  # the first call of a stage is no measure of the others
             gone = steps if before[s] else max(place.step, 0) if s == place.stage else 0
             remaining = steps * (batches - batch - 1) + steps - gone
             if remaining and each is None:

@@ -333,7 +333,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             ["--aggregation", "magic"],
             "--aggregation must be one of plain, secagg, lightsecagg",
         ),
-        (["--aggregation", "plain", "--clients", "0"], "--clients must be at least 1, got 0"),
+        (["--aggregation", "plain", "--clients", "0"], "--clients must be at least 1 and below 2^31, got 0"),
         (["--attack", "r_gap", "--model", "lenet"], "--attack r_gap needs one of the models cnn6, got 'lenet'"),
         (
             ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
@@ -363,8 +363,8 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--data", ""], "data must be photos, digits or a TFDS set, got ''"),
         (["--model", ""], f"--model must be one of {', '.join(models.MODELS)}, got ''"),
         (["--out", ""], "--out must name a folder, got ''"),
-        (["--steps", "99999999999"], "--steps must be an integer from 1 to 2147483647, got 99999999999"),
-        (["--restarts", "99999999999"], "--restarts must fit into memory: it needs "),
+        (["--steps", "99999999999"], "--steps must be at least 1 and below 2^31, got 99999999999"),
+        (["--restarts", "999999999", "--victims", "90"], "--restarts must fit into memory: it needs "),
         (
             ["--defense", "mixup:k=99"],
             "--defense mixup:k=99 must mix at most the 17 images that a client has",
@@ -378,12 +378,12 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--attack", "gias", "--latent-steps", "-1"], "--latent-steps must be at least 0, got -1"),
         (["--attack", "idlg", "--generator", "x.npz"], "--generator is not for --attack idlg, got 'x.npz'"),
         (["--solver", "magic"], f"--solver must be one of {', '.join(SOLVERS)}, got 'magic'"),
-        (["--victims", "0"], "--victims must be at least 1, got 0"),
-        (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
-        (["--restarts", "0"], "--restarts must be at least 1, got 0"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--local-steps", "0"], "--local-steps must be at least 1, got 0"),
-        (["--lanes", "0"], "--lanes must be at least 1, got 0"),
+        (["--victims", "0"], "--victims must be at least 1 and below 2^31, got 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1 and below 2^31, got -1"),
+        (["--restarts", "0"], "--restarts must be at least 1 and below 2^31, got 0"),
+        (["--steps", "0"], "--steps must be at least 1 and below 2^31, got 0"),
+        (["--local-steps", "0"], "--local-steps must be at least 1 and below 2^31, got 0"),
+        (["--lanes", "0"], "--lanes must be at least 1 and below 2^31, got 0"),
         (["--victims", "9999"], "--victims times --batch-size must be at most 1797 for digits, got 9999"),
         (["--local-steps", "2", "--local-learning-rate", "nan"], "learning-rate must be positive and finite, got nan"),
         (["--local-steps", "2", "--local-learning-rate", "-1"], "learning-rate must be positive and finite, got -1.0"),
@@ -451,18 +451,14 @@ SHORT = [*QUICK, "--steps", "40", "--solver", "adam"]
 def test_results_that_cannot_be_written_are_not_computed_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder gets in the way of results.json while the attack runs."""
-
-    def in_the_way(*_: Any) -> dict[str, np.ndarray]:
-        (tmp_path / "results.json").mkdir(exist_ok=True)
-        return {}
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr("gia_jax.report.baselines", in_the_way)
+        patch.setattr("gia_jax.console.write_unclaimed", refuse)
         assert main([*SHORT, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "results.json' cannot be written: Is a directory; nothing is lost: the same command writes it" in error
-    (tmp_path / "results.json").rmdir()
+    assert "results.json' cannot be written: Permission denied; nothing is lost: the same command writes it" in error
     assert main([*SHORT, "--out", str(tmp_path)]) == 0
     assert "100 % of the steps" in capsys.readouterr().err.splitlines()[1]  # nothing is done again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reconstructions.png", "results.json"]
@@ -482,6 +478,15 @@ def test_on_a_full_disk_the_results_are_printed(
     assert lines[1].endswith("No space left on device; its content was printed instead")
     assert len(json.loads(printed[printed.index("\n{") :])["victims"]) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_closed_output_does_not_lose_what_was_computed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gia_jax", *QUICK, "--attack", "linear", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        running.stdout.close()
+    assert len(_read(tmp_path)["victims"]) == 2
 
 
 def test_two_runs_in_one_folder_both_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

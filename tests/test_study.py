@@ -157,8 +157,8 @@ def test_progress_grows_to_the_whole() -> None:
     assert (np.diff(done) > 0).all()
     assert (np.diff(seconds) >= 0).all()
     assert set(total) == {NUM_VICTIMS * NUM_RESTARTS * NUM_STEPS} == {done[-1]}
-    assert left[0] is None
-    assert all(seconds > 0 for seconds in left[1:-1])
+    assert left[:2] == (None, None)  # the first call is no measure of the others
+    assert all(seconds > 0 for seconds in left[2:-1])
     assert left[-1] == 0
 
 
@@ -270,25 +270,61 @@ def test_runs_at_the_same_time_share_a_folder(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("where", ["file", "full"])
-def test_a_state_that_cannot_be_written_ends_nothing(
-    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "states"
-    if where == "file":
-        folder.write_text("in the way")
-    else:
+def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a state of an interruption before: it is not that of the end."""
 
-        def full(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("gia_jax.store.os.fsync", full)
+    state = _interrupted(_walk(), tmp_path, 3)
+    monkeypatch.setattr("gia_jax.store.os.fsync", full)
     with pytest.warns(UserWarning, match="the run goes on, but its state cannot be kept in") as warned:
-        found = _study(_walk(), lanes=4, checkpoint=folder, checkpoint_seconds=0.0)
+        found = _study(_walk(), lanes=4, checkpoint=tmp_path, checkpoint_seconds=0.0)
     assert len(warned) == 1
     assert found.checkpoint is None
     _assert_same(found, _study(_walk(), lanes=4))
-    assert where == "file" or not list(folder.iterdir())  # no part of a file is left
+    assert list(tmp_path.iterdir()) == [state]  # no part of a file is left
+
+
+def test_what_is_no_folder_key_or_time_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"checkpoint must be a folder, got the file '.*file'"):
+        _study(_walk(), checkpoint=tmp_path / "file")
+    with pytest.raises(ValueError, match="checkpoint_seconds must not be negative, got nan"):
+        _study(_walk(), checkpoint=tmp_path, checkpoint_seconds=float("nan"))
+    with pytest.raises(ValueError, match="key must be one random key, got"):
+        study(_walk(), jax.random.split(jax.random.key(0)), _observations(), num_steps=1)
+
+
+def test_leaves_of_another_number_of_victims_are_named() -> None:
+    observations = _observations()
+    for wrong, name in (
+        (observations._replace(extra={"labels": jnp.zeros((6, 1))}), r"extra'\]\['labels'\]"),
+        (observations._replace(update={"a": jnp.zeros((3, 4)), "b": jnp.zeros((1, 4))}), r"update'\]\['b'\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"observations\['{name} must have a first axis of 3 victims, got shape"):
+            study(_walk(), jax.random.key(0), wrong, num_steps=1)
+
+
+def test_an_attack_that_calls_back_keeps_no_state(tmp_path: Path) -> None:
+    """What it calls is not part of the program, and another call must not be taken for it."""
+
+    def attack(value: float) -> Attack:
+        walk = _walk()
+
+        def step(key: jax.Array, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
+            state, info = walk.step(key, state, observation)
+            shape = jax.ShapeDtypeStruct((), info.loss.dtype)
+            loss = jax.pure_callback(lambda: np.asarray(value, shape.dtype), shape, vmap_method="sequential")
+            return state, info._replace(loss=loss)
+
+        return walk._replace(step=step)
+
+    for value in (1.0, 2.0):
+        with pytest.warns(UserWarning, match="no state is kept of an attack that calls back to Python"):
+            found = _study(attack(value), num_restarts=1, checkpoint=tmp_path)
+        assert found.checkpoint is None
+        np.testing.assert_array_equal(found.losses, value)
 
 
 def _damages() -> Iterator[Callable[[bytes], bytes]]:
