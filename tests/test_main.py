@@ -484,7 +484,8 @@ def test_a_closed_output_does_not_lose_what_was_computed(tmp_path: Path) -> None
     command = [sys.executable, "-m", "gia_jax", *QUICK, "--attack", "linear", "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
         assert running.stdout is not None
-        running.stdout.readline()
+        for _ in range(3):  # what is printed before the attack
+            running.stdout.readline()
         running.stdout.close()
     assert len(_read(tmp_path)["victims"]) == 2
 
@@ -512,9 +513,13 @@ def test_an_interruption_is_one_line_and_is_resumed(
             os.kill(os.getpid(), kind)
             time.sleep(10)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("gia_jax.console.progress", lambda name: interrupt)
-        assert main([*SHORT, "--out", str(tmp_path)]) == status
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("gia_jax.console.progress", lambda name: interrupt)
+            assert main([*SHORT, "--out", str(tmp_path)]) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
     (state,) = (tmp_path / "states").iterdir()
     error = capsys.readouterr().err.strip()
     assert error == f"gia_jax: interrupted; the same command goes on from the states kept in {state.parent}"
