@@ -275,9 +275,11 @@ def study_analytic(
 
 def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
     """A key of the new style, also of one of the old style."""
-    if not isinstance(key, jax.Array) or not (_check.is_key(key) or key.shape == (2,)):
+    shapes = [()] if isinstance(key, jax.Array) and _check.is_key(key) else [(2,), (4,)]  # raw: threefry, rbg
+    if not isinstance(key, jax.Array) or key.shape not in shapes:
         raise ValueError(f"key must be one random key, got {key!r}")
-    return key if _check.is_key(key) else jax.random.wrap_key_data(key)
+    impl = "threefry2x32" if key.shape == (2,) else "rbg"
+    return key if key.shape == () else jax.random.wrap_key_data(key, impl=impl)
 
 
 def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v"]]:

@@ -286,14 +286,12 @@ def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [state]  # no part of a file is left
 
 
-def test_what_is_no_folder_key_or_time_is_named(tmp_path: Path) -> None:
+def test_what_is_no_folder_or_time_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"checkpoint must be a folder, got the file '.*file'"):
         _study(_walk(), checkpoint=tmp_path / "file")
     with pytest.raises(ValueError, match="checkpoint_seconds must not be negative, got nan"):
         _study(_walk(), checkpoint=tmp_path, checkpoint_seconds=float("nan"))
-    with pytest.raises(ValueError, match="key must be one random key, got"):
-        study(_walk(), jax.random.split(jax.random.key(0)), _observations(), num_steps=1)
 
 
 def test_leaves_of_another_number_of_victims_are_named() -> None:
