@@ -91,7 +91,7 @@ def test_start_and_steps_do_not_share_randomness():
 
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_run_refuses_a_number_of_steps_below_one(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be an integer of at least 1, got {num_steps}"):
+    with pytest.raises(ValueError, match=f"num_steps must be an integer from 1 to 2147483647, got {num_steps}"):
         run(noisy(), jax.random.key(0), OBSERVATION, num_steps=num_steps)
 
 
@@ -227,7 +227,7 @@ def test_restarts_are_the_python_loop(batch_size):
 
 @pytest.mark.parametrize(("count", "batch_size", "name"), [(0, 4, "num_restarts"), (3, 0, "batch_size")])
 def test_restarts_refuse_counts_below_one(count, batch_size, name):
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer .*, got 0"):
         restarts(reconstruct_fn, count, batch_size=batch_size)
 
 
