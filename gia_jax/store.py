@@ -14,6 +14,8 @@ import numpy as np
 from flax import serialization
 from jaxtyping import PyTree
 
+from gia_jax import _check
+
 MAGIC = b"gia_jax state 1\n"
 
 
@@ -195,15 +197,11 @@ class RunState:
             raise ValueError(f"checkpoint must be a file that a study wrote, got '{self.path}': {error}") from None
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _packed(tree: PyTree[Any]) -> list[Any]:
     """The leaves as arrays; a leaf of keys as its numbers with the name of the generator that they are for."""
 
     def packed(leaf: Any) -> Any:
-        if not _is_key(leaf):
+        if not _check.is_key(leaf):
             return np.asarray(leaf)
         return {"generator": str(jax.random.key_impl(leaf)), "numbers": np.asarray(jax.random.key_data(leaf))}
 

@@ -475,6 +475,5 @@ def _fingerprint(programs: list[Any], keys: Key[Array, " lanes"], observations: 
     for program in programs:
         digest.update(program.as_text().encode())
     for leaf in jax.tree.leaves((keys, observations)):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
+        digest.update(np.asarray(jax.random.key_data(leaf) if _check.is_key(leaf) else leaf).tobytes())
     return digest.hexdigest()

@@ -263,7 +263,7 @@ def _forward(
 def _is_key(leaf: Array) -> bool:
     """Whether a leaf is a random key, typed or raw."""
     is_raw = leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,)
-    return is_raw or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return is_raw or _check.is_key(leaf)
 
 
 def _is_variable(node: Any) -> bool:
