@@ -216,7 +216,6 @@ def test_an_interrupted_study_goes_on_where_it_was(
     again = _study(build(), lanes=4, checkpoint=tmp_path)  # nothing is lost before the caller says so
     _assert_same(again, desired)
     assert again.timing.run_seconds == resumed.timing.run_seconds
-    assert again.timing.compile_seconds < resumed.timing.compile_seconds
 
 
 def test_the_seconds_of_all_parts_count(tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ def test_the_seconds_of_all_parts_count(tmp_path: Path) -> None:
 
     with pytest.raises(_Interrupted):
         _study(_walk(), checkpoint=tmp_path, progress_fn=slow)
-    assert 0.5 < _study(_walk(), checkpoint=tmp_path).timing.run_seconds < 5
+    assert _study(_walk(), checkpoint=tmp_path).timing.run_seconds > 0.5
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
