@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XLA_FLAGS")  # as a reader runs it
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     committed = _pictures(notebook)
+    for cell in notebook.cells:  # the committed outputs are of all steps; that every cell runs shows in a few
+        cell.source = re.sub(r"(NUM_STEPS\b[^=\n]* = |num_(?:latent_)?steps=)[\d_]+", r"\g<1>20", cell.source)
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()  # raises where a cell does

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import Tiny
 
 from gia_jax import Batch, clients, labels, models
 from gia_jax.defenses import kept_features, live_share_pruned, soteria
 from gia_jax.matching.objectives import masked_cosine
 
 HEAD = labels.dense("head")
-LENET = models.functional(models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0)))
+LENET = models.functional(Tiny((8, 8, 3), 4, rngs=nnx.Rngs(0)))
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 BATCH = Batch(IMAGES, jnp.array([1, 3]))
 
