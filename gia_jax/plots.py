@@ -1,4 +1,4 @@
-"""Pictures of what leaked. Needs matplotlib (the extra `demo`)."""
+"""Pictures of what leaked. They need matplotlib (the extra `demo`)."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,27 @@ def picture_grid(
     """Draws a row for each image and a column for each version of it (original, reconstruction, ...), as a PNG.
 
     Args:
-        columns: Under each heading n images of shape (n, h, w, c), c one or three; pixels are clipped to [0, 1], and
-            NaN is drawn as 0.5. The first 16 are drawn, and the title says so where there are more.
-        path: Path of the file.
-        captions: Under a heading a line for each image, such as its PSNR; not every column needs captions.
-        title: Text above the grid.
+        columns: Images of shape (n, h, w, c) under each heading, with c of one or three. Pixels are clipped to [0, 1],
+            and NaN is drawn as 0.5. The first 16 images are drawn, and the title says so where there are more.
+        path: Path of the file, whose folder must exist.
+        captions: Text lines under a heading, one for each image, such as its PSNR. Not every column needs captions, and
+            None draws none.
+        title: Text above the grid. By default only the number of images is stated, where some are left out.
 
     Raises:
-        ValueError: There are no columns, an array is no images or of integers, columns have different numbers of
+        ValueError: If there are no columns, an array is no images or of integers, columns have different numbers of
             images, or captions are of no column or not one for each image.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from gia_jax.plots import picture_grid
+        >>> columns = {"original": np.zeros((1, 4, 4, 1)), "reconstruction": np.ones((1, 4, 4, 1))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     picture_grid(columns, Path(folder) / "grid.png")
+        ...     print([file.name for file in Path(folder).iterdir()])
+        ['grid.png']
     """
     from matplotlib.figure import Figure
 
@@ -75,11 +87,21 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
 
     Args:
         curves: Losses by name, each of shape (num_steps,) with at least one step.
-        path: Path of the file.
-        title: Text above the plot.
+        path: Path of the file, whose folder must exist.
+        title: Text above the plot. By default there is none.
 
     Raises:
-        ValueError: There are no curves, or one is not of numbers along one axis.
+        ValueError: If there are no curves, or one is not of numbers along one axis.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from gia_jax.plots import loss_curves
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loss_curves({"attack": np.array([1.0, 0.1, 0.01])}, Path(folder) / "losses.png")
+        ...     print([file.name for file in Path(folder).iterdir()])
+        ['losses.png']
     """
     from matplotlib.figure import Figure
 
@@ -107,6 +129,7 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
     write_whole(path, content.getvalue())

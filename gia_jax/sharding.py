@@ -1,4 +1,4 @@
-"""Lanes of a sweep on many devices."""
+"""Runs the lanes of a sweep, such as attacks on many victims, on many devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,23 +9,32 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., Any]:
-    """`jax.vmap(fn)` with its lanes spread over the devices of one axis of a mesh.
+    """Maps a function over lanes as `jax.vmap(fn)` does, with the lanes spread over the devices of one axis of a mesh.
 
     Nothing is replicated and nothing is communicated: each device maps its own lanes. Sharding the arrays and letting
     XLA partition the program instead gives wrong kernel gradients on every device but the first.
 
     Args:
-        fn: A function of arrays, such as an attack on one victim.
-        mesh: The devices; with several hosts, every process calls this alike.
+        fn: Function of trees of arrays, such as an attack on one victim.
+        mesh: Mesh of the devices. With several hosts, every process calls this alike.
         axis: Name of the mesh's axis over which the lanes are spread.
 
     Returns:
-        The mapped function: every leaf of its arguments and results has a leading axis of lanes, a positive
-        multiple of the number of devices along `axis`. Call it inside `jax.jit`.
+        The mapped function, to be called inside `jax.jit`. Every leaf of its arguments and results has a leading axis
+        of lanes, whose length is a positive multiple of the number of devices along `axis`. It raises ValueError if
+        there are no arguments, the devices do not divide the lanes, or the arguments have different numbers of lanes.
 
     Raises:
-        ValueError: There is no such axis, or (when called) there are no arguments, lanes that the devices do not
-            divide, or arguments of different numbers of lanes.
+        ValueError: If the mesh has no such axis.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import map_sharded
+        >>> mesh = jax.make_mesh((1,), ("lanes",))
+        >>> norms = jax.jit(map_sharded(jnp.linalg.norm, mesh, "lanes"))(jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+        >>> print(norms.tolist())
+        [5.0, 10.0]
     """
     if axis not in mesh.shape:
         raise ValueError(f"axis must be one of {tuple(mesh.shape)}, got {axis!r}")

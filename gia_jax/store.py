@@ -1,4 +1,4 @@
-"""Files that outlive a killed process: each is written whole or not at all, and states of interrupted runs are kept."""
+"""Files that outlive a killed process: each is written whole or not at all, such as the states of interrupted runs."""
 
 import fcntl
 import hashlib
@@ -20,19 +20,19 @@ MAGIC = b"gia_jax state 1\n"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file such that readers, and a kill at any moment, see the old content or the new one, never a part.
+    """Writes a file such that a reader, or a kill at any moment, finds the old content or the new one, never a part.
 
-    Several processes may write to one path at the same time: each has a temporary file of its own, and the last one to
+    Several processes may write to one path at the same time. Each has a temporary file of its own, and the last one to
     finish wins.
 
     Args:
-        path: The file; its folder must exist.
-        content: The whole content.
+        path: Path of the file, whose folder must exist. Where it is a link, the file that it points to is written.
+        content: Whole content of the file.
 
     Raises:
-        OSError: The file cannot be written; what was there is left as it was.
+        OSError: If the file cannot be written. What was there is left as it was.
     """
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # the target of a link is written, and the link stays a link
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:
@@ -49,19 +49,19 @@ def write_unclaimed(path: Path, content: bytes, since: float) -> Path:
     """Writes a file whole, under a name that no other process has written since a moment.
 
     Args:
-        path: The wanted path.
-        content: The whole content.
-        since: The moment, in seconds as `time.time` counts them.
+        path: Wanted path of the file.
+        content: Whole content of the file.
+        since: Moment, in seconds as `time.time` counts them.
 
     Returns:
         The path that was written: the wanted one, or one with a number behind its name.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody else looks for a name between the next two lines
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # no other process looks for a name between the next two lines
         path = unclaimed(path, since)
         write_whole(path, content)
     finally:
@@ -70,14 +70,14 @@ def write_unclaimed(path: Path, content: bytes, since: float) -> Path:
 
 
 def unclaimed(path: Path, since: float) -> Path:
-    """A path whose file no other process has written since a moment: this one, or one with a number behind its name.
+    """Finds a path whose file no other process has written since a moment.
 
     Args:
-        path: The wanted path.
-        since: The moment, in seconds as `time.time` counts them.
+        path: Wanted path of the file.
+        since: Moment, in seconds as `time.time` counts them.
 
     Returns:
-        The path.
+        The wanted path, or one with a number behind its name.
     """
     candidate, number = path, 1
     while candidate.exists() and candidate.stat().st_mtime > since:
@@ -90,10 +90,10 @@ class Place(NamedTuple):
     """How far a run has come.
 
     Attributes:
-        first: Index of the first lane of the lanes under way; as many as there are lanes in all where none is left.
-        stage: The stage of the attack that these lanes are in.
-        step: Steps of that stage done; -1 before the stage has begun.
-        seconds: Seconds that the run took so far, over all of its parts.
+        first: Index of the first lane of the lanes under way. It is the number of all lanes where none is left.
+        stage: Index of the stage of the attack in which these lanes are.
+        step: Number of steps of that stage that are done, -1 before the stage has begun.
+        seconds: Number of seconds that the run took so far, over all of its parts.
     """
 
     first: int = 0
@@ -103,7 +103,14 @@ class Place(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What is saved of a run: its place, what the finished lanes gave, and the state of those under way."""
+    """What is saved of a run.
+
+    Attributes:
+        place: How far the run has come.
+        finished: Results of the lanes that are done.
+        curves: Loss curves of the lanes that are done, each an array of two axes.
+        state: State of the lanes under way, None before their first stage has begun.
+    """
 
     place: Place
     finished: list[PyTree[np.ndarray]]
@@ -117,7 +124,7 @@ class RunState:
     Runs that differ in anything have files of their own, so that none takes or removes the state of another.
 
     Args:
-        folder: Folder in which the file is kept, made if needed; None keeps nothing.
+        folder: Folder in which the file is kept, made if needed. None keeps nothing.
         fingerprint: Fingerprint of the run, hexadecimal.
     """
 
@@ -131,7 +138,11 @@ class RunState:
         return self.path is not None and self.path.exists() and not self._failed
 
     def save(self, progress: Progress) -> None:
-        """Writes the state. Where that fails a warning says so, once, and the run goes on without."""
+        """Writes the state. Where that fails, a warning says so, once, and the run goes on without.
+
+        Args:
+            progress: All that is to be saved.
+        """
         if self.path is None:
             return
         payload = serialization.msgpack_serialize(
@@ -155,18 +166,19 @@ class RunState:
             self._warned = True
 
     def load(self, states: list[PyTree[Any]], finished: PyTree[Any], limits: Place) -> Progress:
-        """The state that was saved, or that of a run which has not begun.
+        """Reads the state that was saved, or returns that of a run which has not begun.
 
         Args:
             states: Shapes of the lanes' state in every stage.
-            finished: Shapes of what finished lanes give.
-            limits: The number of lanes, of stages, and the largest number of steps.
+            finished: Shapes of the results of finished lanes.
+            limits: Largest values that a place may have: the number of lanes, the number of stages, and the largest
+                number of steps.
 
         Returns:
-            The progress, its leaves on the default device.
+            The progress. The leaves of its state are on the default device.
 
         Raises:
-            ValueError: The file is none that a study wrote, or was changed since.
+            ValueError: If the file is none that a study wrote, or was changed since.
         """
         if self.path is None or not self.path.exists():
             return Progress(Place(), [], [], None)
@@ -198,7 +210,7 @@ class RunState:
 
 
 def _packed(tree: PyTree[Any]) -> list[Any]:
-    """The leaves as arrays; a leaf of keys as its numbers with the name of the generator that they are for."""
+    """Returns the leaves as arrays, and a leaf of keys as its numbers with the name of their generator."""
 
     def packed(leaf: Any) -> Any:
         if not _check.is_key(leaf):
@@ -209,7 +221,7 @@ def _packed(tree: PyTree[Any]) -> list[Any]:
 
 
 def _unpacked(like: PyTree[Any], leaves: list[Any]) -> PyTree[Any]:
-    """The leaves in the structure of `like`; raises ValueError where they have other shapes or types."""
+    """Puts leaves into the structure of `like`; raises ValueError where they have other shapes or types."""
     expected, tree = jax.tree.flatten(like)
     if len(leaves) != len(expected):
         raise ValueError(f"it has {len(leaves)} arrays in place of {len(expected)}")

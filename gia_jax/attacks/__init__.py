@@ -1,4 +1,4 @@
-"""One paper a file."""
+"""The gradient inversion attacks, with one paper in each module, for users who attack their own models."""
 
 from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg

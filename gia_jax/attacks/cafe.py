@@ -1,4 +1,6 @@
-"""CAFE: Jin, Chen, Hsu, Yu, Chen, CAFE: Catastrophic Data Leakage in Vertical Federated Learning, NeurIPS 2021.
+"""CAFE, an attack on vertical federated learning, in which workers hold different features of the same records.
+
+Jin, Chen, Hsu, Yu, Chen, CAFE: Catastrophic Data Leakage in Vertical Federated Learning, NeurIPS 2021.
 
 Every worker passes its slice of record i through local layers to h_i, the input of its first fully connected layer
 u_i = h_i W + b. Over the records of a batch the gradients of that layer are sums of what single records add, with
@@ -7,9 +9,9 @@ v_i = d loss / d u_i:
     grad b = sum over i of v_i        (step I recovers V)
     grad W = sum over i of h_i^T v_i  (step II recovers H, with V known)
 
-and step III searches the data whose features are H, and whose gradients are the records' own. The records of every
-batch are known: the servers of vertical federated learning align them. Without that, or without enough different
-batches, sums cannot be told apart.
+Step III searches the data whose features are H, and whose gradients are the records' own. The records of every batch
+are known, because the servers of vertical federated learning align them. Without that, or without enough different
+batches, the sums cannot be told apart.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,11 +51,16 @@ from gia_jax.threat import granted, granted_labels
 NUM_RECORDS = 800
 BATCH_SIZE = 40
 NUM_ROUNDS = 1_200
-NUM_STEPS = 20_000  # of `cafe_descent`
+NUM_STEPS = 20_000  # steps of `cafe_descent`
 
 
 class LayerRounds(NamedTuple):
-    """The gradients of a fully connected layer with a bias in each of t rounds."""
+    """The gradients that a fully connected layer with a bias has in each of t rounds.
+
+    Attributes:
+        kernel: Gradients of the kernel, shape (t, d, r).
+        bias: Gradients of the bias, shape (t, r).
+    """
 
     kernel: Float[Array, "t d r"]
     bias: Float[Array, "t r"]
@@ -67,35 +74,62 @@ InvertFn = Callable[[PRNGKeyArray, Params, Sequence[Array], Batch, Updates], Arr
 def cafe(
     layers_fn: LayersFn, classifier_fn: ClassifierFn, *, split_fn: SplitFn, invert_fn: InvertFn | None = None
 ) -> ReconstructFn:
-    """All records of a vertical federation, with steps I and II solved exactly.
+    """Builds the CAFE attack with steps I and II solved exactly, which recovers all records of a vertical federation.
 
     The gradients of T rounds are G = S Z, where S, 0 or 1 of shape (T, N), says which records a round used, and row i
-    of Z is what record i alone adds. Where S has rank N, Z = S^+ G, in exact arithmetic and for every layer at once:
-    its rows at the biases are V, and those at the weights the products h_i^T v_i, so that h_i = Z_i v_i / |v_i|^2. The
+    of Z is what record i alone adds. Where S has rank N, Z = S^+ G, in exact arithmetic and for every layer at once.
+    Its rows at the biases are V, and those at the weights the products h_i^T v_i, so that h_i = Z_i v_i / |v_i|^2. The
     last bias gives the labels: of d loss / d logits = p - onehot(y) only the entry of the label is negative.
 
     Threat model: an honest-but-curious server that knows the parameters, each round's update and the records that it
-    used (`ThreatModel(batch_indices=True)`), and the shape of the records; the labels are recovered.
+    used (`ThreatModel(batch_indices=True)`), and the shape of the records. The labels are recovered.
 
     Departures: the paper finds V and H by stochastic gradient descent (`cafe_descent`). Its step III matches the
-    gradients of rounds; here those of single records are known, Z, and each is matched by its own. The model is taken
-    as frozen, as the paper's nearly is (Adam, learning rate 1e-6): where it moves, Z mixes the gradients of different
+    gradients of rounds. Here those of single records are known, Z, and each is matched by its own. The model is taken
+    as frozen, as the paper's nearly is (Adam, learning rate 1e-6). Where it moves, Z mixes the gradients of different
     rounds, and the loss shows it.
 
     Args:
-        layers_fn: Picks from the update the first fully connected layer of every worker, with biases.
-        classifier_fn: Picks from the update the last layer, whose outputs are the logits of a softmax.
-        split_fn: Splits inputs (b, *d) into the workers' slices, such as `clients.quadrants`.
-        invert_fn: Step III, `(key, params, H of every worker, batch of zeros with the labels found, the gradient of
-            every record alone with a leading axis of records) -> inputs`, such as `feature_matching(...)`. None where
-            the first layer of a worker is the fully connected one: H is the slice itself.
+        layers_fn: Function `(update) -> layers` that picks the first fully connected layer of every worker, with its
+            bias.
+        classifier_fn: Function `(update) -> Dense` that picks the last layer, whose outputs are the logits of a
+            softmax.
+        split_fn: Function that splits inputs of shape (n, *d) into the workers' slices, such as `clients.quadrants`.
+        invert_fn: Function of step III, such as `feature_matching(...)`. It maps `(key, params, features, records,
+            gradients)` to the inputs: the features are H of every worker, the records a batch of zeros with the labels
+            found, and the gradients those of every record alone, with a leading axis of records. None is for workers
+            whose first layer is the fully connected one: H is the slice itself.
 
     Returns:
-        `(key, observation) -> reconstruction`, the inputs (N, *d) in the records' own order. Its loss is the share of
-        the workers' gradients, in L2 norm, that V and H do not explain. A record whose v_i is zero at a worker has no
-        h_i there: it is left at 0. It raises ValueError for updates of another shape, a missing bias, indices out of
-        range, and batches that cannot identify the records; inside a trace, where the indices are unknown, the latter
-        make `is_finite` False.
+        A function `(key, observation) -> reconstruction`, with inputs of shape (N, *d) in the records' own order. Its
+        loss is the share of the workers' gradients, in L2 norm, that V and H do not explain. A record whose v_i is zero
+        at a worker has no h_i there, so its slice is left at 0. The function raises ValueError for updates of another
+        shape, a missing bias, indices out of range, and batches that cannot identify the records. Inside a trace, where
+        the indices are unknown, such batches make `is_finite` False instead.
+
+    Examples:
+        Two workers hold one feature each, and every round uses one of the two records:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, labels, observe
+        >>> def dense(layer, x):
+        ...     return x @ layer["kernel"] + layer["bias"]
+        >>> def split_fn(inputs):
+        ...     return [inputs[:, :1], inputs[:, 1:]]
+        >>> worker = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+        >>> params = {"workers": [worker, worker], "server": {"kernel": jnp.eye(4, 3), "bias": jnp.ones(3)}}
+        >>> indices = jnp.array([[0], [1]])
+        >>> loss_fn = clients.cross_entropy(clients.vertical_model(split_fn, dense, dense))
+        >>> client_fn = jax.jit(clients.vertical_sgd(loss_fn, indices))
+        >>> records = Batch(jnp.array([[0.5, 2.0], [1.0, 3.0]]), jnp.array([1, 2]))
+        >>> threat = ThreatModel(batch_indices=True)
+        >>> seen = observe(jax.random.key(0), threat, client_fn, params, records, batch_indices=indices)
+        >>> def layers_fn(update):
+        ...     return [labels.Dense(**layer) for layer in update["workers"]]
+        >>> attack = attacks.cafe(layers_fn, labels.dense("server"), split_fn=split_fn)
+        >>> found = jax.jit(lambda key: attack(key, seen))(jax.random.key(1))
+        >>> bool(jnp.allclose(found.batch.inputs, records.inputs, atol=0.01)), found.batch.labels.tolist()
+        (True, [1, 2])
     """
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
@@ -133,25 +167,44 @@ def feature_matching(
     num_steps: int = 2_000,
     optimizer: optax.GradientTransformation | None = None,
 ) -> InvertFn:
-    """Step III where features and gradients of every record are known exactly: the inputs in the pixel box that have
-    them, by descent on the sum over records, workers and tensors of the squared distances relative to what is known.
+    """Builds step III of `cafe`, which searches the images in the pixel box that have the known features and gradients.
+
+    It descends on the sum over records, workers and tensors of the squared distances relative to what is known, which
+    steps I and II found for every record exactly.
 
     Args:
-        features_fn: `(params, inputs) -> ` the input of every worker's first fully connected layer, (n, d) each.
-        bounds: Darkest and brightest value of a pixel in the model's space, numbers or one a channel.
-        client_fn: `(params, records) -> ` the gradient of every record alone, such as `clients.per_example(loss_fn)`.
-            None leaves gradients out: they say more than H does where layers with weights come before it, such as
-            convolutions.
-        total_variation_weight: Weight beta of the total variation, >= 0 and finite.
+        features_fn: Function `(params, images) -> features` that computes the input of every worker's first fully
+            connected layer, one array of shape (n, d) each.
+        bounds: Darkest and brightest value of a pixel in the model's space, as two numbers or two arrays with one value
+            for each channel.
+        client_fn: Function `(params, records) -> gradients` that computes the gradient of every record alone, such as
+            `clients.per_example(loss_fn)`. None leaves gradients out. They say more than H does where layers with
+            weights come before it, such as convolutions.
+        total_variation_weight: Weight beta of the total variation in the loss, at least 0 and finite.
         num_steps: Number of optimiser steps, at least 1.
-        optimizer: Default: Adam, from 0.1 down to 0 along a cosine.
+        optimizer: Optimiser of the images. By default it is Adam, whose rate goes from 0.1 down to 0 along a cosine.
 
     Returns:
-        The `invert_fn` of `cafe`; it keeps the best step.
+        The `invert_fn` of `cafe`, which keeps the best step.
 
     Raises:
-        ValueError: A weight that is negative or not finite, a number of steps that is no positive integer, or bounds
-            in the wrong order.
+        ValueError: If `total_variation_weight` is negative or not finite, `num_steps` is not a positive integer, or the
+            bounds are in the wrong order.
+
+    Examples:
+        The features are twice the pixels, and the pixels are found from them:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch
+        >>> from gia_jax.attacks.cafe import feature_matching
+        >>> def features_fn(params, images):
+        ...     return [2 * images.reshape(len(images), -1)]
+        >>> invert_fn = feature_matching(features_fn, bounds=(0.0, 1.0), num_steps=100)
+        >>> images = jnp.array([0.25, 0.75]).reshape(1, 1, 2, 1)
+        >>> records = Batch(jnp.zeros_like(images), jnp.array([0]))
+        >>> found = jax.jit(lambda key: invert_fn(key, {}, features_fn({}, images), records, ()))(jax.random.key(0))
+        >>> bool(jnp.all(jnp.abs(found - images) < 0.01))
+        True
     """
     _check.not_negative(total_variation_weight=total_variation_weight)
     _check.finite("total_variation_weight", total_variation_weight)
@@ -185,11 +238,25 @@ def feature_matching(
 
 @widening
 def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
-    """The sum over leaves and records of |s - o|^2 / |o|^2; a record whose o is zero does not count in that leaf.
+    """Computes the sum over leaves and records of |s - o|^2 / |o|^2.
+
+    A record whose o is zero in a leaf does not count there.
 
     Args:
-        simulated: Simulated gradients of single records, leaves of shape (n, ...).
-        observed: Known gradients of the same records, a tree like `simulated`.
+        simulated: Simulated gradients s of single records, leaves of shape (n, ...).
+        observed: Known gradients o of the same records, a tree like `simulated`.
+
+    Returns:
+        The sum, a scalar of at least 0.
+
+    Examples:
+        The first record is all wrong, the second is right, and the third does not count:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.attacks.cafe import recordwise
+        >>> observed = jnp.array([[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]])
+        >>> print(f"{recordwise(jnp.array([[0.0, 0.0], [1.0, 2.0], [5.0, 5.0]]), observed):.2f}")
+        1.00
     """
 
     def of_leaf(s: Array, o: Array) -> Float[Array, ""]:
@@ -202,7 +269,14 @@ def recordwise(simulated: Updates, observed: Updates) -> Float[Array, ""]:
 
 
 class Guess(NamedTuple):
-    """What `cafe_descent` believes: V and H of every worker, the inputs, and the labels' logits."""
+    """The unknowns that `cafe_descent` moves, with one row for every record.
+
+    Attributes:
+        gradients: V of every worker, shape (n, r) each.
+        features: H of every worker, shape (n, d) each.
+        inputs: Inputs of the records, shape (n, *d).
+        logits: Logits of the labels, shape (n, c).
+    """
 
     gradients: Sequence[Float[Array, "n r"]]
     features: Sequence[Float[Array, "n d"]]
@@ -213,32 +287,67 @@ class Guess(NamedTuple):
 def cafe_descent(
     client_fn: ClientFn, *, layers_fn: LayersFn, features_fn: FeaturesFn, num_classes: int, learning_rate: float = 1e-2
 ) -> Attack:
-    """The paper's single loop (algorithm 4): a step takes one round and moves the guesses of that round's records.
+    """Builds the CAFE attack as the paper's single loop (algorithm 4).
+
+    A step takes one round and moves the guesses of that round's records:
 
     * Step I: V by SGD on |sum v_i - grad b|^2, learning rate 5e-3.
     * Step II: H by Adam on |sum h_i^T v_i - grad W|^2.
-    * Step III: inputs by Adam on 1e-2 D + 1e-3 |h(x) - H|^2 + 1e-4 TV, the last only where TV, the sum of absolute
-      differences of an image, is above 25 in the mean; labels by Adam on 100 D, with D the squared distance of the
-      round's gradients.
+    * Step III: inputs by Adam on 1e-2 D + 1e-3 |h(x) - H|^2 + 1e-4 TV, and labels by Adam on 100 D. D is the squared
+      distance of the round's gradients. TV is the sum of absolute differences of an image, in the mean over the round's
+      images, and counts only where it is above 25.
 
     Weights, rates and starts are those of the authors' code. Adam keeps moments for each record and moves only the
-    chosen ones; its count is that of all steps.
+    chosen ones. Its count is that of all steps.
 
-    Threat model: as for `cafe`. Departures: a step draws its round at random, so that a number of rounds may be smaller
-    than that of steps; the rate does not decay; TV is of the whole image, not of its slices.
+    Threat model: an honest-but-curious server that knows the parameters, each round's update and the records that it
+    used (`ThreatModel(batch_indices=True)`), and the shape of the records. The labels are recovered.
+
+    Departures: a step draws its round at random, so that the number of rounds may be smaller than that of steps. The
+    rate does not decay. TV is of the whole image, not of its slices.
 
     Args:
-        client_fn: The client of one round that the attacker assumes, such as `federated_sgd`.
-        layers_fn: Picks from the update the first fully connected layer of every worker, as for `cafe`.
-        features_fn: `(params, inputs) -> ` the input of each of those layers, as for `feature_matching`.
-        num_classes: Number of classes of the model, >= 2.
-        learning_rate: Learning rate of Adam, > 0 and finite.
+        client_fn: Client function `(params, batch) -> update` of one round that the attacker assumes, such as
+            `federated_sgd`.
+        layers_fn: Function `(update) -> layers` that picks the first fully connected layer of every worker, with its
+            bias.
+        features_fn: Function `(params, images) -> features` that computes the input of each of those layers, one array
+            of shape (n, d) each.
+        num_classes: Number of classes of the model, at least 2.
+        learning_rate: Learning rate of Adam, above 0 and finite.
 
     Returns:
-        The attack. Its reconstruction has probabilities for labels and the loss of `cafe`.
+        The attack. The labels of its reconstruction are probabilities. Its loss is the share of the workers' gradients,
+        in L2 norm, that V and the features of the reconstructed inputs do not explain.
 
     Raises:
-        ValueError: `num_classes` is no integer of at least 2, or `learning_rate` is not positive and finite.
+        ValueError: If `num_classes` is not an integer of at least 2, or `learning_rate` is not positive and finite.
+
+    Examples:
+        Two workers hold one half of each image, and the labels are among the unknowns:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, labels, observe, run
+        >>> def dense(layer, x):
+        ...     return x.reshape(len(x), -1) @ layer["kernel"] + layer["bias"]
+        >>> def split_fn(images):
+        ...     return [images[:, :1], images[:, 1:]]
+        >>> worker = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+        >>> params = {"workers": [worker, worker], "server": {"kernel": jnp.eye(4, 3), "bias": jnp.ones(3)}}
+        >>> indices = jnp.array([[0], [1]])
+        >>> loss_fn = clients.cross_entropy(clients.vertical_model(split_fn, dense, dense))
+        >>> client_fn = jax.jit(clients.vertical_sgd(loss_fn, indices))
+        >>> records, threat = Batch(jnp.ones((2, 2, 2, 1)), jnp.array([1, 2])), ThreatModel(batch_indices=True)
+        >>> seen = observe(jax.random.key(0), threat, client_fn, params, records, batch_indices=indices)
+        >>> attack = attacks.cafe_descent(
+        ...     clients.federated_sgd(loss_fn),
+        ...     layers_fn=lambda update: [labels.Dense(**layer) for layer in update["workers"]],
+        ...     features_fn=lambda params, images: [part.reshape(len(part), -1) for part in split_fn(images)],
+        ...     num_classes=3,
+        ... )
+        >>> found = jax.jit(lambda key: run(attack, key, seen, num_steps=2)[0])(jax.random.key(1))
+        >>> found.batch.inputs.shape, found.batch.labels.shape
+        ((2, 2, 2, 1), (2, 3))
     """
     _check.integer(2, num_classes=num_classes)
     _check.positive(learning_rate=learning_rate)
@@ -311,43 +420,110 @@ def cafe_descent(
 
 
 def rows(tree: Any, chosen: Int[Array, " b"]) -> Any:
-    """The chosen records of every leaf; scalars, such as Adam's count, are shared by all."""
+    """Takes the chosen records out of every leaf. Scalars, such as Adam's count, belong to all records and stay.
+
+    Args:
+        tree: Tree of arrays with a leading axis of records, and of scalars.
+        chosen: Indices of the records, shape (b,).
+
+    Returns:
+        The tree of the chosen records.
+    """
     return jax.tree.map(lambda leaf: leaf[chosen] if leaf.ndim else leaf, tree)
 
 
 def with_rows(tree: Any, chosen: Int[Array, " b"], moved: Any) -> Any:
-    """The tree with the chosen records of every leaf in place of its own."""
+    """Puts new values of the chosen records into every leaf, the reverse of `rows`. Scalars are replaced as a whole.
+
+    Args:
+        tree: Tree of arrays with a leading axis of records, and of scalars.
+        chosen: Indices of the records, shape (b,).
+        moved: New values of the chosen records, a tree as `rows` returns it.
+
+    Returns:
+        The tree with the new values.
+    """
     return jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new) if leaf.ndim else new, tree, moved)
 
 
 def selection_matrix(batch_indices: Int[Array, "t b"], num_records: int) -> Float[Array, "t n"]:
-    """How often each round used each record."""
+    """Computes the matrix S that says how often each round used each record.
+
+    Args:
+        batch_indices: Indices of the records that each round used, shape (t, b).
+        num_records: Number n of records.
+
+    Returns:
+        The matrix, shape (t, n).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.attacks.cafe import selection_matrix
+        >>> selection_matrix(jnp.array([[0, 2], [1, 1]]), 3).tolist()
+        [[1.0, 0.0, 1.0], [0.0, 2.0, 0.0]]
+    """
     return jnp.sum(jax.nn.one_hot(batch_indices, num_records, dtype=jnp.result_type(float)), 1)
 
 
 def batch_rank(batch_indices: Array | np.ndarray, num_records: int) -> int:
-    """The rank of the selection matrix, in float64: the records are identified if and only if it is their number.
+    """Computes the rank of the selection matrix, in float64.
 
-    It takes T = N rounds at least; independent random batches reach it there, badly conditioned, and do well with
-    1.5 N. Batches of shuffled epochs need E >= (N - 1) / (N / B - 1) epochs, since each epoch sums to the same row. A
-    fixed partition has rank N / B, and the batch of all records rank 1, whatever T.
+    The records are identified if and only if the rank is their number N. At least T = N rounds are needed. Independent
+    random batches reach rank N there, badly conditioned, and do well with 1.5 N rounds. Batches of B records from E
+    shuffled epochs need E >= (N - 1) / (N / B - 1), since each epoch sums to the same row. A fixed partition has rank N
+    / B, and the batch of all records rank 1, whatever T.
+
+    Args:
+        batch_indices: Indices of the records that each round used, shape (t, b).
+        num_records: Number N of records.
+
+    Returns:
+        The rank.
 
     Raises:
-        ValueError: Indices that are no matrix of integers, or out of range.
+        ValueError: If the indices are not a matrix of integers, or are out of range.
+
+    Examples:
+        Three pairs of three records identify them, and one pair with the rest does not:
+
+        >>> import numpy as np
+        >>> from gia_jax.attacks.cafe import batch_rank
+        >>> batch_rank(np.array([[0, 1], [1, 2], [2, 0]]), 3), batch_rank(np.array([[0, 1], [1, 0], [2, 2]]), 3)
+        (3, 2)
     """
     return int(np.linalg.matrix_rank(_exact_selection(batch_indices, num_records)))
 
 
 def batch_condition(batch_indices: Array | np.ndarray, num_records: int) -> float:
-    """The condition number of the selection matrix, in float64, by which rounding errors of the updates may grow.
+    """Computes the condition number of the selection matrix, in float64.
+
+    Rounding errors of the updates may grow by this factor.
+
+    Args:
+        batch_indices: Indices of the records that each round used, shape (t, b).
+        num_records: Number of records.
+
+    Returns:
+        The condition number, at least 1.
 
     Raises:
-        ValueError: As `batch_rank`.
+        ValueError: If the indices are not a matrix of integers, or are out of range.
+
+    Examples:
+        Rounds of one record add no error, and these pairs may double it:
+
+        >>> import numpy as np
+        >>> from gia_jax.attacks.cafe import batch_condition
+        >>> print(f"{batch_condition(np.array([[0], [1], [2]]), 3):.2f}")
+        1.00
+        >>> print(f"{batch_condition(np.array([[0, 1], [1, 2], [2, 0]]), 3):.2f}")
+        2.00
     """
     return float(np.linalg.cond(_exact_selection(batch_indices, num_records)))
 
 
 def _exact_selection(batch_indices: Array | np.ndarray, num_records: int) -> np.ndarray:
+    """Returns the selection matrix in float64, for indices that are checked first."""
     check_batch_indices(batch_indices, num_records)
     selection = np.zeros((len(batch_indices), num_records))
     np.add.at(selection, (np.arange(len(batch_indices))[:, None], np.asarray(batch_indices)), 1)
@@ -355,7 +531,15 @@ def _exact_selection(batch_indices: Array | np.ndarray, num_records: int) -> np.
 
 
 def check_identifiable(batch_indices: Array | np.ndarray, num_records: int) -> None:
-    """Raises ValueError for wrong indices, and where concrete batches cannot identify the records."""
+    """Raises ValueError for wrong indices, and where concrete batches cannot identify the records.
+
+    Args:
+        batch_indices: Indices of the records that each round used, shape (t, b).
+        num_records: Number of records.
+
+    Raises:
+        ValueError: If the indices are not a matrix of integers, are out of range, or have too small a `batch_rank`.
+    """
     check_batch_indices(batch_indices, num_records)
     if _check.is_concrete(batch_indices):
         rank = batch_rank(batch_indices, num_records)
@@ -367,7 +551,18 @@ def check_identifiable(batch_indices: Array | np.ndarray, num_records: int) -> N
 
 
 def rounds_of(layer: Dense, num_rounds: int) -> LayerRounds:
-    """The layer's gradients; ValueError without a bias, or where they are not those of `num_rounds` rounds."""
+    """Checks that a layer's gradients are those of the rounds, and returns them.
+
+    Args:
+        layer: Gradients of a layer, as `layers_fn` picks them from the update.
+        num_rounds: Number t of rounds.
+
+    Returns:
+        The gradients, of shapes (t, d, r) and (t, r).
+
+    Raises:
+        ValueError: If the layer has no bias, or its gradients have other shapes.
+    """
     if layer.bias is None:
         raise ValueError("cafe needs a bias in the layers, got none")
     if layer.kernel.ndim != 3 or layer.bias.ndim != 2 or {len(layer.kernel), len(layer.bias)} != {num_rounds}:
@@ -379,7 +574,14 @@ def rounds_of(layer: Dense, num_rounds: int) -> LayerRounds:
 
 
 def pseudo_inverse(selection: Float[Array, "t n"]) -> tuple[Float[Array, "n t"], Int[Array, ""]]:
-    """S^+ and the rank of S, by singular values above the usual max(t, n) eps of the largest."""
+    """Computes S^+ and the rank of S, by the singular values above the usual max(t, n) eps of the largest.
+
+    Args:
+        selection: Selection matrix S, shape (t, n).
+
+    Returns:
+        The pseudo-inverse, shape (n, t), and the rank.
+    """
     u, s, vt = jnp.linalg.svd(selection, full_matrices=False)
     kept = s > max(selection.shape) * jnp.finfo(s.dtype).eps * s[0]
     scaled = vt.T * jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
@@ -389,7 +591,15 @@ def pseudo_inverse(selection: Float[Array, "t n"]) -> tuple[Float[Array, "n t"],
 def record_features(
     inverse: Float[Array, "n t"], layer: LayerRounds
 ) -> tuple[Float[Array, "n d"], Float[Array, "n r"]]:
-    """Steps I and II for one worker: H, and V, from the gradients (t, d, r) and (t, r) of its layer."""
+    """Solves steps I and II for one worker.
+
+    Args:
+        inverse: Pseudo-inverse of the selection matrix, shape (n, t).
+        layer: Gradients of the worker's first fully connected layer.
+
+    Returns:
+        H, shape (n, d), and V, shape (n, r).
+    """
     gradients = jnp.matmul(inverse, layer.bias, precision="highest")
     lengths = jnp.sum(jnp.square(gradients), 1)
 
@@ -403,7 +613,26 @@ def record_features(
 
 
 def joined(features: Sequence[Float[Array, "n d"]], split_fn: SplitFn, like: Float[Array, "n *d"]) -> Array:
-    """Inputs shaped `like` whose slices are, flattened, the features."""
+    """Puts the workers' features together to inputs whose slices they are.
+
+    Args:
+        features: Features of every worker, each the flattened slice, shape (n, d).
+        split_fn: Function that splits inputs into the workers' slices.
+        like: Array of the shape of the inputs, (n, *d).
+
+    Returns:
+        The inputs, shaped like `like`.
+
+    Raises:
+        ValueError: If the number or the sizes of the slices are not those of the features.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.attacks.cafe import joined
+        >>> features = [jnp.array([[5.0]]), jnp.array([[6.0]])]
+        >>> joined(features, lambda inputs: [inputs[:, 1:], inputs[:, :1]], jnp.zeros((1, 2))).tolist()
+        [[6.0, 5.0]]
+    """
     places = split_fn(np.arange(like[0].size).reshape(1, *like.shape[1:]))
     if len(places) != len(features):
         raise ValueError(f"split_fn must give one slice a worker, got {len(places)} for {len(features)} layers")
@@ -418,6 +647,7 @@ def joined(features: Sequence[Float[Array, "n d"]], split_fn: SplitFn, like: Flo
 def _unexplained(
     selection: Float[Array, "t n"], layers: Sequence[LayerRounds], features: Sequence[Array], gradients: Sequence[Array]
 ) -> Float[Array, ""]:
+    """Computes the share of the kernels' gradients, in L2 norm, that the features H and gradients V do not explain."""
     missed = [
         layer.kernel - jnp.einsum("tn,nd,nr->tdr", selection, h, v, precision="highest")
         for layer, h, v in zip(layers, features, gradients, strict=True)

@@ -1,7 +1,8 @@
 """Linear constraints that convolutions and residual blocks put on unknown images, and their least-squares solution.
 
-The constraints are kept as convolutions: the matrix of all rows, which has tens of thousands for a layer of a small
-network, is never formed. Its normal equations are, with iterative refinement against the constraints themselves.
+They serve `r_gap` and `rank_analysis`. The constraints are kept as convolutions: the matrix of all rows, of which a
+layer of a small network has tens of thousands, is never formed. Its normal equations are formed, and the solution is
+refined iteratively against the constraints themselves.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ RIDGE = 1e-14
 
 
 class Operator(NamedTuple):
-    """A convolution of one unknown image, its pixels in one axis.
+    """A convolution that acts on one unknown image, whose pixels are in one axis.
 
     Attributes:
-        unknown: Index of the image.
-        taps: Pixel that entry u of the kernel reads for output position p, shape (p, u); the number of pixels, which is
-            no pixel, in the padding.
-        kernel: Shape (u, c, f).
+        unknown: Index of the image among the unknown ones.
+        taps: Pixel that entry u of the kernel reads for output position p, shape (p, u). In the padding it is the
+            number of pixels, which is no pixel.
+        kernel: Kernel with its height and width in one axis, shape (u, c, f).
     """
 
     unknown: int
@@ -38,13 +39,13 @@ class Operator(NamedTuple):
 
 
 class System(NamedTuple):
-    """Linear constraints on unknown images.
+    """The linear constraints on unknown images.
 
     Attributes:
-        sizes: Pixels and channels of each image.
-        outputs: Operators whose outputs add up to z, shape (p, f), with that z.
-        gradients: Operators whose kernel is the gradient of a kernel, with the cotangent k of their output, shape
-            (p, f): the gradient of entry (u, c, f) is the sum over p of k(p, f) x(taps(p, u), c).
+        sizes: Numbers of pixels and of channels of each image.
+        outputs: Constraints by a known output: operators whose outputs add up to z, shape (p, f), with that z.
+        gradients: Constraints by a known gradient: an operator whose kernel is the gradient of a kernel, with the
+            cotangent k of its output, shape (p, f). The gradient of entry (u, c, f) is sum_p k(p, f) x(taps(p, u), c).
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -53,14 +54,14 @@ class System(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the recursion knows when it comes to a layer.
+    """The values that the recursion knows when it comes to a layer.
 
     Attributes:
-        params: All parameters.
-        update: Their gradient.
-        activation: After the layer.
-        shape: Of the layer's input.
-        z: The layer's output, before the activation.
+        params: Parameters of the whole network.
+        update: Gradient of all parameters.
+        activation: Activation after the layer.
+        shape: Shape of the layer's input.
+        z: Output of the layer, before the activation.
         k: Gradient of the loss with respect to z.
     """
 
@@ -73,7 +74,28 @@ class Known(NamedTuple):
 
 
 def convolution_operator(layer: Convolution, tree: Params, shape: Shape, unknown: int = 0) -> Operator:
-    """Of a layer, for inputs of the given shape; `tree` holds its kernel, or the gradient of it."""
+    """Builds the operator of a convolution.
+
+    Args:
+        layer: Convolution of the network.
+        tree: Parameters, or their gradient: the operator has the kernel that this tree holds under the layer's name.
+        shape: Shape of the layer's input, (h, w, c).
+        unknown: Index of the image that the operator reads.
+
+    Returns:
+        The operator.
+
+    Examples:
+        A kernel of 2 x 2 on an image of 3 x 3 reads pixels 0, 1, 3 and 4 for its first output:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import models
+        >>> from gia_jax.attacks.constraints import convolution_operator
+        >>> layer, params = models.Convolution("conv", features=1, size=2), {"conv": {"kernel": jnp.ones((2, 2, 1, 1))}}
+        >>> operator = convolution_operator(layer, params, (3, 3, 1))
+        >>> operator.taps.shape, operator.taps[0].tolist()
+        ((4, 4), [0, 1, 3, 4])
+    """
     rows, columns = (
         np.arange(out)[:, None] * layer.stride + np.arange(layer.size) - layer.padding
         for out in output_shape(layer, shape)[:2]
@@ -85,12 +107,39 @@ def convolution_operator(layer: Convolution, tree: Params, shape: Shape, unknown
 
 
 def identity_operator(shape: Shape, unknown: int = 0) -> Operator:
-    """Of the shortcut that changes nothing."""
+    """Builds the operator of a shortcut that passes on its image unchanged.
+
+    Args:
+        shape: Shape of the image, (h, w, c).
+        unknown: Index of the image that the operator reads.
+
+    Returns:
+        The operator.
+    """
     return Operator(unknown, np.arange(shape[0] * shape[1])[:, None], jnp.eye(shape[2])[None])
 
 
 def solve(system: System) -> tuple[list[Float[Array, "p c"]], Float[Array, ""]]:
-    """The least-squares solution, images by pixels and channels, and its relative residual."""
+    """Solves a system in least squares.
+
+    Args:
+        system: Constraints to solve.
+
+    Returns:
+        The images, with pixels in the first axis and channels in the second, and the relative residual of the
+        constraints.
+
+    Examples:
+        An image that is observed through the identity is found again:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax.attacks.constraints import System, identity_operator, solve
+        >>> image = jnp.array([[1.0], [2.0]])  # two pixels of one channel
+        >>> system = System(sizes=((2, 1),), outputs=[([identity_operator((1, 2, 1))], image)], gradients=[])
+        >>> (found,), residual = jax.jit(lambda: solve(system))()
+        >>> bool(jnp.allclose(found, image, atol=0.001)), bool(residual < 0.001)
+        (True, True)
+    """
     matrix, weights = normal_matrix(system)
     factor = jax.scipy.linalg.cho_factor(matrix + RIDGE * jnp.max(jnp.diag(matrix)) * jnp.eye(len(matrix)))
     targets = [z for _, z in system.outputs]
@@ -111,12 +160,13 @@ def solve(system: System) -> tuple[list[Float[Array, "p c"]], Float[Array, ""]]:
 
 
 def _split(flat: Array, sizes: Sequence[tuple[int, int]]) -> list[Array]:
+    """Splits a flat vector into images by pixels and channels."""
     ends = np.cumsum([pixels * channels for pixels, channels in sizes])
     return [part.reshape(size) for part, size in zip(jnp.split(flat, ends[:-1]), sizes, strict=True)]
 
 
 def _apply_system(system: System, weights: Sequence[Array], images: Sequence[Array]) -> list[Array]:
-    """The left sides of all constraints."""
+    """Computes the left sides of all constraints, those of the gradients weighted."""
 
     def patches(operator: Operator) -> Float[Array, "p u c"]:
         return jnp.take(images[operator.unknown], operator.taps, axis=0, mode="fill", fill_value=0)
@@ -132,7 +182,16 @@ def _apply_system(system: System, weights: Sequence[Array], images: Sequence[Arr
 
 
 def normal_matrix(system: System) -> tuple[Float[Array, "n n"], list[Float[Array, ""]]]:
-    """A^T A of all constraints, those of the gradients weighted so that each kind has the trace of the outputs."""
+    """Computes the normal equations' matrix A^T A of all constraints.
+
+    The constraints of each gradient are weighted so that they have the trace of the outputs'.
+
+    Args:
+        system: Constraints, whose rows are A.
+
+    Returns:
+        The matrix, and the weight of every gradient's constraints.
+    """
     count = len(system.sizes)
     blocks = [[jnp.zeros((p, q, c, d)) for q, d in system.sizes] for p, c in system.sizes]
     for operators, _ in system.outputs:
@@ -160,14 +219,31 @@ def normal_matrix(system: System) -> tuple[Float[Array, "n n"], list[Float[Array
 
 
 def convolution_system(layer: Convolution, known: Known) -> System:
-    """Constraints on the input of a convolution."""
+    """Builds the constraints on the input of a convolution.
+
+    Args:
+        layer: Convolution of the network.
+        known: Values known at the layer.
+
+    Returns:
+        The system, with one unknown image.
+    """
     output = ([convolution_operator(layer, known.params, known.shape)], _rows(known.z - _bias(layer, known)))
     gradient = (convolution_operator(layer, known.update, known.shape), _rows(known.k))
     return System((_size(known.shape),), [output], [gradient])
 
 
 def second_convolution_system(layer: Residual, known: Known) -> System:
-    """Constraints on the input of the second convolution, and on the block's input, which need not be determined."""
+    """Builds the constraints on the input of a residual block's second convolution and on the block's own input.
+
+    Args:
+        layer: Residual block of the network.
+        known: Values known at the block.
+
+    Returns:
+        The system. Its first image is the input of the second convolution. The second is the block's input, which need
+        not be determined.
+    """
     middle = output_shape(layer.first, known.shape)
     second = convolution_operator(layer.second, known.params, middle)
     short, bias, gradients = _shortcut(layer, known, unknown=1)
@@ -177,7 +253,16 @@ def second_convolution_system(layer: Residual, known: Known) -> System:
 
 
 def first_convolution_system(layer: Residual, known: Known, middle: Float[Array, "h w c"]) -> System:
-    """Constraints on the block's input once the input of the second convolution is known."""
+    """Builds the constraints on a residual block's input once the input of its second convolution is known.
+
+    Args:
+        layer: Residual block of the network.
+        known: Values known at the block.
+        middle: Input of the second convolution, shape (h, w, c).
+
+    Returns:
+        The system, with one unknown image.
+    """
     z = known.activation.inverse_fn(middle)
     k = through_activation(known.activation, z, pull_back(layer.second, known, middle))
     rest = known.z - apply_layer(layer.second, known.activation, known.params, middle[None])[0]
@@ -189,7 +274,7 @@ def first_convolution_system(layer: Residual, known: Known, middle: Float[Array,
 def _shortcut(
     layer: Residual, known: Known, unknown: int
 ) -> tuple[Operator, Array | int, list[tuple[Operator, Array]]]:
-    """Its operator, its bias, and its gradient constraints."""
+    """Returns the operator of a block's shortcut, its bias, and the constraints by its gradient."""
     if layer.shortcut is None:
         return identity_operator(known.shape, unknown), 0, []
     gradient = convolution_operator(layer.shortcut, known.update, known.shape, unknown)
@@ -198,12 +283,30 @@ def _shortcut(
 
 
 def through_activation(activation: Activation, z: Array, cotangent: Array) -> Array:
-    """Gradient with respect to the activation's input z, from that with respect to its output."""
+    """Computes the gradient with respect to an activation's input from that with respect to its output.
+
+    Args:
+        activation: Activation of the network.
+        z: Input of the activation.
+        cotangent: Gradient with respect to its output, of any shape with as many entries as z.
+
+    Returns:
+        The gradient with respect to z, of the shape of z.
+    """
     return jax.jvp(activation.fn, (z,), (cotangent.reshape(z.shape),))[1]
 
 
 def pull_back(layer: Layer, known: Known, x: Array) -> Array:
-    """Gradient of the loss with respect to the layer's input x."""
+    """Computes the gradient of the loss with respect to a layer's input.
+
+    Args:
+        layer: Layer of the network.
+        known: Values known at the layer.
+        x: Input of the layer.
+
+    Returns:
+        The gradient, of the shape of x.
+    """
 
     def output(x: Array) -> Array:
         return apply_layer(layer, known.activation, known.params, x[None])[0]
@@ -212,12 +315,15 @@ def pull_back(layer: Layer, known: Known, x: Array) -> Array:
 
 
 def _bias(layer: Convolution, known: Known) -> Array | int:
+    """Returns the layer's bias, or 0 where it has none."""
     return known.params[layer.name]["bias"] if layer.bias else 0
 
 
 def _rows(image: Float[Array, "h w c"]) -> Float[Array, "p c"]:
+    """Puts the pixels of an image in one axis."""
     return image.reshape(-1, image.shape[-1])
 
 
 def _size(shape: Shape) -> tuple[int, int]:
+    """Returns the numbers of pixels and of channels."""
     return shape[0] * shape[1], shape[2]

@@ -1,4 +1,4 @@
-"""DLG: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019."""
+"""DLG, the joint search for inputs and labels: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019."""
 
 import jax
 import optax
@@ -22,30 +22,51 @@ def dlg(
     objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
-    """Dummy inputs and dummy labels are optimised together until their gradient is the observed one:
+    """Builds the DLG attack, which optimises dummy inputs and dummy labels together until their gradient is the
+    observed one:
 
         x*, y* = argmin || d loss(x, softmax(y)) / d theta - update ||^2       (equation 4)
 
-    Threat model: an honest-but-curious server that knows the parameters, the update and the shape of the batch; labels
+    Threat model: an honest-but-curious server that knows the parameters, the update and the shape of the batch. Labels
     are unknown. The network must be twice differentiable (the paper replaces ReLU by sigmoid). L-BFGS without a line
-    search sticks or diverges from a part of its starts: use `restarts` and `keep_best`.
+    search gets stuck or diverges from some of its starts: use `restarts` and `keep_best`.
 
-    Departures: for batches the paper updates one example an iteration, against the permutation symmetry of the batch;
-    here all are updated at once. `num_steps` counts inner iterations of L-BFGS, the paper's 300 steps are up to 6,000.
+    Departures: for batches the paper updates one example in each iteration, to break the permutation symmetry of the
+    batch. Here all examples are updated at once. `run` counts inner iterations of L-BFGS, of which the paper's 300
+    steps are up to 6,000.
 
     Args:
-        client_fn: The client the attacker assumes; its loss takes class probabilities.
-        num_classes: Number of classes c of the model, >= 2.
-        init_fn: Initialisation of the inputs. Default: standard normal, as in the paper.
-        objective_fn: Distance of two updates. Default: the paper's; `gia_jax.matching.adaptive` has those for a
-            defended client.
-        optimizer: Optimiser of inputs and labels. Default: L-BFGS with fixed steps of 1, as in the paper.
+        client_fn: Client function `(params, batch) -> update` that the attacker assumes. Its loss must accept class
+            probabilities as labels.
+        num_classes: Number of classes c of the model, at least 2.
+        init_fn: Function `(key, observation) -> inputs` that draws the first dummy inputs. By default they are standard
+            normal, as in the paper.
+        objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
+            paper's squared L2 distance. `gia_jax.matching.adaptive` has functions for a defended client.
+        optimizer: Optimiser of inputs and labels. By default it is L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
-        The attack. Its labels are probabilities (b, c).
+        The attack. Its labels are probabilities of shape (b, c).
 
     Raises:
-        ValueError: If `num_classes` is no integer of at least 2.
+        ValueError: If `num_classes` is not an integer of at least 2.
+
+    Examples:
+        The labels are among the unknowns, so they come out as probabilities:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, observe, run
+        >>> def apply_fn(params, inputs):
+        ...     return inputs.reshape(len(inputs), -1) @ params["kernel"] + params["bias"]
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+        >>> params = {"kernel": jnp.eye(4, 3), "bias": jnp.zeros(3)}
+        >>> batch = Batch(jnp.ones((2, 2, 2, 1)), jnp.array([0, 2]))
+        >>> seen = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> attack = attacks.dlg(client_fn, num_classes=3)
+        >>> solve = jax.jit(lambda key: run(attack, key, seen, num_steps=2)[0])
+        >>> found = solve(jax.random.key(1))
+        >>> found.batch.inputs.shape, found.batch.labels.shape
+        ((2, 2, 2, 1), (2, 3))
     """
     _check.integer(2, num_classes=num_classes)
     inputs_fn = normal() if init_fn is None else init_fn

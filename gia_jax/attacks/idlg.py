@@ -1,4 +1,4 @@
-"""iDLG: Zhao, Mopuri, Bilen, iDLG: Improved Deep Leakage from Gradients, 2020."""
+"""iDLG, which reads the label first: Zhao, Mopuri, Bilen, iDLG: Improved Deep Leakage from Gradients, 2020."""
 
 import optax
 
@@ -22,22 +22,40 @@ def idlg(
     objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
-    """The label is read from the sign of the last layer's gradient (equation 5), then DLG optimises the input alone.
+    """Builds the iDLG attack, which reads the label from the last layer's gradient and optimises the input as DLG does.
 
-    Threat model: an honest-but-curious server that knows the parameters, the update and that the batch is one example
-    with a hard label. The rule needs features >= 0 in front of the last layer.
+    With features of at least 0 only the label's column of that gradient is negative (equation 5).
+
+    Threat model: an honest-but-curious server that knows the parameters and the update, and that the batch is one
+    example with a hard label. The rule needs features of at least 0 in front of the last layer.
 
     Args:
-        client_fn: The client the attacker assumes.
-        classifier_fn: Picks the last layer, such as `gia_jax.labels.dense("head")`.
-        label_fn: Another label rule, for batches or known labels.
-        init_fn: Initialisation of the inputs. Default: standard normal.
-        objective_fn: Distance of two updates. Default: the paper's; `gia_jax.matching.adaptive` has those for a
-            defended client.
-        optimizer: Optimiser of the inputs. Default: L-BFGS with fixed steps of 1, as in the paper.
+        client_fn: Client function `(params, batch) -> update` that the attacker assumes.
+        classifier_fn: Function `(update) -> Dense` that picks the last layer, such as `gia_jax.labels.dense("head")`.
+        label_fn: Function `(observation) -> labels` that replaces the paper's label rule, for batches or known labels.
+        init_fn: Function `(key, observation) -> inputs` that draws the first dummy inputs. By default they are standard
+            normal.
+        objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
+            paper's squared L2 distance. `gia_jax.matching.adaptive` has functions for a defended client.
+        optimizer: Optimiser of the inputs. By default it is L-BFGS with fixed steps of 1, as in the paper.
 
     Returns:
-        The attack; its `init` raises ValueError for more than one example under the paper's rule.
+        The attack. Under the paper's rule its `init` raises ValueError for more than one example.
+
+    Examples:
+        The label is exact before the first step:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, labels, observe, run
+        >>> def apply_fn(params, inputs):
+        ...     return inputs.reshape(len(inputs), -1) @ params["head"]["kernel"]
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+        >>> batch = Batch(jnp.ones((1, 2, 2, 1)), jnp.array([2]))
+        >>> seen = observe(jax.random.key(0), ThreatModel(), client_fn, {"head": {"kernel": jnp.eye(4, 3)}}, batch)
+        >>> attack = attacks.idlg(client_fn, labels.dense("head"))
+        >>> solve = jax.jit(lambda key: run(attack, key, seen, num_steps=1)[0])
+        >>> solve(jax.random.key(1)).batch.labels.tolist()
+        [2]
     """
     return gradient_matching(
         client_fn,

@@ -1,4 +1,4 @@
-"""Inverting Gradients: Geiping, Bauermeister, Droege, Moeller, Inverting Gradients, NeurIPS 2020."""
+"""The cosine attack with total variation: Geiping, Bauermeister, Droege, Moeller, Inverting Gradients, NeurIPS 2020."""
 
 import optax
 from jax.typing import ArrayLike
@@ -13,7 +13,7 @@ from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box, gradient_matching
 from gia_jax.threat import granted_labels
 
-NUM_STEPS = 4_800  # the authors' library; their command line runs 24,000
+NUM_STEPS = 4_800  # the default of the authors' library; their command line runs 24,000
 
 
 def inverting_gradients(
@@ -27,34 +27,57 @@ def inverting_gradients(
     objective_fn: ObjectiveFn = cosine,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
-    """Images whose gradient has the direction of the observed one, and little total variation:
+    """Builds the Inverting Gradients attack, which finds images with the direction of the observed gradient and little
+    total variation:
 
         x* = argmin over x in the pixel box of  1 - cos(d loss(x, y) / d theta, update) + alpha TV(x)       (equation 4)
 
-    by Adam on the signs of the gradient, 0.1 a step and ten times less after 3/8, 5/8 and 7/8 of the steps.
+    The optimiser is Adam on the signs of the gradient. Its rate is 0.1, and ten times lower after each of 3/8, 5/8 and
+    7/8 of the steps.
 
     Threat model: an honest-but-curious server that knows the parameters, the update and the shape of the batch. The
-    paper treats labels as known (they can be read from the gradient first: pass a rule of `gia_jax.labels`).
+    paper treats labels as known. They can also be read from the gradient first: pass a rule of `gia_jax.labels`.
 
     Departures: alpha is 1e-2, the best of 1e-1, 1e-2, 1e-3 and 1e-4 for LeNet on 32 training images of CIFAR-10 (in
-    benchmarks/results); the default of the authors' library is 1e-1, of their command line 1e-4. The optional median
-    filter is left out.
+    benchmarks/results). The default of the authors' library is 1e-1, that of their command line 1e-4. The optional
+    median filter is left out.
 
     Args:
-        client_fn: The client the attacker assumes.
-        bounds: Darkest and brightest value of a pixel in the model's space, numbers or one a channel.
-        num_steps: Steps the schedule is made for, >= 1.
-        total_variation_weight: alpha >= 0.
-        label_fn: Default: the labels the threat model grants.
-        init_fn: Default: standard normal pixels.
-        objective_fn: Default: the paper's; `gia_jax.matching.adaptive` has those for a defended client.
-        optimizer: An optimiser in place of the paper's.
+        client_fn: Client function `(params, batch) -> update` that the attacker assumes.
+        bounds: Darkest and brightest value of a pixel in the model's space, as two numbers or two arrays with one value
+            for each channel.
+        num_steps: Number of steps that the learning rate's schedule is made for, at least 1.
+        total_variation_weight: Weight alpha of the total variation in the loss, at least 0 and finite.
+        label_fn: Function `(observation) -> labels` that the attacker uses to find the labels. By default it takes
+            those that the threat model grants.
+        init_fn: Function `(key, observation) -> images` that draws the first dummy images. By default their pixels are
+            standard normal.
+        objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
+            paper's cosine distance. `gia_jax.matching.adaptive` has functions for a defended client.
+        optimizer: Optimiser that replaces the paper's.
 
     Returns:
         The attack.
 
     Raises:
-        ValueError: Bounds in the wrong order, a weight that is negative or not finite, or no steps.
+        ValueError: If the bounds are in the wrong order, `total_variation_weight` is negative or not finite, or
+            `num_steps` is not a positive integer.
+
+    Examples:
+        Every step ends inside of the pixel box:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, observe, run
+        >>> def apply_fn(params, inputs):
+        ...     return inputs.reshape(len(inputs), -1) @ params["kernel"]
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+        >>> batch = Batch(jnp.full((1, 2, 2, 1), 0.5), jnp.array([2]))
+        >>> seen = observe(jax.random.key(0), ThreatModel(labels=True), client_fn, {"kernel": jnp.eye(4, 3)}, batch)
+        >>> attack = attacks.inverting_gradients(client_fn, bounds=(0.0, 1.0), num_steps=3)
+        >>> solve = jax.jit(lambda key: run(attack, key, seen, num_steps=3)[0])
+        >>> found = solve(jax.random.key(1))
+        >>> bool(jnp.all((found.batch.inputs >= 0) & (found.batch.inputs <= 1)))
+        True
     """
     _check.not_negative(total_variation_weight=total_variation_weight)
     _check.finite("total_variation_weight", total_variation_weight)

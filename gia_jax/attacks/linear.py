@@ -1,4 +1,4 @@
-"""Analytic inversion of a fully connected layer.
+"""The inversion of a fully connected layer in closed form.
 
 Phong et al., Privacy-Preserving Deep Learning via Additively Homomorphic Encryption, IEEE TIFS 2018, section 3;
 Geiping et al., Inverting Gradients, NeurIPS 2020, proposition 3.1; Boenisch et al., When the Curious Abandon Honesty,
@@ -23,28 +23,46 @@ NEGLIGIBLE = 1e-9
 def linear_inversion(
     layer_fn: ClassifierFn, *, label_fn: LabelFn = granted_labels, tolerance: float = 1e-3
 ) -> ReconstructFn:
-    """The input of a fully connected first layer with a bias, read from its gradient: x = grad W_r / grad b_r.
+    """Builds the attack that reads the input of a fully connected first layer with a bias from its gradient:
 
-    Exact for one example, for any row r with grad b_r != 0. In a batch every row gives a mixture of the inputs of the
-    examples that activate it: exact for each row that one example activates alone. Such rows agree with each other,
-    mixtures hardly ever do, so the inputs on which most rows agree come first; where no rows agree, those of the most
-    negative bias gradient do (for a linear classifier, the classes of the batch).
+        x = grad W_r / grad b_r   for a row r
+
+    For one example it is exact at any row r with grad b_r != 0. In a batch every row gives a mixture of the inputs of
+    the examples that activate it, which is exact for each row that one example activates alone. Such rows agree with
+    each other, and mixtures hardly ever do. So the inputs on which most rows agree come first. Where no rows agree,
+    those of the most negative bias gradient come first (for a linear classifier, the classes of the batch).
 
     Threat model: an honest-but-curious server that knows the parameters, the update and the shape of the batch.
 
     Args:
-        layer_fn: Picks the first layer, such as `gia_jax.labels.dense("dense0")`.
-        label_fn: Labels of the reconstruction; they take no part in the inversion.
-        tolerance: Relative L2 distance below which two rows agree, > 0 and finite. Where four units of rounding of the
-            update are more than that, as in half precision, they take its place.
+        layer_fn: Function `(update) -> Dense` that picks the first layer, such as `gia_jax.labels.dense("dense0")`.
+        label_fn: Function `(observation) -> labels` that finds the labels of the reconstruction. They take no part in
+            the inversion. By default it takes those that the threat model grants.
+        tolerance: Relative L2 distance below which two rows agree, above 0 and finite. Where four units of rounding of
+            the update are more than that, as in half precision, they take its place.
 
     Returns:
-        `(key, observation) -> reconstruction`; the key is not used. Its loss is the share of the layer's gradient, in
-        L2 norm, that no combination of the inputs found explains. It raises ValueError for a layer without a bias or
-        whose input is not the (flattened) example, and for integer inputs.
+        A function `(key, observation) -> reconstruction`, which does not use the key. Its loss is the share of the
+        layer's gradient, in L2 norm, that no combination of the inputs found explains. It raises ValueError for integer
+        inputs, and for a layer that has no bias or does not see the (flattened) example.
 
     Raises:
-        ValueError: `tolerance` is not positive and finite.
+        ValueError: If `tolerance` is not positive and finite.
+
+    Examples:
+        One example comes back exactly, up to rounding:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, labels, observe
+        >>> def apply_fn(params, inputs):
+        ...     return inputs @ params["head"]["kernel"] + params["head"]["bias"]
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+        >>> params = {"head": {"kernel": jnp.eye(2, 3), "bias": jnp.zeros(3)}}
+        >>> batch = Batch(jnp.array([[0.5, 2.0]]), jnp.array([1]))
+        >>> seen = observe(jax.random.key(0), ThreatModel(labels=True), client_fn, params, batch)
+        >>> found = jax.jit(attacks.linear_inversion(labels.dense("head")))(jax.random.key(1), seen)
+        >>> bool(jnp.allclose(found.batch.inputs, batch.inputs, atol=0.001))
+        True
     """
     _check.positive(tolerance=tolerance)
     _check.finite("tolerance", tolerance)
@@ -73,7 +91,7 @@ def linear_inversion(
 def _most_agreed(
     rows: Float[Array, "r d"], bias: Float[Array, " r"], usable: Bool[Array, " r"], count: int, tolerance: float
 ) -> Float[Array, "count d"]:
-    """`count` rows, each time of the largest group of rows that agree, without those that agree with it."""
+    """Picks `count` rows, each from the largest group of rows that agree, and drops those that agree with it."""
     squares = jnp.sum(jnp.square(rows), 1)
     distances = jnp.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0)
     agree = (distances <= tolerance**2 * squares[:, None]) & usable[None] & usable[:, None]

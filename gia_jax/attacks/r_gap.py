@@ -1,6 +1,6 @@
-"""R-GAP: the input of a network from its gradient, layer by layer in closed form.
+"""R-GAP, an attack that finds the input of a network from its gradient, layer by layer in closed form.
 
-Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021. Where this departs from the paper:
+Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021. It departs from the paper as follows:
 
 * Twins. Without biases, x and s x have the same gradient, s = (1 + e^mu2) / (1 + e^mu1) for the two roots mu of the
   loss inversion. No residual tells them apart, only the range of pixels does. Both are returned.
@@ -8,7 +8,7 @@ Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021. Where 
 * Rank. It is computed, not counted: `rank_analysis`.
 * Residual blocks take two stages: what the first convolution tells is known once the second one's input is.
 * The label is not assumed: a wrong one contradicts the gradient.
-* Convolutions are solved by normal equations with iterative refinement, in float64; the stacked matrix is not formed.
+* Convolutions are solved by normal equations with iterative refinement, in float64. The stacked matrix is not formed.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,13 +53,31 @@ class Twins(NamedTuple):
     """The inputs that explain one update, and which of them an attacker believes.
 
     Attributes:
-        inputs: Reconstructions for the smaller and the larger root, shape (2, *d); the same twice where there is one.
-        label: Class index.
-        margins: Log-odds of the label at each, shape (2,): the roots mu of the loss inversion.
-        fits: Whether each stays in the box, shape (2,).
+        inputs: Reconstructions for the smaller and the larger root, shape (2, *d). They are the same where there is
+            only one.
+        label: Class index that was found.
+        margins: Log-odds of the label at each reconstruction, shape (2,). They are the roots mu of the loss inversion.
+        fits: Whether each reconstruction stays in the box, shape (2,).
         chosen: Index of the larger root that fits, or of the one that leaves the box least.
-        is_ambiguous: Whether there are two and both fit.
-        residual: The largest relative residual of a layer's constraints.
+        is_ambiguous: Whether there are two reconstructions and both fit.
+        residual: Largest relative residual of a layer's constraints.
+
+    Examples:
+        A box of pixels from 0 to 1 allows only the first of two reconstructions:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import attacks
+        >>> twins = attacks.Twins(
+        ...     inputs=jnp.array([[0.18, 0.55], [0.5, 1.5]]),
+        ...     label=jnp.array(1),
+        ...     margins=jnp.array([0.73, 2.0]),
+        ...     fits=jnp.array([True, False]),
+        ...     chosen=jnp.array(0),
+        ...     is_ambiguous=jnp.array(False),
+        ...     residual=jnp.array(0.0),
+        ... )
+        >>> [round(value, 2) for value in twins.inputs[twins.chosen].tolist()]
+        [0.18, 0.55]
     """
 
     inputs: Float[Array, "2 *d"]
@@ -81,27 +99,44 @@ def r_gap(
     tolerance: float = 1e-3,
     ranks: Sequence[LayerRank] | None = None,
 ) -> ReconstructFn:
-    """The attack: of the two twins, the one that the box of pixel values allows.
+    """Builds the R-GAP attack, which returns the one of the two twins that the box of pixel values allows.
 
     Threat model: an honest-but-curious server that knows the parameters, the update, the shape of an example and the
-    range of pixels. One example; the loss is `cross_entropy`, or `binary_cross_entropy` for a head of one output.
+    range of pixels. The batch is one example, and the loss is `cross_entropy`, or `binary_cross_entropy` for a head of
+    one output.
 
     Args:
-        network: With a bias in its head, or with three classes or more, it may have biases and any activation;
-            otherwise no biases, a homogeneous activation, and a hidden layer.
-        bounds: Lowest and highest pixel values in the model's space, scalars or of shape (c,).
-        tolerance: How far a pixel may leave the box, relative to its width, >= 0 and finite.
-        ranks: Ranks of the layers' constraints, from `rank_analysis`. Default: their number, `counted_ranks`, an
-            upper bound that takes no time.
+        network: Network that is attacked. With a bias in its head, or with three classes or more, it may have biases
+            and any activation. Otherwise it needs a homogeneous activation and a hidden layer, and must have no biases.
+        bounds: Lowest and highest pixel values in the model's space, as scalars or arrays of shape (c,).
+        tolerance: Distance by which a pixel may leave the box, relative to the box's width, at least 0 and finite.
+        ranks: Ranks of the layers' constraints, from `rank_analysis`. By default they are counted by `counted_ranks`,
+            an upper bound that takes no time.
 
     Returns:
-        `(key, observation) -> reconstruction`; the key is not used. Its loss is the largest relative residual of a
-        layer's constraints. It raises ValueError for a batch of more than one example, without float64, for parameters
-        of another network, and for a layer, by its name, whose rank is below the number of its unknowns.
+        A function `(key, observation) -> reconstruction`, which does not use the key. Its loss is the largest relative
+        residual of a layer's constraints. It raises ValueError for a batch of more than one example, without float64,
+        for parameters of another network, and for a layer, by its name, whose rank is below the number of its unknowns.
 
     Raises:
-        ValueError: A network whose head leaves its input open, a tolerance that is negative or not finite, or bounds
-            that are not finite or in the wrong order.
+        ValueError: If the network's head leaves its input open, `tolerance` is negative or not finite, or the bounds
+            are not finite or in the wrong order.
+
+    Examples:
+        A softmax of three classes has no twins, so the input is found exactly:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, models, observe
+        >>> head = models.FullyConnected("head", 3, bias=True)
+        >>> network = models.Network((models.FullyConnected("dense", 4),), head)
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(network.apply)))
+        >>> with jax.enable_x64(True):
+        ...     params = network.init(jax.random.key(0), (2,))
+        ...     batch = Batch(jnp.array([[0.5, -0.25]]), jnp.array([1]))
+        ...     seen = observe(jax.random.key(1), ThreatModel(), client_fn, params, batch)
+        ...     found = jax.jit(attacks.r_gap(network, bounds=(-1.0, 1.0)))(jax.random.key(2), seen)
+        >>> [round(value, 3) for value in found.batch.inputs[0].tolist()], found.batch.labels.tolist()
+        ([0.5, -0.25], [1])
     """
     twins_fn = r_gap_twins(network, bounds=bounds, tolerance=tolerance)
 
@@ -124,18 +159,36 @@ def r_gap(
 
 
 def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolerance: float = 1e-3) -> TwinsFn:
-    """Both candidates, also for a network that has too few constraints.
+    """Builds the part of R-GAP that returns both candidates, also for a network that has too few constraints.
 
     Args:
-        network: The network, as for `r_gap`.
-        bounds: Lowest and highest pixel values, as for `r_gap`.
-        tolerance: How far a pixel may leave the box, as for `r_gap`.
+        network: Network that is attacked. With a bias in its head, or with three classes or more, it may have biases
+            and any activation. Otherwise it needs a homogeneous activation and a hidden layer, and must have no biases.
+        bounds: Lowest and highest pixel values in the model's space, as scalars or arrays of shape (c,).
+        tolerance: Distance by which a pixel may leave the box, relative to the box's width, at least 0 and finite.
 
     Returns:
-        `observation -> twins`. It raises ValueError as `r_gap` does, but for ranks.
+        A function `(observation) -> twins`. It raises ValueError for a batch of more than one example, without float64,
+        and for parameters of another network.
 
     Raises:
-        ValueError: The same arguments as those that `r_gap` refuses.
+        ValueError: If the network's head leaves its input open, `tolerance` is negative or not finite, or the bounds
+            are not finite or in the wrong order.
+
+    Examples:
+        A head of one output without a bias leaves two inputs. Both are in the box, so no attacker can tell them apart:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, models, observe
+        >>> network = models.Network((models.FullyConnected("dense", 2),), models.FullyConnected("head", 1))
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.binary_cross_entropy(network.apply)))
+        >>> with jax.enable_x64(True):
+        ...     params = {"dense": {"kernel": jnp.eye(2)}, "head": {"kernel": jnp.array([[1.0], [1.0]])}}
+        ...     batch = Batch(jnp.array([[0.5, 1.5]]), jnp.array([1]))
+        ...     seen = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        ...     twins = jax.jit(attacks.r_gap_twins(network, bounds=(0.0, 2.0)))(seen)
+        >>> [[round(value, 2) for value in twin] for twin in twins.inputs.tolist()], bool(twins.is_ambiguous)
+        ([[0.18, 0.55], [0.5, 1.5]], True)
     """
     _check.not_negative(tolerance=tolerance)
     _check.finite("tolerance", tolerance)
@@ -177,15 +230,15 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
 
 
 class _Head(NamedTuple):
-    """What the last layer tells, for one hypothesis about the label.
+    """Hypothesis about the label, and what follows from it about the last layer.
 
     Attributes:
-        inputs: Inputs of the layer, for the smaller root.
-        cotangent: Gradient of the loss with respect to them.
-        scale: Factor by which the larger root multiplies them, >= 1.
-        margins: Both roots.
-        label: The class.
-        residual: Relative residual of the head's gradient.
+        inputs: Input of the head, for the smaller root.
+        cotangent: Gradient of the loss with respect to that input.
+        scale: Factor from the input for the smaller root to that for the larger one.
+        margins: Log-odds of the label for the two roots.
+        label: Class index.
+        residual: Relative misfit of the head's gradient.
     """
 
     inputs: Float[Array, " d"]
@@ -197,7 +250,7 @@ class _Head(NamedTuple):
 
 
 def _invert_head(layer: FullyConnected, params: Params, update: Updates) -> list[_Head]:
-    """All hypotheses: two where only the next layer can tell the label."""
+    """Inverts the last layer, under both hypotheses about the label where only the next layer can tell them apart."""
     weights, gradient = params[layer.name]["kernel"], update[layer.name]["kernel"]
     if layer.bias:
         k = update[layer.name]["bias"]  # the cotangent of the output itself
@@ -212,7 +265,10 @@ def _invert_head(layer: FullyConnected, params: Params, update: Updates) -> list
 
 
 def _logistic_hypothesis(weights: Float[Array, " d"], gradient: Float[Array, " d"], label: int) -> _Head:
-    """The gradient is -y x / (1 + e^mu): the roots give x up to its sign y."""
+    """Inverts a logistic head for one label.
+
+    The gradient is -y x / (1 + e^mu), so the roots give x up to its sign y.
+    """
     margins = loss_inversion(-jnp.vdot(gradient, weights))
     factors = 1 + jnp.exp(margins)
     sign = 2 * label - 1
@@ -221,14 +277,23 @@ def _logistic_hypothesis(weights: Float[Array, " d"], gradient: Float[Array, " d
 
 
 def loss_inversion(value: Float[Array, ""]) -> Float[Array, "2"]:
-    """The roots mu of mu / (1 + e^mu) = value, where mu = y z and value = -<gradient, weights> of a logistic head.
+    """Computes the roots mu of mu / (1 + e^mu) = value.
+
+    For a logistic head mu = y z, and value = -<gradient, weights>.
 
     Args:
-        value: One root, returned twice, where it is not positive; two below 0.2785. No example has a larger value: it
-            gives the turning point twice.
+        value: Right side of the equation. Up to 0 it has one root, which is returned twice, and between 0 and 0.2785
+            two. No example gives a larger value. For one, the turning point is returned twice.
 
     Returns:
-        Both roots in ascending order, exact to rounding.
+        The two roots in ascending order, exact to rounding.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax.attacks.r_gap import loss_inversion
+        >>> roots = jax.jit(loss_inversion)(jnp.array(0.2))
+        >>> [round(value, 3) for value in (roots / (1 + jnp.exp(roots))).tolist()], bool(roots[0] < roots[1])
+        ([0.2, 0.2], True)
     """
 
     def bisect(low: Array, high: Array, slope: int) -> Array:
@@ -248,7 +313,10 @@ def loss_inversion(value: Float[Array, ""]) -> Float[Array, "2"]:
 
 
 def _softmax_head(weights: Float[Array, "d c"], gradient: Float[Array, "d c"]) -> _Head:
-    """The gradient is x k^T with k = softmax(W^T x) - e_label; from three classes on, one scale alone is consistent."""
+    """Inverts a softmax head without a bias.
+
+    The gradient is x k^T with k = softmax(W^T x) - e_label. From three classes on, one scale alone is consistent.
+    """
     left, values, right = jnp.linalg.svd(gradient, full_matrices=False)
     label = jnp.argmax(jnp.abs(right[0]))  # |k_label| is the sum of all others
     sign = -jnp.sign(right[0, label])
@@ -280,6 +348,7 @@ def _softmax_hypothesis(
     label: Int[Array, ""],
     gradient: Float[Array, "d c"],
 ) -> _Head:
+    """Gathers what follows from the input x of a softmax head and from the gradient k of its logits."""
     others = jnp.where(jnp.arange(len(k)) == label, -jnp.inf, logits)
     margin = logits[label] - jax.nn.logsumexp(others) if len(k) > 1 else (2 * label - 1) * logits[0]
     residual = jnp.linalg.norm(gradient - jnp.outer(x, k)) / jnp.linalg.norm(gradient)
@@ -287,7 +356,7 @@ def _softmax_hypothesis(
 
 
 def _invert_layer(layer: Layer, known: Known) -> tuple[Float[Array, "*d"], Float[Array, ""]]:
-    """The layer's input and the relative residual of the constraints on it."""
+    """Returns the input of a hidden layer, and the relative residual of the constraints on it."""
     if isinstance(layer, FullyConnected):
         gradient = known.update[layer.name]["kernel"]
         x = (gradient @ known.k / jnp.vdot(known.k, known.k)).reshape(known.shape)

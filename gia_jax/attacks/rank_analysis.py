@@ -1,8 +1,8 @@
-"""Which networks R-GAP inverts: the rank of the constraints on the input of every layer.
+"""An analysis that tells which networks R-GAP inverts, by the rank of the constraints on the input of every layer.
 
-Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021, counts constraints. Counting is
-not enough: those of a convolution with f filters depend on each other, sum_u W[f', u] K[(f, u)] =
-sum_p k_f(p) W[(f', p)] for every pair of filters. The rank is therefore computed.
+Zhu and Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021, counts constraints. Counting is not enough:
+those of a convolution with f filters depend on each other, sum_u W[f', u] K[(f, u)] = sum_p k_f(p) W[(f', p)] for every
+pair of filters. The rank is therefore computed.
 """
 
 import functools
@@ -40,12 +40,18 @@ from gia_jax.models.network import (
 
 
 class LayerRank(NamedTuple):
-    """Whether the input of a layer follows from the layer's gradient and output.
+    """The numbers that say whether the input of a layer follows from the layer's gradient and output.
 
     Attributes:
         name: Name of the layer.
         unknowns: Number of values to find.
         rank: Rank of the constraints on them.
+
+    Examples:
+        >>> from gia_jax import attacks
+        >>> layer = attacks.LayerRank("conv", unknowns=48, rank=40)
+        >>> layer.unknowns - layer.rank  # constraints that are missing
+        8
     """
 
     name: str
@@ -56,25 +62,39 @@ class LayerRank(NamedTuple):
 def rank_analysis(
     network: Network, params: Params, input_shape: Shape, *, key: PRNGKeyArray, tolerance: float = 1e-6
 ) -> tuple[LayerRank, ...]:
-    """Whether R-GAP recovers an input exactly, told before any attack: the rank of every layer's constraints.
+    """Computes the rank of every layer's constraints, which tells before any attack whether R-GAP is exact.
 
     Recovery is exact where every layer has the rank of its unknowns. The constraints depend on the example through the
-    cotangents, their rank hardly ever does: it is taken at one random example.
+    cotangents, but their rank hardly ever does. It is taken at one random example.
 
     Args:
-        network: The network, as for `r_gap`.
+        network: Network that is attacked, of the kinds that `r_gap` takes.
         params: Parameters of the network.
         input_shape: Shape of an example.
-        key: Draws the example.
-        tolerance: Singular values below this fraction of a layer's largest are taken for zeros. At least 1e-7: they are
-            roots of the eigenvalues of the normal equations.
+        key: Random key of the example.
+        tolerance: Fraction of a layer's largest singular value below which the others are taken for zeros, at least
+            1e-7 and below 1. They are roots of the eigenvalues of the normal equations, so it cannot be smaller.
 
     Returns:
-        The layers in the order of the recursion, from the output: the first one of too small a rank is the bottleneck.
+        The layers in the order of the recursion, from the output. The first one of too small a rank is the bottleneck.
         A residual block has two entries, named after its second and its first convolution.
 
     Raises:
-        ValueError: As for `r_gap`, but for the number of constraints.
+        ValueError: If `tolerance` is out of range, the network's head leaves its input open, the parameters are those
+            of another network, or float64 is not enabled.
+
+    Examples:
+        The input of the head is found, but the convolution has too few filters for its 16 pixels:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import attacks, models
+        >>> conv = models.Convolution("conv", 2, size=2, stride=2)
+        >>> network = models.Network((conv,), models.FullyConnected("head", 3))
+        >>> with jax.enable_x64(True):
+        ...     params = network.init(jax.random.key(0), (4, 4, 1))
+        ...     of_head, of_conv = attacks.rank_analysis(network, params, (4, 4, 1), key=jax.random.key(1))
+        >>> of_head.rank == of_head.unknowns, of_conv.unknowns, of_conv.rank < of_conv.unknowns
+        (True, 16, True)
     """
     if not 1e-7 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [1e-7, 1), got {tolerance}")
@@ -97,20 +117,31 @@ def rank_analysis(
 
 
 def counted_ranks(network: Network, input_shape: Shape) -> tuple[LayerRank, ...]:
-    """Upper bounds on the ranks from the architecture alone; where they are too small, `rank_analysis` is not needed.
+    """Computes upper bounds on the ranks from the architecture alone.
 
-    A convolution has no more independent constraints than outputs and entries of its kernel, less the dependencies
-    between its filters.
+    Where they are too small, `rank_analysis` is not needed. A convolution has no more independent constraints than
+    outputs and entries of its kernel, less the dependencies between its filters.
 
     Args:
-        network: The network.
+        network: Network that is attacked.
         input_shape: Shape of an example.
 
     Returns:
-        As `rank_analysis`.
+        The layers in the order of the recursion, from the output, with the bounds as their ranks. A residual block has
+        two entries, named after its second and its first convolution.
 
     Raises:
-        ValueError: A layer, by its name, that cannot take what it gets.
+        ValueError: If a layer, named in the message, cannot take the shape that it gets.
+
+    Examples:
+        Two filters with kernels of 2 x 2 pixels give at most 12 constraints for 16 pixels:
+
+        >>> from gia_jax import models
+        >>> from gia_jax.attacks.rank_analysis import counted_ranks
+        >>> conv = models.Convolution("conv", 2, size=2, stride=2)
+        >>> network = models.Network((conv,), models.FullyConnected("head", 3))
+        >>> counted_ranks(network, (4, 4, 1))[1]
+        LayerRank(name='conv', unknowns=16, rank=12)
     """
     ranks = []
     for layer, shape in reversed(list(zip((*network.hidden, network.head), shapes(network, input_shape), strict=True))):
@@ -129,7 +160,15 @@ def counted_ranks(network: Network, input_shape: Shape) -> tuple[LayerRank, ...]
 
 
 def check_network(network: Network) -> None:
-    """Raises ValueError, naming the layer, where the head cannot make up for what the loss leaves open."""
+    """Raises ValueError, naming the layer, where the head cannot make up for what the loss leaves open.
+
+    Args:
+        network: Network that is attacked.
+
+    Raises:
+        ValueError: If the head has one or two outputs and no bias, and the network has another bias, an activation that
+            is not homogeneous, or no hidden layer.
+    """
     head = network.head
     if head.bias or head.features > 2:
         return
@@ -145,7 +184,16 @@ def check_network(network: Network) -> None:
 
 
 def check_parameters(network: Network, params: Params, input_shape: Shape) -> None:
-    """Raises ValueError without float64, and for parameters of another network."""
+    """Raises ValueError without float64, and for parameters of another network.
+
+    Args:
+        network: Network that is attacked.
+        params: Parameters that should fit it.
+        input_shape: Shape of an example.
+
+    Raises:
+        ValueError: If float64 is not enabled, or the parameters have not the structure and shapes of the network's.
+    """
     if jnp.result_type(float) != jnp.float64:
         raise ValueError(f"r_gap needs float64: set jax_enable_x64, got {jnp.result_type(float)}")
     expected = jax.eval_shape(lambda: network.init(jax.random.key(0), input_shape))
@@ -155,7 +203,10 @@ def check_parameters(network: Network, params: Params, input_shape: Shape) -> No
 def _constraint_matrices(
     network: Network, input_shape: Shape, params: Params, key: PRNGKeyArray
 ) -> list[Float[Array, "n n"] | None]:
-    """Normal equations in the order of the recursion; None for dense layers, whose gradient gives away their input."""
+    """Computes the matrices of the normal equations in the order of the recursion.
+
+    An entry is None for a dense layer, whose gradient gives away its input.
+    """
     key_inputs, key_outputs = jax.random.split(key)
     inputs = jax.random.normal(key_inputs, (1, *input_shape))
     cotangent = jax.random.normal(key_outputs, (network.head.features,))
@@ -183,6 +234,7 @@ def _constraint_matrices(
 
 
 def _rank(matrix: np.ndarray, tolerance: float) -> int:
+    """Computes the rank of a positive semi-definite matrix, whose eigenvalues are squares of singular values."""
     try:  # a Cholesky factor, where there is one, proves full rank at a tenth of the eigenvalues' cost
         np.linalg.cholesky(matrix - tolerance**2 * np.linalg.norm(matrix, np.inf) * np.eye(len(matrix)))
         return len(matrix)
@@ -192,13 +244,13 @@ def _rank(matrix: np.ndarray, tolerance: float) -> int:
 
 
 def _bound(layer: Convolution, shape: Shape, others: int) -> LayerRank:
-    """Of the gradient's constraints, the same for every channel, and others."""
+    """Bounds a convolution's rank by the constraints of its gradient, the same for every channel, and the `others`."""
     unknowns, rows = math.prod(shape), layer.size**2 * layer.features
     bound = shape[2] * rows + others if rows < math.prod(shape[:2]) else unknowns
     return LayerRank(layer.name, unknowns, min(unknowns, bound))
 
 
 def _dependencies(layer: Convolution, shape: Shape) -> int:
-    """One for every pair of filters, fewer where filters are many."""
+    """Counts the dependencies: one for every pair of filters, and fewer where filters are many."""
     height, width, features = output_shape(layer, shape)
     return features**2 - max(features - layer.size**2 * shape[2], 0) * max(features - height * width, 0)

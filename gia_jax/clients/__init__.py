@@ -1,4 +1,4 @@
-"""What a client computes from the server's parameters and its own data."""
+"""Clients: what a participant of federated learning computes from the server's parameters and its own data."""
 
 from gia_jax.clients.averaging import federated_averaging
 from gia_jax.clients.gradient import parameter_gradient

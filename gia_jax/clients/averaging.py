@@ -1,4 +1,4 @@
-"""Several local steps: the client of federated averaging (McMahan et al., AISTATS 2017, Algorithm 1)."""
+"""The client of federated averaging, which takes several local steps (McMahan et al., AISTATS 2017, Algorithm 1)."""
 
 from collections.abc import Callable
 
@@ -24,34 +24,50 @@ def federated_averaging(
     loss_key: PRNGKeyArray | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
-    """A client that runs `local_epochs` epochs of minibatch SGD and shares the change of its parameters.
+    """Builds a client that runs `local_epochs` epochs of minibatch SGD and shares the change of its parameters.
 
-    The change is returned as a pseudo-gradient, (theta_0 - theta_S) / (S * learning_rate): the mean of the S local
-    gradients, with the sign and scale of one, so that label rules and matching losses hold as they stand.
+    The change is returned as a pseudo-gradient, (theta_0 - theta_S) / (S * learning_rate). It is the mean of the S
+    local gradients, with the sign and scale of one, so that label rules and matching losses hold as they stand.
 
     The attacker simulates the same steps on its dummy data. Where it does not know the order of the examples, leave
     `order_key` out of the attacker's client and give the victim's one: the dummy data then stand for the examples in
-    the order of the attacker's own choosing. The steps run in `lax.scan` with rematerialisation: memory grows with the
-    number of steps only by one copy of the parameters each. The weights are trained in float32 or wider, because half
-    precision loses a small step; the model sees them, and their change is shared, in the type of the parameters.
+    the order of the attacker's own choosing.
+
+    The steps run in `lax.scan` with rematerialisation: memory grows with the number of steps only by one copy of the
+    parameters each. The weights are trained in float32 or wider, because half precision loses a small step. The model
+    sees them, and their change is shared, in the type of the parameters.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar. With `loss_key`, `(key) -> ` such a loss.
-        learning_rate: Learning rate of the local SGD steps, > 0 and finite; it may be traced.
+        loss_fn: Function `(params, batch) -> loss`, a scalar. With `loss_key` it is a function `(key) -> loss_fn` that
+            returns such a loss.
+        learning_rate: Learning rate of the local SGD steps, above 0 and finite. It may be traced.
         local_epochs: Number of passes over the batch, at least 1.
-        minibatch_size: Number of examples in a step, a divisor of the batch's size; None takes the whole batch.
-        order_key: A victim's own shuffling of its examples, anew every epoch; None keeps their order. Per-client keys
-            go in by building the client inside the mapped function.
-        loss_key: The key of a loss that draws, such as one of `models.stochastic`: every local step has a key of its
-            own, split off this one; of this client and this round, never the attacker's. None: the loss draws nothing.
-        lowering: How convolutions are computed, as for `federated_sgd`.
+        minibatch_size: Number of examples in a step, a divisor of the batch's size. None takes the whole batch.
+        order_key: Key of a victim's own shuffling of its examples, anew every epoch. None keeps their order. Give each
+            client a key of its own by building the client inside the mapped function.
+        loss_key: Key of a loss that draws, such as one of `models.stochastic`: every local step gets a key of its own,
+            split off this one. It belongs to this client and this round, and the attacker never has it. With None the
+            loss draws nothing.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, batch) -> pseudo-gradient`.
+        The client, a function `(params, batch) -> pseudo-gradient`.
 
     Raises:
         ValueError: If a count is no positive integer, a concrete learning rate is not positive and finite, `lowering`
-            is unknown, or (when called) the batch's size is not a multiple of `minibatch_size`.
+            is unknown, or `order_key` and `loss_key` are the same. The client raises it if the batch's size is not a
+            multiple of `minibatch_size`.
+
+    Examples:
+        Two steps move the parameter from 0 to 0.5 and to 0.75. The local gradients are -1 and -0.5:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.mean(jnp.square(params - batch.inputs))
+        >>> client_fn = clients.federated_averaging(loss_fn, learning_rate=0.5, local_epochs=2)
+        >>> float(client_fn(jnp.array(0.0), Batch(jnp.ones((1, 1)), jnp.array([0]))))
+        -0.75
     """
     _check.integer(local_epochs=local_epochs)
     if minibatch_size is not None:

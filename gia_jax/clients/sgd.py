@@ -17,26 +17,41 @@ from gia_jax.precision import widened
 
 
 def cross_entropy(apply_fn: ApplyFn) -> LossFn:
-    """The mean softmax cross-entropy of a classifier.
+    """Builds the mean softmax cross-entropy of a classifier.
 
     Args:
-        apply_fn: `(params, inputs) -> logits` of shape (b, c), or (b, *t, c) where an example has several labels, such
-            as one for each token or pixel.
+        apply_fn: Function `(params, inputs) -> logits` of shape (b, c), or (b, *t, c) where an example has several
+            labels, such as one for each token or pixel.
 
     Returns:
-        `(params, batch) -> ` mean loss in nats, for class indices (b, *t) or class probabilities (b, *t, c); see
-        `classification_loss`.
+        A function `(params, batch) -> loss`, the mean in nats, for class indices (b, *t) or class probabilities (b, *t,
+        c), in float32 or wider. It raises ValueError for labels of another shape or type, or concrete ones that are no
+        classes or no probabilities. Traced ones make the loss NaN.
+
+    Examples:
+        Logits of zeros predict both classes with probability 0.5, a loss of log 2:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> loss_fn = clients.cross_entropy(lambda params, inputs: inputs @ params)
+        >>> print(f"{loss_fn(jnp.zeros((3, 2)), Batch(jnp.ones((4, 3)), jnp.array([0, 1, 1, 0]))):.2f}")
+        0.69
     """
     return lambda params, batch: classification_loss(apply_fn(params, batch.inputs), batch.labels)
 
 
 def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "..."]) -> Float[Array, ""]:
-    """The mean softmax cross-entropy in nats, for class indices (b, *t) or class probabilities (b, *t, c).
+    """Computes the mean softmax cross-entropy in nats, in float32 or wider.
 
-    It is computed in float32 or wider. It is NaN where traced class indices are out of range.
+    Args:
+        logits: Logits of shape (b, *t, c).
+        labels: Class indices of shape (b, *t), or class probabilities of shape (b, *t, c).
+
+    Returns:
+        The mean loss. It is NaN where traced labels are no classes or no probabilities.
 
     Raises:
-        ValueError: Labels of another shape or type, or concrete ones that are no classes or no probabilities.
+        ValueError: If labels have another shape or type, or concrete ones are no classes or no probabilities.
     """
     num_classes = logits.shape[-1]
     _check.classes(labels, logits.shape[:-1], num_classes)
@@ -50,19 +65,29 @@ def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "
 
 
 def _nan_unless_classes(loss: Float[Array, ""], labels: Array, num_classes: int) -> Float[Array, ""]:
-    """The loss; NaN where a label is no class. It is multiplied by NaN, so that its gradient is NaN as well."""
+    """Returns the loss, or NaN where a label is no class: multiplied by NaN, so that its gradient is NaN as well."""
     return loss * jnp.where(jnp.all((labels >= 0) & (labels < num_classes)), 1.0, jnp.nan)
 
 
 def binary_cross_entropy(apply_fn: ApplyFn) -> LossFn:
-    """The mean logistic loss log(1 + e^(-y z)) of a classifier with one output z, in float32 or wider.
+    """Builds the mean logistic loss log(1 + e^(-y z)) of a classifier with one output z, in float32 or wider.
 
     Args:
-        apply_fn: `(params, inputs) -> z` of shape (b, 1).
+        apply_fn: Function `(params, inputs) -> z` of shape (b, 1).
 
     Returns:
-        `(params, batch) -> ` mean loss in nats, for the integer labels 0 (y = -1) and 1 (y = 1), shape (b,). Others
-        are refused with a ValueError where they are concrete, and make the loss NaN where they are traced.
+        A function `(params, batch) -> loss`, the mean in nats, for the integer labels 0 (y = -1) and 1 (y = 1), shape
+        (b,). It raises ValueError for outputs or labels of another shape, and for other labels where they are concrete.
+        Where these are traced the loss is NaN.
+
+    Examples:
+        An output of 0 predicts both classes with probability 0.5, a loss of log 2:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> loss_fn = clients.binary_cross_entropy(lambda params, inputs: inputs @ params)
+        >>> print(f"{loss_fn(jnp.zeros((3, 1)), Batch(jnp.ones((2, 3)), jnp.array([0, 1]))):.2f}")
+        0.69
     """
 
     def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
@@ -79,14 +104,21 @@ def binary_cross_entropy(apply_fn: ApplyFn) -> LossFn:
 
 
 def squared_error(apply_fn: ApplyFn) -> LossFn:
-    """The mean squared error of a regression, in float32 or wider.
+    """Builds the mean squared error of a regression, in float32 or wider.
 
     Args:
-        apply_fn: `(params, inputs) -> outputs` of shape (b, *t).
+        apply_fn: Function `(params, inputs) -> outputs` of shape (b, *t).
 
     Returns:
-        `(params, batch) -> ` mean over all entries of (outputs - labels)^2, for real labels of the outputs' shape; any
-        other is refused with a ValueError.
+        A function `(params, batch) -> loss`, the mean over all entries of (outputs - labels)^2, for real labels of the
+        outputs' shape. It raises ValueError for any other labels.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> loss_fn = clients.squared_error(lambda params, inputs: inputs @ params)
+        >>> float(loss_fn(jnp.ones(2), Batch(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([1.0, 0.0]))))
+        2.5
     """
 
     def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
@@ -101,18 +133,33 @@ def squared_error(apply_fn: ApplyFn) -> LossFn:
 
 
 def federated_sgd(loss_fn: LossFn, *, lowering: Lowering = "auto") -> ClientFn:
-    """A client that shares the gradient of its loss on one batch.
+    """Builds a client that shares the gradient of its loss on one batch.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar, such as `cross_entropy(apply_fn)`. It may close over traced values.
-        lowering: How convolutions are computed: "matmul", "native" or "auto" (see `parameter_gradient`).
+        loss_fn: Function `(params, batch) -> loss`, a scalar, such as `cross_entropy(apply_fn)`. It may close over
+            traced values.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, batch) -> gradient`, a tree like `params`. Reverse mode through it costs one forward-over-reverse
-        product; `jvp`, `linearize` and `jacfwd` work as well.
+        The client, a function `(params, batch) -> gradient`, a tree like `params`. Reverse mode through it costs one
+        forward-over-reverse product. `jvp`, `linearize` and `jacfwd` work as well.
 
     Raises:
-        ValueError: If `loss_fn` does not return a scalar, `params` has an integer leaf, or `lowering` is unknown.
+        ValueError: If `lowering` is unknown. The client raises it if `loss_fn` does not return a scalar or refuses the
+            batch, or if `params` has an integer leaf.
+
+    Examples:
+        For logits of zeros the gradient of the bias is the mean of (0.5, 0.5) minus the one-hot labels:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> apply_fn = lambda params, inputs: inputs @ params["kernel"] + params["bias"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
+        >>> update = client_fn(params, Batch(jnp.ones((4, 3)), jnp.array([0, 0, 0, 1])))
+        >>> update["bias"].tolist()
+        [-0.25, 0.25]
     """
     gradient_fn = parameter_gradient(loss_fn, lowering=lowering)
 
@@ -126,19 +173,20 @@ class Draws(NamedTuple):
     """A loss that is called several times, and may draw anew each time.
 
     Attributes:
-        loss_fn: `(params, batch) -> ` scalar; with `key`, `(key) -> ` such a loss.
-        key: The key that every call's own is split off; None for a loss that draws nothing.
+        loss_fn: Function `(params, batch) -> loss`, a scalar. With `key` it is a function `(key) -> loss_fn` that
+            returns such a loss.
+        key: Key that the key of every call is split off. None for a loss that draws nothing.
     """
 
     loss_fn: LossFn | Callable[[PRNGKeyArray], LossFn]
     key: PRNGKeyArray | None
 
     def keys(self, count: int) -> Key[Array, " n"] | None:
-        """A key for each of `count` calls."""
+        """Returns a key for each of `count` calls, or None for a loss that draws nothing."""
         return None if self.key is None else jax.random.split(self.key, count)
 
     def of(self, own: PRNGKeyArray | None) -> LossFn:
-        """The loss of the call that has this key."""
+        """Returns the loss of the call that has the key `own`, which is None for a loss that draws nothing."""
         return cast(LossFn, self.loss_fn if own is None else cast(Callable[[PRNGKeyArray], LossFn], self.loss_fn)(own))
 
     def check(self, params: Params, batch: Batch) -> None:
@@ -146,9 +194,17 @@ class Draws(NamedTuple):
         check_data(self.of(self.key), params, batch)
 
     def check_apart(self, client: str, params: Params, batch: Batch) -> None:
-        """Lets the model refuse, in the name of `client`, that its examples are taken apart; nothing is computed.
+        """Lets the model refuse, in the name of `client`, that its examples are taken apart. Nothing is computed.
 
         The loss is called outside of the cache of `jax.jit`, in which a refusal would be skipped.
+
+        Args:
+            client: Name of the client, for the error message.
+            params: Parameters of the model.
+            batch: Batch of the client, with at least one example.
+
+        Raises:
+            ValueError: If the model normalises by the statistics of its own batch, or draws although there is no key.
         """
         loss_fn = self.of(self.key)
         loss_fn = getattr(loss_fn, "__wrapped__", loss_fn) if hasattr(loss_fn, "lower") else loss_fn
@@ -163,21 +219,33 @@ def per_example(
     loss_key: PRNGKeyArray | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
-    """A client that keeps the gradients of its examples apart.
+    """Builds a client that keeps the gradients of its examples apart.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. With `loss_key`, `(key) -> ` such a loss.
-        loss_key: The key of a loss that draws, such as one of `models.stochastic`: every example has a key of its own,
-            split off this one. None: the loss draws nothing.
-        lowering: How convolutions are computed, as for `federated_sgd`.
+        loss_fn: Function `(params, batch) -> loss`, a scalar. It is called with batches of one example. With `loss_key`
+            it is a function `(key) -> loss_fn` that returns such a loss.
+        loss_key: Key of a loss that draws, such as one of `models.stochastic`: every example gets a key of its own,
+            split off this one. With None the loss draws nothing.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, batch) -> gradients`, every leaf with a leading axis of the batch's size. For a loss that is a mean
-        over examples, their mean is what `federated_sgd` shares.
+        The client, a function `(params, batch) -> gradients`, in which every leaf has a leading axis of the batch's
+        size. For a loss that is a mean over examples, their mean is what `federated_sgd` shares.
 
     Raises:
-        ValueError: When called, for an empty batch, for a model with batch normalisation in training mode, which mixes
-            the examples, or for one of `models.stochastic` without `loss_key`: all examples would share one draw.
+        ValueError: If `lowering` is unknown. The client raises it for an empty batch, for a model with batch
+            normalisation in training mode, which mixes the examples, and for one of `models.stochastic` without
+            `loss_key`, because all examples would share one draw.
+
+    Examples:
+        The gradient of w . x with respect to w is x, for each example:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> client_fn = clients.per_example(lambda params, batch: jnp.mean(batch.inputs @ params))
+        >>> client_fn(jnp.zeros(2), Batch(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 1]))).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
     """
     lowers_to_matmul(lowering)  # refuses an unknown one here
     loss = Draws(loss_fn, loss_key)

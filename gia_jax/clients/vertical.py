@@ -22,7 +22,7 @@ SplitFn = Callable[[Any], Sequence[Any]]
 
 
 def quadrants(images: Shaped[Array | np.ndarray, "b h w c"]) -> list[Shaped[Array | np.ndarray, "b i j c"]]:
-    """The quarters of images as four workers hold them: top left, top right, bottom left, bottom right.
+    """Splits images into the quarters that four workers hold: top left, top right, bottom left, bottom right.
 
     Args:
         images: Images of even height and width, shape (b, h, w, c).
@@ -31,7 +31,14 @@ def quadrants(images: Shaped[Array | np.ndarray, "b h w c"]) -> list[Shaped[Arra
         Four arrays of shape (b, h / 2, w / 2, c).
 
     Raises:
-        ValueError: The height or the width is odd.
+        ValueError: If the height or the width is odd.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import clients
+        >>> images = jnp.array([[1, 2], [3, 4]]).reshape(1, 2, 2, 1)
+        >>> [part.item() for part in clients.quadrants(images)]
+        [1, 2, 3, 4]
     """
     height, width = images.shape[1:3]
     if height % 2 or width % 2:
@@ -48,15 +55,32 @@ def vertical_model(
     worker_fn: Callable[[Params, Array], Float[Array, "b e"]],
     server_fn: Callable[[Params, Float[Array, "b f"]], Float[Array, "b c"]],
 ) -> Callable[[Params, Float[Array, "b *d"]], Float[Array, "b c"]]:
-    """The joint model of M workers and a server: logits = server(worker_1(x_1), ..., worker_M(x_M)).
+    """Builds the joint model of M workers and a server: logits = server(worker_1(x_1), ..., worker_M(x_M)).
 
     Args:
-        split_fn: Splits inputs (b, *d) into the M slices, each feature in one of them, such as `quadrants`.
-        worker_fn: `(params of a worker, its slice) -> ` its output, shape (b, e).
-        server_fn: `(params of the server, the workers' outputs side by side) -> ` logits.
+        split_fn: Function `(inputs) -> slices` that splits inputs (b, *d) into the M slices, each feature in one of
+            them, such as `quadrants`.
+        worker_fn: Function that maps the parameters of a worker and its slice to its output, shape (b, e).
+        server_fn: Function that maps the parameters of the server and the workers' outputs side by side, shape (b, f),
+            to logits, shape (b, c).
 
     Returns:
-        `(params, inputs) -> logits`; params is {"workers": the M workers' parameters in a list, "server": ...}.
+        A function `(params, inputs) -> logits`, where params is {"workers": the M workers' parameters in a list,
+        "server": the server's}. It raises ValueError if the number of workers is not M.
+
+    Examples:
+        Two workers hold a feature each, and the server adds their outputs:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import clients
+        >>> apply_fn = clients.vertical_model(
+        ...     split_fn=lambda inputs: [inputs[:, :1], inputs[:, 1:]],
+        ...     worker_fn=lambda worker, part: worker * part,
+        ...     server_fn=lambda server, outputs: outputs @ server,
+        ... )
+        >>> params = {"workers": [jnp.array(10.0), jnp.array(100.0)], "server": jnp.ones((2, 1))}
+        >>> apply_fn(params, jnp.array([[1.0, 2.0]])).tolist()
+        [[210.0]]
     """
 
     def apply_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, "b c"]:
@@ -77,23 +101,38 @@ def vertical_sgd(
     transformation: optax.GradientTransformation | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
-    """T rounds of SGD, each on the records that the round's public indices select, the same at every worker.
+    """Builds the client of T rounds of vertical SGD.
+
+    Each round is on the records that its public indices select, the same at every worker.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar, such as `cross_entropy(vertical_model(...))`.
-        batch_indices: The records of each round, shape (t, b), integers >= 0.
-        learning_rate: Rate of the step between two rounds, >= 0 and finite; with 0 the model is frozen.
-        transformation: A defense: what is shared, and trained with, is its output; its state passes from round to
-            round. None shares the gradient.
-        lowering: How convolutions are computed, as for `federated_sgd`.
+        loss_fn: Function `(params, batch) -> loss`, a scalar, such as `cross_entropy(vertical_model(...))`.
+        batch_indices: Indices of the records of each round, integers of at least 0, shape (t, b).
+        learning_rate: Learning rate of the step between two rounds, at least 0 and finite. With 0 the model is frozen.
+        transformation: Defense of the update. What is shared, and trained with, is its output, and its state passes
+            from round to round. None shares the gradient.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, records) -> update`, where records is a batch of all N records and every leaf of the update is the
-        T rounds' gradients, (t, *shape). To be observed with `observe(..., batch_indices=batch_indices)`.
+        The client, a function `(params, records) -> update`, where records is a batch of all N records and every leaf
+        of the update is the T rounds' gradients, shape (t, *shape). It is to be observed with `observe(...,
+        batch_indices=batch_indices)`.
 
     Raises:
-        ValueError: Indices that are no matrix of integers or out of range, or a learning rate that is negative or not
+        ValueError: If the indices are no matrix of integers or out of range, or the learning rate is negative or not
             finite.
+
+    Examples:
+        The gradient of each round is the mean of the records that it selects:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients
+        >>> loss_fn = lambda params, batch: jnp.mean(batch.inputs @ params)
+        >>> client_fn = clients.vertical_sgd(loss_fn, jnp.array([[0, 1], [2, 0]]))
+        >>> records = Batch(jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 1, 0]))
+        >>> client_fn(jnp.zeros(1), records).tolist()
+        [[2.0], [3.0]]
     """
     check_batch_indices(batch_indices)
     _check.scalar(learning_rate=learning_rate)
@@ -120,7 +159,15 @@ def vertical_sgd(
 
 
 def check_batch_indices(batch_indices: Array | np.ndarray, num_records: int | None = None) -> None:
-    """Raises ValueError for indices that are no matrix of integers, or (where concrete) that name no record."""
+    """Checks the records of each round.
+
+    Args:
+        batch_indices: Indices of the records of each round, shape (t, b).
+        num_records: Number of records that there are, or None where it is not known.
+
+    Raises:
+        ValueError: If the indices are no matrix of integers or, where they are concrete, name no record.
+    """
     if jnp.ndim(batch_indices) != 2 or 0 in batch_indices.shape or not jnp.issubdtype(batch_indices.dtype, jnp.integer):
         raise ValueError(
             f"batch_indices must be integers of shape (t, b), got {batch_indices.dtype} {jnp.shape(batch_indices)}"

@@ -1,4 +1,4 @@
-"""Real images as NumPy arrays."""
+"""Real images as NumPy arrays, from sets that come with other packages and from TensorFlow Datasets (TFDS)."""
 
 from gia_jax import _check
 from gia_jax.data.embedded import digits, photos
@@ -7,19 +7,27 @@ from gia_jax.data.prepared import prepared
 
 
 def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageData:
-    """Images by name: "photos", "digits", or any prepared TFDS set such as "mnist", "cifar10", "cifar100".
+    """Loads images by name: "photos", "digits", or any prepared TFDS set such as "mnist", "cifar10" or "cifar100".
 
     Args:
-        name: Name of the set, of a TFDS set also with a version, such as "mnist:3.0.1".
-        split: Split of a TFDS set; the embedded ones have the split "test" only.
-        limit: Number of images, at least 1, the first ones, or all where there are fewer; None for all.
+        name: Name of the set. That of a TFDS set may end in a version, as in "mnist:3.0.1".
+        split: Split of a TFDS set. The sets that come with packages have the split "test" only.
+        limit: Number of images, at least 1: the first ones, or all where there are fewer. None loads all.
 
     Returns:
         The images, in the order that makes "the first n" a public rule.
 
     Raises:
-        ValueError: The set is unknown, not prepared, cannot be read or has no such split, or `limit` is no positive
+        ValueError: If the set is unknown, not prepared, cannot be read or has no such split, or `limit` is no positive
             integer.
+        ImportError: If the package that the set comes with is not installed: the extra `demo`, or `data` for a TFDS
+            set.
+
+    Examples:
+        >>> from gia_jax import data
+        >>> digits = data.load("digits", limit=3)
+        >>> digits.images.shape, digits.labels.tolist()
+        ((3, 8, 8, 1), [0, 1, 2])
     """
     if name not in ("photos", "digits"):
         return prepared(name, split=split, limit=limit)

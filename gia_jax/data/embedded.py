@@ -1,4 +1,4 @@
-"""Real images that come with other packages: nothing is downloaded. Both need the extra `demo`."""
+"""Real images that come with other packages: nothing is downloaded. Both sets need the extra `demo`."""
 
 from typing import Any
 
@@ -23,20 +23,27 @@ PHOTOGRAPHS = (
 
 
 def photos(*, size: int = 32) -> ImageData:
-    """Photographs shipped by scikit-image, cut and scaled down.
+    """Loads photographs that are shipped by scikit-image, cut and scaled down.
 
-    The first eight are the largest centred square of each photograph in the order of `PHOTOGRAPHS`; then come their
-    upper left quarters, upper right, lower left, lower right. A photograph's label is its place in the list. They are
-    normalised by the channel means of ImageNet.
+    The first eight are the largest centred square of each photograph in the order of `PHOTOGRAPHS`. Then come their
+    upper left quarters, and their upper right, lower left and lower right ones. A photograph's label is its place in
+    the list. The images are normalised by the channel means and deviations of ImageNet.
 
     Args:
         size: Height and width in pixels, at least 1.
 
     Returns:
-        Forty images (40, size, size, 3), eight classes.
+        Forty images of eight classes, shape (40, size, size, 3).
 
     Raises:
-        ValueError: `size` is no positive integer, or the images do not fit into memory.
+        ValueError: If `size` is no positive integer, or the images do not fit into memory.
+        ImportError: If the extra `demo` is not installed.
+
+    Examples:
+        >>> from gia_jax import data
+        >>> photos = data.photos(size=32)
+        >>> photos.images.shape, photos.class_names[0], photos.ids[8]
+        ((40, 32, 32, 3), 'astronaut', 'astronaut_ul')
     """
     _check.integer(size=size)
     _check.fits(3 * 5 * len(PHOTOGRAPHS) * size**2 * 3, size=size)  # in float64, before they are in float32
@@ -63,9 +70,22 @@ def photos(*, size: int = 32) -> ImageData:
 
 
 def digits() -> ImageData:
-    """The 1,797 handwritten digits of 8x8 pixels shipped by scikit-learn (test split of a UCI set), in its order.
+    """Loads the 1,797 handwritten digits of 8x8 pixels that are shipped by scikit-learn, in its order.
 
-    They are normalised by the mean and the standard deviation of all of them, which are constants here.
+    They are the test split of a UCI set. They are normalised by the mean and the standard deviation of all of them,
+    which are constants here.
+
+    Returns:
+        The images of ten classes, shape (1797, 8, 8, 1).
+
+    Raises:
+        ImportError: If the extra `demo` is not installed.
+
+    Examples:
+        >>> from gia_jax import data
+        >>> digits = data.digits()
+        >>> digits.images.shape, digits.labels[:3].tolist()
+        ((1797, 8, 8, 1), [0, 1, 2])
     """
     from sklearn.datasets import load_digits
 

@@ -10,17 +10,28 @@ from gia_jax.precision import wide_dtype
 
 
 class ImageData(NamedTuple):
-    """Labelled images.
+    """Labelled images, with the names and the channel statistics of the set that they are from.
 
     Attributes:
         name: Name of the set and its split.
         images: Pixels in [0, 1], float32, shape (n, h, w, c).
         labels: Class indices, int32, shape (n,).
-        ids: One name an image; the order of all arrays follows them.
-        class_names: One name a class.
-        mean: Mean of each channel, public: over the training set, or else over other images than these, or a constant
-            of the set, as for `photos` and `digits`.
+        ids: One name for each image. The order of all arrays follows them.
+        class_names: One name for each class.
+        mean: Mean of each channel. It is public: taken over the training set, or else over other images than these, or
+            a constant of the set, as for `photos` and `digits`.
         std: Standard deviation of each channel, over the same images as the mean.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax import data
+        >>> images = np.full((1, 2, 2, 1), 0.75, np.float32)
+        >>> found = data.ImageData("grey", images, np.array([0]), ["grey_0"], ["grey"], mean=[0.5], std=[0.25])
+        >>> float(found.normalize(found.images).max())
+        1.0
+        >>> low, high = found.bounds()
+        >>> low.tolist(), high.tolist()
+        ([-2.0], [2.0])
     """
 
     name: str
@@ -32,21 +43,37 @@ class ImageData(NamedTuple):
     std: Sequence[float]
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
-        """Maps pixels in [0, 1] to the model's space: each channel less its `mean`, over its `std`.
+        """Maps pixels in [0, 1] to the model's space: each channel minus its `mean`, divided by its `std`.
+
+        Args:
+            images: Pixels in [0, 1], of a floating type. The last axis holds the channels.
+
+        Returns:
+            The inputs of the model, of the type and shape of `images`.
 
         Raises:
-            ValueError: `images` are integers, or have another number of channels, their last axis, than the mean.
+            ValueError: If `images` are integers, or have another number of channels than the mean.
         """
         wide, mean, std = self._channels("images", images)
         return ((wide - mean) / std).astype(images.dtype)
 
     def denormalize(self, inputs: np.ndarray) -> np.ndarray:
-        """The inverse of `normalize`, clipped to [0, 1]; it raises likewise."""
+        """Maps the model's space back to pixels: the inverse of `normalize`, clipped to [0, 1].
+
+        Args:
+            inputs: Inputs of the model, of a floating type. The last axis holds the channels.
+
+        Returns:
+            Pixels in [0, 1], of the type and shape of `inputs`.
+
+        Raises:
+            ValueError: If `inputs` are integers, or have another number of channels than the mean.
+        """
         wide, mean, std = self._channels("inputs", inputs)
         return np.clip(wide * std + mean, 0, 1).astype(inputs.dtype)
 
     def _channels(self, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The values, the mean and the deviation in float32 or wider."""
+        """Returns the values, the mean and the deviation in float32 or wider."""
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise ValueError(f"{name} must be of a floating type, got {values.dtype}: divide pixels by 255")
         if values.shape[-1:] != (len(self.mean),):
@@ -55,6 +82,10 @@ class ImageData(NamedTuple):
         return values.astype(dtype), np.asarray(self.mean, dtype), np.asarray(self.std, dtype)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The box of pixel values in the model's space: darkest and brightest, each of shape (c,)."""
+        """Returns the box of pixel values in the model's space.
+
+        Returns:
+            The darkest and the brightest value of each channel, each of shape (c,).
+        """
         black, white = np.zeros(len(self.mean), np.float32), np.ones(len(self.mean), np.float32)
         return self.normalize(black), self.normalize(white)

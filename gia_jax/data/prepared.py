@@ -1,4 +1,4 @@
-"""Data sets prepared by TensorFlow Datasets, read without TensorFlow. Needs the extra `data`."""
+"""Data sets prepared by TensorFlow Datasets (TFDS), read without TensorFlow. It needs the extra `data`."""
 
 import os
 import re
@@ -22,7 +22,12 @@ NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d*]+(\.[\d*]+){2})?")  # name, name/confi
 
 
 def data_directory() -> Path | None:
-    """$GIA_JAX_DATA_DIR/tfds, $GIA_JAX_DATA_DIR, $TFDS_DATA_DIR, or None, TFDS's own default."""
+    """Finds the folder of the prepared sets from the environment.
+
+    Returns:
+        $GIA_JAX_DATA_DIR/tfds if it is a folder, or else $GIA_JAX_DATA_DIR, or else $TFDS_DATA_DIR. None, where neither
+        variable is set, stands for TFDS's own default.
+    """
     root = os.environ.get("GIA_JAX_DATA_DIR")
     if root:
         return Path(root) / "tfds" if (Path(root) / "tfds").is_dir() else Path(root)
@@ -31,23 +36,36 @@ def data_directory() -> Path | None:
 
 
 def prepared(name: str, *, split: str = "test", limit: int | None = None) -> ImageData:
-    """The images of a TFDS classification set, ordered by their id where they have one (TFDS shuffles them).
+    """Loads the images of a TFDS classification set, ordered by their id where they have one (TFDS shuffles them).
 
     Args:
-        name: The TFDS builder, such as "cifar10", with a version if need be, "cifar10:3.0.2".
-        split: The split by its name, such as "train" or "test", without a slice.
-        limit: Number of images to decode, the first ones in that order, at least 1; None for all.
+        name: Name of the TFDS builder, such as "cifar10", with a version if need be, as in "cifar10:3.0.2".
+        split: Name of the split, such as "train" or "test", without a slice.
+        limit: Number of images to decode, the first ones in that order, at least 1. None decodes all.
 
     Returns:
         The images. Sets without published channel statistics are normalised by those of at most 2,000 images that are
-        not among the images loaded, for these may be a victim's: of the training split, or, where that is the one
-        loaded, of another split, or else of its own rest; by a mean and a deviation of 0.5 where there is no other
-        image.
+        not among the images loaded, for these may be a victim's. They are images of the training split, or, where that
+        is the one loaded, of another split, or else of its own rest. Where there is no other image, a mean and a
+        deviation of 0.5 are taken.
 
     Raises:
-        ValueError: The set is unknown, not prepared, cannot be read, has no such split, or is no set of labelled images
-            of one size and 8 bits; or `limit` is no positive integer.
-        ImportError: The extra `data` is not installed.
+        ValueError: If the set is unknown, not prepared, cannot be read, has no such split, or is no set of labelled
+            images of one size and 8 bits, or if `limit` is no positive integer.
+        ImportError: If the extra `data` is not installed.
+
+    Examples:
+        The first two test images of CIFAR-10, where TFDS has prepared it:
+
+        >>> from gia_jax import data
+        >>> data.prepared("cifar10", limit=2).labels.tolist()  # doctest: +SKIP
+        [3, 8]
+
+        The name of no set is refused:
+
+        >>> data.prepared("no set of images")
+        Traceback (most recent call last):
+        ValueError: data must be photos, digits or a TFDS set, got 'no set of images'
     """
     try:
         import tensorflow_datasets as tfds
@@ -109,9 +127,10 @@ def prepared(name: str, *, split: str = "test", limit: int | None = None) -> Ima
 
 
 def _statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Channel means and deviations of 8-bit images of any sizes, as pixels in [0, 1]; None where there are no images.
+    """Computes channel means and deviations of 8-bit images of any sizes, as pixels in [0, 1].
 
-    The deviation of a channel that is the same everywhere is taken to be 1: normalising only takes off its mean.
+    They are None where there are no images. The deviation of a channel that is the same everywhere is taken to be 1:
+    normalising only takes off its mean.
     """
     count, total, squares = 0, np.zeros(()), np.zeros(())
     for image in images:
@@ -125,5 +144,5 @@ def _statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Says what went wrong in one line."""
     return " ".join(str(error).split()) or type(error).__name__

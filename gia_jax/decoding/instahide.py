@@ -1,4 +1,4 @@
-"""InstaHide undone, given which images are mixed: |E| = |M X| for every pixel, solved for X up to a sign a pixel.
+"""Decodes InstaHide, given which images are mixed: solves |E| = |M X| for X, up to a sign for each pixel.
 
 Carlini et al., An Attack on InstaHide: Is Private Learning Possible with Instance Encoding?, arXiv 2011.05315, end with
 this system and solve it by gradient descent; here it is phase retrieval with real signs, solved by relaxed reflections
@@ -24,12 +24,20 @@ POLISH = 10  # alternating projections after the reflections, which hover around
 
 
 class InstaHideDecoding(NamedTuple):
-    """What was decoded.
+    """The images that `decode_instahide` found, and how well they explain the encodings.
 
     Attributes:
-        images: The images, shape (n, *d), in the space of the encodings.
+        images: Images, shape (n, *d), in the space of the encodings.
         residuals: Relative residual of each pixel and channel, || |M x| - |e| || / ||e||, shape d.
         solved: Whether the residual is within the tolerance, shape d. Unsolved values are the best found.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> residuals = jnp.array([0.0, 0.2, 0.0, 0.0])
+        >>> found = decoding.InstaHideDecoding(jnp.zeros((2, 4)), residuals, solved=residuals < 1e-3)
+        >>> print(f"{found.solved.mean():.2f} of the pixels are solved")
+        0.75 of the pixels are solved
     """
 
     images: Float[Array, "n *d"]
@@ -49,30 +57,46 @@ def decode_instahide(
     tolerance: float = 1e-3,
     weights: Float[Array, "*m"] | None = None,
 ) -> InstaHideDecoding:
-    """The images behind encodings with random signs: `retrieve`, then `synchronize`.
+    """Finds the images behind encodings with random signs: `retrieve`, then `synchronize`.
 
     Threat model: whoever has the encodings and knows the mixing; signs are neither known nor used. All images that are
     mixed are unknowns: of a cross-dataset mixing pass the indices of public images too, or they act as noise.
 
     Args:
-        key: Key of the random starts.
-        mixing: Known; of several epochs with more leading axes (`jax.vmap` of `draw_mixing`).
-        encodings: Shape `mixing.sources.shape[:-1] + d`, in the space in which they were made, where 0 lies within the
-            images' range (the model's normalised space): in [0, 1] the signs hide nothing, and |E| is MixUp.
-        num_images: Images N that mix with each other.
+        key: Random key of the starts.
+        mixing: Mixing of the encodings, which is known. That of several epochs has more leading axes (`jax.vmap` of
+            `draw_mixing`).
+        encodings: Encodings E, shape `mixing.sources.shape[:-1] + d`, in the space in which they were made, where 0
+            lies within the images' range (the model's normalised space): in [0, 1] the signs hide nothing, and |E| is
+            MixUp.
+        num_images: Number N of images that mix with each other.
         bounds: Darkest and brightest pixel in that space, broadcast against d; they settle the last sign.
-        num_restarts: Largest number of restarts of a pixel; a pixel that is solved needs no more.
-        num_steps: Reflections in each, >= 1.
-        tolerance: Relative residual of a solved pixel.
-        weights: Trust in each encoding, positive, shape (..., m) like the mixing; for inverted encodings the inverse of
-            the squared error expected.
+        num_restarts: Largest number of restarts of a pixel, at least 1. A pixel that is solved needs no more.
+        num_steps: Number of reflections in each restart, at least 1.
+        tolerance: Relative residual of a solved pixel, above 0 and finite.
+        weights: Trust in each encoding, positive, shape (..., m) like the mixing. For inverted encodings it is the
+            inverse of the squared error expected. By default all are trusted alike.
 
     Returns:
         The decoding. This is host code around `retrieve`, which can be compiled.
 
     Raises:
-        ValueError: Shapes that do not fit, rank below N, fewer than 2 N - 1 encodings (then other images fit as well),
-            a mixing that falls apart into groups of images, whose signs are then unrelated, or a bad setting.
+        ValueError: If shapes do not fit, the rank is below N, there are fewer than 2 N - 1 encodings (then other images
+            fit as well), the mixing falls apart into groups of images, whose signs are then unrelated, or a setting is
+            out of its range.
+
+    Examples:
+        Four encodings of two images, with random signs, give both images away:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import decoding, defenses
+        >>> images = jnp.array([[1.0, 0.8, 0.6], [-0.5, 0.4, 0.9]])
+        >>> coefficients = jnp.array([[0.75, 0.25], [0.75, 0.25], [0.6, 0.4], [0.55, 0.45]])
+        >>> mixing = defenses.Mixing(jnp.array([[0, 1], [1, 0], [0, 1], [1, 0]]), coefficients)
+        >>> encodings = jax.random.rademacher(jax.random.key(0), (4, 3)) * defenses.mix(mixing, images)
+        >>> found = decoding.decode_instahide(jax.random.key(1), mixing, encodings, num_images=2)
+        >>> bool(jnp.allclose(found.images, images, atol=0.02))
+        True
     """
     _check.integer(num_restarts=num_restarts, num_steps=num_steps)
     _check.positive(tolerance=tolerance, weights=weights)
@@ -110,28 +134,38 @@ def retrieve(
     relaxation: float = 0.7,
     batch_size: int = 512,
 ) -> tuple[Float[Array, "n p"], Float[Array, " p"]]:
-    """Solves |M x| = magnitudes for every column, each up to its sign.
+    """Solves |M x| = magnitudes for every column of the magnitudes, each up to its sign.
 
     With P the projection onto the range of M, Q the one onto vectors of the given magnitudes and b the relaxation, a
     step is z <- b (z + Q(2 P z - z) - P z) + (1 - b) P z. Alternating projections, z <- Q(P z), stop at the nearest
     local minimum; these pass most of them.
 
     Args:
-        key: Key of the starts, which are random images x of unit variance.
-        matrix: The matrix M, of rank n.
-        magnitudes: The magnitudes, not negative, a column for each problem.
+        key: Random key of the starts, which are random images x of unit variance.
+        matrix: Matrix M, shape (m, n), of rank n.
+        magnitudes: Magnitudes, not negative, shape (m, p), a column for each problem.
         num_restarts: Largest number of restarts of a column, at least 1.
         num_steps: Number of reflections in each restart, at least 1.
-        tolerance: Relative residual at which a column is solved, > 0 and finite.
-        relaxation: Relaxation b in (0, 1].
+        tolerance: Relative residual at which a column is solved, above 0 and finite.
+        relaxation: Relaxation b, in (0, 1].
         batch_size: Number of columns solved at a time, at least 1: memory is proportional to it.
 
     Returns:
-        The columns x and their relative residuals, in float32 or wider.
+        The columns x, shape (n, p), and their relative residuals, shape (p,), in float32 or wider.
 
     Raises:
-        ValueError: If a count is no positive integer, the tolerance not positive and finite, or the relaxation outside
-            (0, 1].
+        ValueError: If a count is no positive integer, the tolerance is not positive and finite, or the relaxation is
+            outside (0, 1].
+
+    Examples:
+        The magnitudes of x = (1, -1) tell that its entries have opposite signs:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> matrix = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> columns, residuals = decoding.retrieve(jax.random.key(0), matrix, jnp.array([[1.0], [1.0], [0.0]]))
+        >>> print(f"{columns[0, 0] * columns[1, 0]:.1f}")
+        -1.0
     """
     _check.integer(num_restarts=num_restarts, num_steps=num_steps, batch_size=batch_size)
     _check.positive(tolerance=tolerance)
@@ -181,7 +215,7 @@ def synchronize(
     *,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
 ) -> Float[Array, "n *d"]:
-    """Gives every pixel the sign that agrees with its neighbours: known only up to a sign for all images together.
+    """Gives every pixel the sign that agrees with its neighbours, and all images together the likelier sign.
 
     Neighbours d and d' have equal signs where sum_n X[n, d] X[n, d'] > 0. The signs are followed along the spanning
     tree of the largest correlations, through solved pixels first. Assumption: in this space neighbouring pixels, and
@@ -190,15 +224,23 @@ def synchronize(
     where the space is normalised to mean 0.
 
     Args:
-        images: Every pixel with an arbitrary sign. Axes of d are places, neighbours differ by at most 1 along each.
-        solved: Which pixels to trust.
-        bounds: Darkest and brightest pixel, broadcast against d.
+        images: Images, shape (n, *d), every pixel with an arbitrary sign. Axes of d are places, and neighbours differ
+            by at most 1 along each.
+        solved: Which pixels to trust, shape d.
+        bounds: Darkest and brightest pixel, broadcast against d. By default the brighter mean decides.
 
     Returns:
-        The images with their signs. Host code.
+        The images with their signs. The function runs on the host and cannot be compiled.
 
     Raises:
         ValueError: If `solved` has another shape than an image.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> images = jnp.array([[1.0, -2.0, 3.0], [1.0, -1.0, 1.0]])
+        >>> decoding.synchronize(images, jnp.ones(3, bool)).tolist()
+        [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
     """
     if solved.shape != images.shape[1:]:
         raise ValueError(f"solved must have shape {images.shape[1:]} of an image, got {solved.shape}")
@@ -216,7 +258,7 @@ def synchronize(
 
 
 def _tree_signs(values: np.ndarray, solved: np.ndarray) -> np.ndarray:
-    """Signs +-1 of the pixels, that of the first being 1."""
+    """Returns signs +-1 of the pixels, relative to the first one, whose sign is 1."""
     shape = values.shape[1:]
     places = np.arange(solved.size).reshape(shape)
     unit = values / np.maximum(np.linalg.norm(values, axis=0), np.finfo(values.dtype).tiny)

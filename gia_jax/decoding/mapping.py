@@ -1,4 +1,4 @@
-"""Which private images each InstaHide encoding mixes, from encodings alone: similarity, threshold, clusters.
+"""Finds which private images each InstaHide encoding mixes, from encodings alone: similarity, threshold, clusters.
 
 Carlini et al., An Attack on InstaHide: Is Private Learning Possible with Instance Encoding?, arXiv 2011.05315, section
 4.2, train a network to tell whether two encodings share an image. Nothing is trained here: signs vanish from squares,
@@ -24,7 +24,7 @@ JITTER = 1e-4  # gives images that no encoding is thought to mix a rank
 def similarity(
     encodings: Float[Array, "m *d"], public: Float[Array, "q *p"], *, ridge: float = 0.03
 ) -> Float[Array, "m m"]:
-    """Cosines of the encodings' squares, centred and whitened by those of public encodings.
+    """Computes the cosines of the encodings' squares, centred and whitened by those of public encodings.
 
     Squares e^2 of two encodings that share an image x with coefficients a and b share a^2 b^2 <x^2, x^2>. Squares of
     natural images are alike in a few smooth patterns, which hide that: whitened, all pixels count alike.
@@ -33,14 +33,26 @@ def similarity(
 
     Args:
         encodings: Encodings of private images, shape (m, *d); signs play no part.
-        public: Encodings that the attacker made of public images by the same scheme, as many as pixels or more.
-        ridge: What is added to the covariance, as a share of its mean variance, > 0 and finite.
+        public: Encodings that the attacker made of public images by the same scheme, shape (q, *d). As many as pixels
+            or more are of use, and two are needed.
+        ridge: Share of the covariance's mean variance that is added to the covariance, above 0 and finite.
 
     Returns:
-        Values in [-1, 1], about 0 where no image is shared.
+        The similarity of every pair of encodings, shape (m, m), in [-1, 1], about 0 where no image is shared.
 
     Raises:
-        ValueError: Shapes that differ, fewer than two public encodings, or a ridge that is not positive and finite.
+        ValueError: If shapes differ, there are fewer than two public encodings, or `ridge` is not positive and finite.
+
+    Examples:
+        Signs of the encodings play no part:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> public = jax.random.normal(jax.random.key(0), (8, 4))
+        >>> encodings = jax.random.normal(jax.random.key(1), (3, 4))
+        >>> values = decoding.similarity(encodings, public)
+        >>> values.shape, bool(jnp.array_equal(values, decoding.similarity(-encodings, public)))
+        ((3, 3), True)
     """
     _check.positive(ridge=ridge)
     _check.finite("ridge", ridge)
@@ -60,7 +72,23 @@ def similarity(
 
 
 def same_source(matrix: Float[Array, "m n"]) -> Bool[Array, "m m"]:
-    """Which pairs of encodings share an image, of a known `mixing_matrix`."""
+    """Tells which pairs of encodings share an image.
+
+    Args:
+        matrix: Matrix of coefficients, shape (m, n), from `mixing_matrix`, which is known.
+
+    Returns:
+        A boolean for every pair of encodings, shape (m, m).
+
+    Examples:
+        Encodings 0 and 1 share image 1, and encodings 1 and 2 share image 2:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> matrix = jnp.array([[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]])
+        >>> decoding.same_source(matrix).astype(int).tolist()
+        [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
+    """
     mixed = (matrix > 0).astype(jnp.float32)
     return jnp.matmul(mixed, mixed.T) > 0
 
@@ -68,14 +96,25 @@ def same_source(matrix: Float[Array, "m n"]) -> Bool[Array, "m m"]:
 def precision_recall(
     predicted: Bool[Array, "m m"], truth: Bool[Array, "m m"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The share of predicted pairs of different encodings that are true, and of true ones that are predicted.
+    """Computes the share of predicted pairs of different encodings that are true, and of true ones that are predicted.
 
     Args:
-        predicted: The predicted pairs, a symmetric matrix whose diagonal plays no part.
-        truth: The true pairs, a matrix of the same kind.
+        predicted: Predicted pairs, shape (m, m), a symmetric matrix whose diagonal plays no part.
+        truth: True pairs, a matrix of the same kind.
 
     Returns:
-        Precision and recall, in [0, 1]; NaN where nothing is predicted, or nothing true.
+        Precision and recall, in [0, 1]. Precision is NaN where nothing is predicted, and recall where nothing is true.
+
+    Examples:
+        Both pairs that were predicted are true, and one of three true pairs was missed:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> truth = jnp.ones((3, 3), bool)
+        >>> predicted = truth.at[0, 2].set(False).at[2, 0].set(False)
+        >>> precision, recall = decoding.precision_recall(predicted, truth)
+        >>> print(f"{precision:.2f} {recall:.2f}")
+        1.00 0.67
     """
     pairs = ~jnp.eye(len(truth), dtype=bool)
     hits = jnp.sum(predicted & truth & pairs)
@@ -83,17 +122,27 @@ def precision_recall(
 
 
 def calibrated_threshold(values: Float[Array, "m m"], truth: Bool[Array, "n n"]) -> Float[Array, ""]:
-    """The similarity above which as many pairs lie as are true, so that precision equals recall.
+    """Finds the similarity above which as many pairs lie as are true, so that precision equals recall.
 
     Args:
-        values: Similarities of encodings that the attacker made of public images.
-        truth: Their `same_source`. Never the victim's: its pairs are what the threshold is for.
+        values: Similarities of encodings that the attacker made of public images, shape (m, m).
+        truth: Their `same_source`, shape (m, m). Never the victim's: its pairs are what the threshold is for.
 
     Returns:
-        The threshold.
+        The threshold, the least similarity among those pairs.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: If the shapes differ.
+
+    Examples:
+        One of the three pairs is true, so the threshold is the largest similarity:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> values = jnp.array([[1.0, 0.75, 0.25], [0.75, 1.0, 0.0], [0.25, 0.0, 1.0]])
+        >>> truth = jnp.eye(3, dtype=bool).at[0, 1].set(True).at[1, 0].set(True)
+        >>> float(decoding.calibrated_threshold(values, truth))
+        0.75
     """
     if values.shape != truth.shape:
         raise ValueError(f"truth must have shape {values.shape} like values, got {truth.shape}")
@@ -112,25 +161,35 @@ def recover_mixing(
     num_restarts: int = 4,
     num_steps: int = 1_000,
 ) -> Mixing:
-    """Overlapping clusters of the encodings as a mixing: W >= 0 with values close to W W^T off the diagonal.
+    """Finds overlapping clusters of the encodings as a mixing: W >= 0 with values close to W W^T off the diagonal.
 
     Entry (i, n) of W grows with the square of the coefficient of image n in encoding i. W is found by multiplicative
     updates from random starts, the closest one is kept, and the k largest entries of each row become its sources.
 
     Args:
-        key: Key of the starts.
+        key: Random key of the starts.
         values: Similarities of the encodings, from `similarity`, shape (m, m).
-        num_images: N, of which there are as many clusters, in an order of their own.
-        k: Images in an encoding, at most N.
+        num_images: Number N of images, of which there are as many clusters, in an order of their own.
+        k: Number of images in an encoding, from 1 to N.
         num_restarts: Number of random starts, at least 1.
         num_steps: Number of updates from each start, at least 1.
 
     Returns:
-        The mixing, shape (m, k), its coefficients rough: roots of the entries, adding up to 1. Unlike a drawn one it
-        lists sources by coefficient.
+        The mixing, shape (m, k). Its coefficients are rough: roots of the entries, adding up to 1. Unlike a drawn
+        mixing it lists sources by coefficient.
 
     Raises:
-        ValueError: k is no integer from 1 to N, or a count is no positive integer or too large for memory.
+        ValueError: If `k` is no integer from 1 to N, or a count is no positive integer or too large for memory.
+
+    Examples:
+        Two encodings of one image and two of another are told apart:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> values = jnp.kron(jnp.eye(2), jnp.ones((2, 2)))
+        >>> found = decoding.recover_mixing(jax.random.key(0), values, num_images=2, k=1, num_steps=100)
+        >>> (found.sources == found.sources[0]).ravel().tolist()
+        [True, True, False, False]
     """
     _check.integer(num_images=num_images, num_restarts=num_restarts, num_steps=num_steps)
     _check.integer(1, num_images, k=k)
@@ -175,18 +234,32 @@ def refine_mixing(
     is undone, and the next starts with the two images that are most alike made one, and a free one for the worst fits.
 
     Args:
-        key: Key of the choice of pixels and of `retrieve`.
-        mixing: The mixing from `recover_mixing`, shape (m, k).
+        key: Random key of the choice of pixels and of `retrieve`.
+        mixing: Rough mixing from `recover_mixing`, shape (m, k).
         encodings: Encodings of private images, shape (m, *d); signs play no part.
         num_images: Number N of private images.
-        num_rounds: Number of rounds, at least 1; the mixing of the one with the least mean residual is returned.
-        num_pixels: Pixels and channels used, chosen at random; all where there are fewer.
+        num_rounds: Number of rounds, at least 1. The mixing of the one with the least mean residual is returned.
+        num_pixels: Number of pixels and channels used, chosen at random, at least 1. All are used where there are
+            fewer.
 
     Returns:
-        The mixing, shape (m, k), coefficients adding up to 1. Host code around `retrieve`.
+        The mixing, shape (m, k), with coefficients that add up to 1. The function is host code around `retrieve`.
 
     Raises:
-        ValueError: Lengths that differ, or a count that is no positive integer.
+        ValueError: If lengths differ, or a count is no positive integer.
+
+    Examples:
+        Encodings of two images, some of them mapped with the wrong coefficients, give the coefficients:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import decoding, defenses
+        >>> images = jax.random.normal(jax.random.key(0), (2, 8))
+        >>> sources = jnp.array([[0, 1], [1, 0], [0, 1], [1, 0]])
+        >>> true = defenses.Mixing(sources, jnp.array([[0.75, 0.25], [0.75, 0.25], [0.6, 0.4], [0.55, 0.45]]))
+        >>> rough = true._replace(coefficients=true.coefficients.at[0].set(jnp.array([0.7, 0.3])))
+        >>> found = decoding.refine_mixing(jax.random.key(1), rough, defenses.mix(true, images), 2, num_rounds=2)
+        >>> bool(jnp.allclose(found.coefficients.sum(1), 1))
+        True
     """
     _check.integer(num_rounds=num_rounds, num_pixels=num_pixels)
     _check.fits(2 * num_rounds, num_rounds=num_rounds)
@@ -216,7 +289,7 @@ def refine_mixing(
 
 
 def _reseed(images: np.ndarray, mixing: Mixing, residuals: np.ndarray) -> Mixing:
-    """The two images most alike become one, and the place of the other goes to the encodings that fit worst.
+    """Makes one image of the two most alike, and gives the place of the other to the encodings that fit worst.
 
     A cluster split in two leaves another image without one. Signs of pixels are common to all images and cancel.
     """
@@ -231,7 +304,7 @@ def _reseed(images: np.ndarray, mixing: Mixing, residuals: np.ndarray) -> Mixing
 
 
 def _fit(images: np.ndarray, size: np.ndarray, k: int, num_steps: int = 8) -> tuple[np.ndarray, np.ndarray, float]:
-    """The k sources of one encoding, their coefficients, and the relative residual."""
+    """Finds the k sources of one encoding, their coefficients, and the relative residual."""
     squared, _ = nnls(np.square(images).T, np.square(size))
     found = np.sqrt(squared)
     for _ in range(num_steps):

@@ -1,7 +1,7 @@
-"""MixUp undone: encodings are linear in the images, so enough of them give the images by least squares.
+"""Decodes MixUp: encodings are linear in the images, so enough of them give the images by least squares.
 
-Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, section 6, who
-minimise the same squares by Adam; the strongest adversary there knows which images are mixed and how much.
+Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021, section 6,
+minimise the same squares by Adam. The strongest adversary there knows which images are mixed and how much.
 """
 
 import jax
@@ -16,17 +16,24 @@ from gia_jax.precision import widened
 
 
 def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
-    """The matrix M of coefficients: encodings are M times images, up to signs.
+    """Returns the matrix M of coefficients: encodings are M times images, up to signs.
 
     Args:
-        mixing: Mixing of one epoch, fields of shape (m, k), or of several, with more leading axes: these become one.
+        mixing: Mixing of one epoch, fields of shape (m, k), or of several, with more leading axes, which become one.
         num_images: Number N >= 1 of private images that mix with each other and with no others.
 
     Returns:
-        M, with a row for each encoding, in float32 or wider.
+        M, with a row for each encoding and a column for each image, in float32 or wider.
 
     Raises:
-        ValueError: The fields have different shapes, or a source is no image.
+        ValueError: If the fields have different shapes, or a source is no image.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding, defenses
+        >>> mixing = defenses.Mixing(jnp.array([[0, 1], [1, 2]]), jnp.array([[0.75, 0.25], [0.5, 0.5]]))
+        >>> decoding.mixing_matrix(mixing, num_images=3).tolist()
+        [[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]
     """
     sources, coefficients = mixing
     _check.integer(num_images=num_images)
@@ -45,22 +52,34 @@ def mixing_matrix(mixing: Mixing, num_images: int) -> Float[Array, "m n"]:
 
 
 def decode_mixup(mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int) -> Float[Array, "n *d"]:
-    """The images X that least squares finds, min ||M X - E||, by a QR decomposition of M.
+    """Finds the images X by least squares, min ||M X - E||, with a QR decomposition of M.
 
     Threat model: whoever has the encodings, exact or inverted from gradients, and knows the mixing. Errors of the
     encodings are carried over with `noise_gain`.
 
     Args:
-        mixing: Known; of several epochs with more leading axes (`jax.vmap` of `draw_mixing`).
-        encodings: Shape `mixing.sources.shape[:-1] + d`, in any linear space of pixels.
-        num_images: Private images N.
+        mixing: Mixing of the encodings, which is known. That of several epochs has more leading axes (`jax.vmap` of
+            `draw_mixing`).
+        encodings: Encodings E, shape `mixing.sources.shape[:-1] + d`, in any linear space of pixels.
+        num_images: Number N of private images.
 
     Returns:
-        The images, in the space of the encodings and of their type.
+        The images, shape (n, *d), in the space of the encodings and of their type.
 
     Raises:
-        ValueError: Shapes that do not fit, or (of a mixing that is not traced) a matrix of rank below N: the images are
-            not determined, observe more epochs.
+        ValueError: If shapes do not fit, or if the matrix (of a mixing that is not traced) has a rank below N: the
+            images are not determined, observe more epochs.
+
+    Examples:
+        Two encodings of two images give both images away:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding, defenses
+        >>> images = jnp.array([[1.0, 2.0, 3.0], [5.0, 4.0, 0.0]])
+        >>> mixing = defenses.Mixing(jnp.array([[0, 1], [1, 0]]), jnp.array([[0.75, 0.25], [0.75, 0.25]]))
+        >>> found = decoding.decode_mixup(mixing, defenses.mix(mixing, images), num_images=2)
+        >>> bool(jnp.allclose(found, images, atol=1e-4))
+        True
     """
     matrix, flat, shape = system(mixing, encodings, num_images)
     q, r = jnp.linalg.qr(matrix)
@@ -71,7 +90,19 @@ def decode_mixup(mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: in
 def system(
     mixing: Mixing, encodings: Float[Array, "*m_d"], num_images: int
 ) -> tuple[Float[Array, "m n"], Float[Array, "m p"], tuple[int, ...]]:
-    """The matrix, the encodings as rows, both widened, and an image's shape; raises ValueError below rank N."""
+    """Sets up the linear system that encodings and their mixing are.
+
+    Args:
+        mixing: Mixing of the encodings, of one epoch or of several, with more leading axes.
+        encodings: Encodings, shape `mixing.sources.shape[:-1] + d`.
+        num_images: Number N of private images.
+
+    Returns:
+        The matrix of coefficients, the encodings as rows (both in float32 or wider), and the shape d of an image.
+
+    Raises:
+        ValueError: If shapes do not fit, the encodings are integers, or a concrete matrix has a rank below N.
+    """
     if not jnp.issubdtype(encodings.dtype, jnp.floating):
         raise ValueError(f"encodings must be floating point, got {encodings.dtype}")
     wide = widened(encodings)
@@ -89,29 +120,44 @@ def system(
 
 
 def noise_gain(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
-    """Mean squared error of the images for each unit of that of the encodings, tr((M^T M)^-1) / N.
+    """Computes the mean squared error of the images for each unit of that of the encodings, tr((M^T M)^-1) / N.
 
     Args:
-        matrix: The matrix of coefficients, from `mixing_matrix`.
+        matrix: Matrix M of coefficients, shape (m, n), from `mixing_matrix`.
 
     Returns:
-        The gain, for errors that are uncorrelated between encodings; infinite, or beyond precision, below rank N.
+        The gain, for errors that are uncorrelated between encodings. It is infinite, or beyond precision, below rank N.
+
+    Examples:
+        Images that come out of unmixed encodings have the same error; each image seen twice has half of it:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> once, twice = jnp.eye(2), jnp.concatenate([jnp.eye(2), jnp.eye(2)])
+        >>> print(f"{decoding.noise_gain(once):.2f} {decoding.noise_gain(twice):.2f}")
+        1.00 0.50
     """
     return jnp.mean(jnp.square(1 / jnp.linalg.svd(widened(matrix), compute_uv=False)))
 
 
 def predicted_psnr(encoding_mse: Float[ArrayLike, ""], matrix: Float[Array, "m n"]) -> Float[Array, ""]:
-    """PSNR in dB to expect of `decode_mixup`: -10 log10(encoding_mse * noise_gain).
+    """Computes the PSNR in dB to expect of `decode_mixup`: -10 log10(encoding_mse * noise_gain).
 
     Args:
-        encoding_mse: Mean squared error of the encodings, not negative, of pixels whose range has length 1.
-        matrix: The matrix of coefficients, from `mixing_matrix`.
+        encoding_mse: Mean squared error of the encodings, at least 0, of pixels whose range has length 1.
+        matrix: Matrix M of coefficients, shape (m, n), from `mixing_matrix`.
 
     Returns:
         The PSNR of the mean squared error over all images, before any clipping.
 
     Raises:
-        ValueError: A negative error.
+        ValueError: If `encoding_mse` is negative.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import decoding
+        >>> print(f"{decoding.predicted_psnr(0.01, jnp.eye(2)):.1f}")
+        20.0
     """
     _check.not_negative(encoding_mse=encoding_mse)
     return -10 * jnp.log10(

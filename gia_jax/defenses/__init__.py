@@ -1,8 +1,8 @@
-"""What a client does to protect its data.
+"""Defenses: what a client does to protect its data before it shares an update.
 
-Transformations of the update are optax's (`optax.chain` composes them, `defended` puts them behind a client); DP-SGD
-works on single examples and is a client of its own, Soteria wraps one; MixUp and InstaHide encode the batch,
-`(key, batch) -> batch`; PRECODE is another model.
+There are four kinds. Transformations of the update are optax's: `optax.chain` composes them, and `defended` puts them
+behind a client. DP-SGD works on single examples and is a client of its own, and Soteria wraps a client. MixUp and
+InstaHide encode the batch, `(key, batch) -> batch`. PRECODE is another model.
 """
 
 from gia_jax.defenses.clipping import clip

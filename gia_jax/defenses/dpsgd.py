@@ -1,7 +1,7 @@
-"""DP-SGD inside the client: each example's gradient is clipped, and the mean of them gets Gaussian noise.
+"""DP-SGD as a client: the gradient of each example is clipped, and noise is added to their sum before the mean.
 
-Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1; but the batch is the one given, not a
-Poisson sample, and the sum is divided by its own size.
+Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1. Departures: the batch is the one that is
+given, not a Poisson sample, and the sum is divided by the size of that batch.
 """
 
 from collections.abc import Callable
@@ -33,37 +33,56 @@ def dp_sgd(
     microbatch_size: int | np.integer | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
-    """A client that shares (sum_i clip(g_i) + N(0, (noise_multiplier * norm)^2)) / b, clip(g) = g min(1, norm / |g|).
+    """Builds a client that clips the gradient of each example and adds Gaussian noise to the sum.
 
-    An attacker that knows the defense takes for its own client the one with `noise_multiplier=0`: the noise is the
-    victim's, the clipping of each example is not.
+    It shares (sum_i clip(g_i) + N(0, (noise_multiplier * norm)^2)) / b, where clip(g) = g min(1, norm / |g|).
+
+    An attacker that knows the defense uses the same client with `noise_multiplier=0` as its own. It does not know the
+    noise, which the victim drew, but it can clip each example as the victim does.
 
     Args:
-        loss_fn: `(params, batch) -> ` scalar; it sees batches of one example. With `loss_key`, `(key) -> ` such a loss.
-        key: Key of this client and this round, never the attacker's. A key used twice draws the same noise, which the
-            difference of the two updates cancels. `vmap` over clients, each with a key of its own.
+        loss_fn: Function `(params, batch) -> loss`, a scalar. It is called with batches of one example. With `loss_key`
+            it is a function `(key) -> loss_fn` that returns such a loss.
+        key: Key of the noise of this client in this round. The attacker never has it. A key that is used twice draws
+            the same noise, which cancels in the difference of the two updates. `vmap` over clients gives each of them a
+            key of its own.
         norm: Largest L2 norm of one example's gradient, all parameters together, positive and finite.
-        noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, >= 0 and finite.
-        loss_key: Key of a loss that draws, such as `Precode.loss_fn`: every example has a key of its own, split off
-            this one. It is of this client and this round, another than `key`, never the attacker's. None: the loss
-            draws nothing, or the same for every example.
-        microbatch_size: Examples whose gradients are held at a time, a divisor of the batch's size; None: all.
-        lowering: How convolutions are computed, as for `clients.federated_sgd`.
+        noise_multiplier: Standard deviation of the noise on the sum, in units of `norm`, at least 0 and finite.
+        loss_key: Key of a loss that draws, such as `Precode.loss_fn`: every example gets a key of its own, split off
+            this one. It belongs to this client and this round, differs from `key`, and the attacker never has it. With
+            None the loss draws nothing, or the same for every example.
+        microbatch_size: Number of examples whose gradients are held in memory at a time, a divisor of the batch's size.
+            None holds those of the whole batch.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, batch) -> update`, with one noise for each key, and one draw for each `loss_key`: the same in every
-        call.
+        The client, a function `(params, batch) -> update`. One `key` stands for one noise and one `loss_key` for one
+        draw, which are the same in every call.
 
     Raises:
-        ValueError: If `norm` is not positive and finite, `noise_multiplier` negative or not finite, `microbatch_size`
-            no positive integer, a batch is empty or its size no multiple of `microbatch_size`, or a model has batch
-            normalisation in training mode, which mixes the examples.
+        ValueError: If `norm` is not positive and finite, `noise_multiplier` is negative or not finite, or
+            `microbatch_size` is no positive integer. The client raises it if a batch is empty or its size is no
+            multiple of `microbatch_size`, or if a model has batch normalisation in training mode, which mixes the
+            examples.
 
     Formal Guarantees:
         In exact arithmetic (rounding adds to it; bfloat16 visibly) adding or removing one example changes the sum by at
-        most `norm` in L2, and replacing one by at most 2 `norm`. The shared mean is that sum over a public b, so
-        replacing is the relation of one release. There is no sampling, hence no amplification, and without noise no
-        epsilon. All of it is for given draws of the loss, which do not depend on the data.
+        most `norm` in L2, and replacing one by at most 2 `norm`. The shared mean is that sum over a public b, so that
+        replacing is the relation of one release. There is no sampling, hence no amplification, and without noise there
+        is no epsilon. All of it is for given draws of the loss, which do not depend on the data.
+
+    Examples:
+        Without noise the update is the mean of the clipped gradients. Here (3, 4) is clipped to (0.6, 0.8), and (0,
+        0.5) stays:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, defenses
+        >>> loss_fn = lambda params, batch: jnp.mean(batch.inputs @ params)
+        >>> client_fn = defenses.dp_sgd(loss_fn, jax.random.key(0), norm=1.0, noise_multiplier=0.0)
+        >>> batch = Batch(jnp.array([[3.0, 4.0], [0.0, 0.5]]), jnp.zeros(2, jnp.int32))
+        >>> [f"{entry:.2f}" for entry in client_fn(jnp.zeros(2), batch).tolist()]
+        ['0.30', '0.65']
     """
     _check.scalar(norm=norm, noise_multiplier=noise_multiplier)
     _check.positive(norm=norm)

@@ -1,7 +1,7 @@
 """InstaHide: MixUp, then a random sign for every pixel of every encoding.
 
-Huang et al., InstaHide: Instance-Hiding Schemes for Private Distributed Learning, ICML 2020, algorithms 1 and 2.
-Broken: Carlini et al., Is Private Learning Possible with Instance Encoding?, IEEE S&P 2021.
+Huang et al., InstaHide: Instance-Hiding Schemes for Private Distributed Learning, ICML 2020, algorithms 1 and 2. It is
+broken: Carlini et al., Is Private Learning Possible with Instance Encoding?, IEEE S&P 2021.
 """
 
 import jax
@@ -30,25 +30,41 @@ def instahide(
     high: float = 0.65,
     public: Float[Array, "m *d"] | None = None,
 ) -> InputDefenseFn:
-    """Encoding i is sigma * (lambda_1 x_i + ... + lambda_k x_{i_k}), sigma a fresh sign for every pixel and channel.
+    """Builds the encoding of InstaHide, which mixes images and then flips the sign of random pixels.
+
+    Encoding i is sigma * (lambda_1 x_i + ... + lambda_k x_{i_k}), where sigma is a fresh sign for every pixel and
+    channel.
 
     Args:
-        num_classes: Number of classes of the model; labels become probabilities, mixed as in `mixup`.
-        k: Images in an encoding, 1 or more.
-        low: Least coefficient.
-        high: Largest coefficient.
-        public: None mixes the batch's own images (intra). Images in the model's space mix ceil(k / 2) private ones
-            with k - ceil(k / 2) of these, which carry no label (cross-dataset): a row of labels then adds up to the
-            private coefficients.
+        num_classes: Number of classes of the model. Labels become probabilities, mixed as in `mixup`.
+        k: Number of images in an encoding, from 1 to 10,000.
+        low: Least coefficient lambda, in [0, 1].
+        high: Largest coefficient lambda, in [low, 1].
+        public: Public images in the model's space, shape (m, *d), for the cross-dataset variant: ceil(k / 2) private
+            images are mixed with k - ceil(k / 2) of these. They carry no label, so that a row of labels adds up to the
+            private coefficients. None mixes only images of the batch itself (the intra-dataset variant).
 
     Returns:
-        `(key, batch) -> batch`, the same size, labels of shape (b, num_classes). Signs are those of the model's
-        (normalised) space, where 0 is the mean pixel.
+        The encoding, a function `(key, batch) -> batch` that keeps the batch's size and returns labels of shape
+        (b, num_classes). The signs are those of the model's (normalised) space, where 0 is the mean pixel.
 
     Raises:
-        ValueError: If `num_classes` or `k` is no positive integer, not 0 <= low <= high <= 1, almost no coefficients
-            lie in the bounds, `public` holds too few images or one that is not finite, or (when called) there are too
-            few private images, public ones of another shape, or labels that are no classes.
+        ValueError: If `num_classes` or `k` is out of range, not 0 <= low <= high <= 1, almost no coefficients lie in
+            the bounds, or `public` holds too few images or a number that is not finite. The encoding raises it if there
+            are too few private images, public ones have another shape, or the labels are no classes.
+
+    Examples:
+        A mixture of images of ones is all ones, so that only the random signs are left:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, defenses
+        >>> encode = defenses.instahide(3, k=2)
+        >>> batch = Batch(jnp.ones((4, 2, 2, 1)), jnp.array([0, 1, 2, 0]))
+        >>> encoded = encode(jax.random.key(0), batch)
+        >>> bool(jnp.allclose(jnp.abs(encoded.inputs), 1))
+        True
+        >>> encoded.labels.shape
+        (4, 3)
     """
     _check.integer(num_classes=num_classes)
     bounds = checked_bounds(k, low, high)
@@ -81,7 +97,7 @@ def instahide(
 def _with_public(
     key: PRNGKeyArray, size: int, num_public: int, private: int, k: int, bounds: tuple[float, float]
 ) -> Mixing:
-    """`private` images of the client and k - private public ones, whose indices follow the client's."""
+    """Draws a mixing of `private` own images and k - private public ones, whose indices follow the client's."""
     key_coefficients, key_private, key_public = jax.random.split(key, 3)
     coefficients = draw_coefficients(key_coefficients, size, k=k, low=bounds[0], high=bounds[1])
     own = draw_sources(key_private, size, k=private)

@@ -1,8 +1,8 @@
-"""PRECODE: a variational bottleneck between the features and the last layer, so that gradients depend on a noise that
-only the client knows.
+"""PRECODE: a random code between the features and the last layer.
 
-Scheliga et al., PRECODE: A Generic Model Extension to Prevent Deep Gradient Leakage, WACV 2022, section 3; the standard
-deviation as in Alemi et al., Deep Variational Information Bottleneck, ICLR 2017.
+The variational bottleneck makes gradients depend on a noise that only the client knows. Scheliga et al., PRECODE: A
+Generic Model Extension to Prevent Deep Gradient Leakage, WACV 2022, section 3; the standard deviation as in Alemi et
+al., Deep Variational Information Bottleneck, ICLR 2017.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,29 @@ from gia_jax.precision import wide_dtype, widened
 
 
 class Precode(NamedTuple):
-    """A model with a bottleneck.
+    """A model with a variational bottleneck, as `precode` builds it.
 
     Attributes:
-        apply_fn: `(params, inputs) -> logits` with the mean code, for evaluation.
-        loss_fn: `(key) -> LossFn`, the loss of a client whose noise comes from this key, never the attacker's; None
-            takes the mean code. One key is for one call on one batch: later calls draw the same noise, and so do calls
-            mapped over the examples. A client that calls its loss more than once (`dp_sgd`, `per_example`,
-            `federated_averaging`) is therefore weaker than PRECODE: give `dp_sgd` the function itself with a
-            `loss_key`; `protection.protect` does, and refuses local steps.
-        params: {"features": the given ones, "encoder", "decoder", "head": {"kernel", "bias"}}.
+        apply_fn: Function `(params, inputs) -> logits` that uses the mean code, for evaluation.
+        loss_fn: Function `(key) -> loss_fn` that returns the loss of a client whose noise comes from this key, which
+            the attacker never has. None takes the mean code. One key is for one call on one batch: later calls draw the
+            same noise, and so do calls mapped over the examples. A client that calls its loss more than once (`dp_sgd`,
+            `per_example`, `federated_averaging`) is therefore weaker than PRECODE. Give `dp_sgd` the function itself
+            with a `loss_key`: `protection.protect` does so, and refuses local steps.
+        params: Parameters {"features": the given ones, "encoder", "decoder", "head"}. The last three are dense layers,
+            {"kernel", "bias"}.
+
+    Examples:
+        The loss depends on the key of the client's noise:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, defenses
+        >>> options = {"num_features": 2, "num_classes": 3, "size": 4}
+        >>> model = defenses.precode(jax.random.key(0), lambda params, inputs: inputs, {}, **options)
+        >>> batch = Batch(jnp.ones((1, 2)), jnp.array([0]))
+        >>> one, other = (model.loss_fn(jax.random.key(seed))(model.params, batch) for seed in (1, 2))
+        >>> bool(one == other)
+        False
     """
 
     apply_fn: ApplyFn
@@ -47,7 +60,7 @@ def precode(
     size: int = 256,
     weight: float = 1e-3,
 ) -> Precode:
-    """The model whose features pass through a random code z before the last layer.
+    """Builds the model whose features pass through a random code z before the last layer.
 
     With epsilon ~ N(0, 1), drawn anew for each example of the batch that the loss is called on,
 
@@ -56,24 +69,38 @@ def precode(
     with the loss  cross-entropy + weight * KL(N(mu, softplus(s - 5)^2) || N(0, 1)).
 
     An attacker that knows the defense does not know epsilon. It draws its own or takes the mean code, and leaves out
-    the layers whose gradient depends on epsilon most, `selected(objective, lambda path: "features" in path)`.
+    the layers whose gradient depends on epsilon most: `matching.objectives.selected(objective, lambda path: "features"
+    in path)`.
 
     Args:
         key: Key of the initial weights (drawn as in PyTorch's layers), not of epsilon.
-        features_fn: `(params, inputs) -> features` of shape (b, num_features), such as
-            `models.functional(models.headless(module))`.
-        params: Its parameters.
-        num_features: Number of features that `features_fn` gives.
-        num_classes: Number of classes of the model.
-        size: Number of entries of the code, at least 1.
-        weight: Weight of the divergence, >= 0 and finite.
+        features_fn: Function `(params, inputs) -> features` of shape (b, num_features), such as
+            `models.functional(models.headless(module))` returns it.
+        params: Parameters of `features_fn`.
+        num_features: Number of features that `features_fn` gives, at least 1.
+        num_classes: Number of classes of the model, at least 1.
+        size: Number of entries of the code z, at least 1.
+        weight: Weight of the divergence in the loss, at least 0 and finite.
 
     Returns:
-        The model.
+        The model: its forward pass, its loss and its parameters.
 
     Raises:
         ValueError: If `size`, `num_features` or `num_classes` is no positive integer or makes a layer that does not fit
             into memory, or `weight` is negative or not finite.
+
+    Examples:
+        The encoder gives a mean and a standard deviation for each of the 4 entries of the code:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import defenses
+        >>> features_fn = lambda params, inputs: jnp.tanh(inputs @ params["kernel"])
+        >>> params = {"kernel": jnp.ones((5, 2))}
+        >>> model = defenses.precode(jax.random.key(0), features_fn, params, num_features=2, num_classes=3, size=4)
+        >>> model.params["encoder"]["kernel"].shape
+        (2, 8)
+        >>> model.apply_fn(model.params, jnp.ones((6, 5))).shape
+        (6, 3)
     """
     _check.integer(num_features=num_features, num_classes=num_classes, size=size)
     _check.fits(num_features, num_features=num_features)
@@ -112,11 +139,12 @@ def precode(
 
 
 def _dense(layer: Params, inputs: Float[Array, "b i"]) -> Float[Array, "b o"]:
-    """A dense layer in float32 or wider, because the code, its divergence and the logits come from it."""
+    """Applies a dense layer in float32 or wider, because the code, its divergence and the logits come from it."""
     return widened(inputs) @ widened(layer["kernel"]) + widened(layer["bias"])
 
 
 def _initial(key: PRNGKeyArray, size: int, outputs: int, dtype: jnp.dtype) -> Params:
+    """Draws the parameters of a dense layer as PyTorch does, uniformly within 1 / sqrt(size) of 0."""
     key_kernel, key_bias = jax.random.split(key)
     limit, wide = size**-0.5, wide_dtype(dtype)
     return {

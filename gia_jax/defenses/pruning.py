@@ -1,8 +1,8 @@
 """Gradient pruning: only the largest entries of an update are shared.
 
 Aji and Heafield, Sparse Communication for Distributed Gradient Descent, EMNLP 2017, section 3 (threshold for each
-tensor or for all, residuals kept); as a defense Zhu et al., Deep Leakage from Gradients, NeurIPS 2019, section 5.2, and
-Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
+tensor or for all, residuals kept). As a defense: Zhu et al., Deep Leakage from Gradients, NeurIPS 2019, section 5.2,
+and Huang et al., Evaluating Gradient Inversion Attacks and Defenses in Federated Learning, NeurIPS 2021.
 """
 
 import math
@@ -23,7 +23,12 @@ SCOPES = ("tensor", "global")
 
 
 class PruneState(NamedTuple):
-    """What was pruned and not yet shared, a tree like the update, float32 or wider; () without error feedback."""
+    """The state of `prune`.
+
+    Attributes:
+        residual: What was pruned and not yet shared, a tree like the update, in float32 or wider. It is () without
+            error feedback.
+    """
 
     residual: Any
 
@@ -31,23 +36,34 @@ class PruneState(NamedTuple):
 def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) -> optax.GradientTransformation:
     """Sets the entries of least magnitude to zero.
 
-    Of n entries exactly n - floor(ratio * n) are kept, `ratio` read as the decimal it is written as (0.7 of 10 is 7,
-    although 0.7 * 10 is not in binary). Of entries of equal magnitude the first in the order of the tree, and of the
-    flattened array, is kept. NaN counts as the largest magnitude: it is shared, not hidden. The mask is a constant
-    under differentiation: the derivative is that of the entries kept.
+    Of n entries exactly n - floor(ratio * n) are kept. `ratio` is read as the decimal that it is written as: 0.7 of 10
+    is 7, although 0.7 * 10 is not in binary. Of entries of equal magnitude the first in the order of the tree, and of
+    the flattened array, is kept. NaN counts as the largest magnitude: it is shared, not hidden. The mask is a constant
+    under differentiation, so that the derivative is that of the entries kept.
 
     Args:
         ratio: Share of entries to prune, in [0, 1).
-        scope: "tensor" prunes this share of each leaf, "global" of all leaves together.
-        error_feedback: Whether what was pruned is added to the next update (a client that trains; one that shares a
-            single update sees no difference).
+        scope: Where the share is taken: "tensor" prunes this share of each leaf, "global" of all leaves together.
+        error_feedback: Whether what was pruned is added to the next update. It matters for a client that trains, and
+            makes no difference to one that shares a single update.
 
     Returns:
         The transformation. Its state is empty, or the residual, a tree like the update. An attacker that knows the
-        defense reads the support from the observation: `matching.adaptive.pruned` on the undefended client.
+        defense reads the support from the observation: it uses `matching.adaptive.pruned` on the undefended client.
 
     Raises:
         ValueError: If `ratio` is outside [0, 1), or `scope` is unknown.
+
+    Examples:
+        Half of the entries are shared:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import defenses
+        >>> pruning = defenses.prune(0.5)
+        >>> update = jnp.array([1.0, -4.0, 2.0, 3.0])
+        >>> shared, _ = pruning.update(update, pruning.init(update))
+        >>> shared.tolist()
+        [0.0, -4.0, 0.0, 3.0]
     """
     exact = checked_ratio(ratio)
     if scope not in SCOPES:
@@ -75,40 +91,73 @@ def prune(ratio: float, *, scope: str = "tensor", error_feedback: bool = False) 
 
 
 def top_k(ratio: float, *, error_feedback: bool = True) -> optax.GradientTransformation:
-    """Top-k sparsification of the whole update, with error feedback: `prune` with scope "global".
+    """Shares only the largest entries of the whole update, with error feedback: `prune` with scope "global".
 
-    Stich et al., Sparsified SGD with Memory, NeurIPS 2018, algorithm 1; the residual is of the update, before the
+    Stich et al., Sparsified SGD with Memory, NeurIPS 2018, algorithm 1. The residual is of the update, before the
     learning rate.
 
     Args:
         ratio: Share of entries that are not sent, in [0, 1).
-        error_feedback: Whether what was pruned is added to the next update, as for `prune`.
+        error_feedback: Whether what was pruned is added to the next update.
 
     Returns:
-        The transformation.
+        The transformation. Its state is the residual, a tree like the update, or empty without error feedback.
 
     Raises:
         ValueError: If `ratio` is outside [0, 1).
+
+    Examples:
+        The entry that was pruned in the first round is shared in the second:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import defenses
+        >>> sparsification = defenses.top_k(0.5)
+        >>> update = jnp.array([2.0, 3.0])
+        >>> first, state = sparsification.update(update, sparsification.init(update))
+        >>> second, _ = sparsification.update(update, state)
+        >>> first.tolist(), second.tolist()
+        ([0.0, 3.0], [4.0, 0.0])
     """
     return prune(ratio, scope="global", error_feedback=error_feedback)
 
 
 def checked_ratio(ratio: float) -> Fraction:
-    """The ratio as the decimal it is written as; ValueError outside [0, 1), or for what is no number."""
+    """Checks a share of entries, and returns it as the decimal that it is written as.
+
+    Args:
+        ratio: Share, a number in [0, 1).
+
+    Returns:
+        The share as an exact fraction: 7/10 for 0.7.
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1), or is no single number.
+    """
     if isinstance(ratio, bool | str) or np.ndim(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), got {ratio!r}")
     return Fraction(str(ratio))
 
 
 def _kept(size: int, ratio: Fraction) -> int:
+    """Returns how many of `size` entries are kept."""
     return size - math.floor(ratio * size)
 
 
 def largest(leaves: Sequence[Array], count: int) -> list[Bool[Array, "..."]]:
-    """Masks of the `count` entries of largest magnitude, the first of equal ones.
+    """Marks the `count` entries of largest magnitude, all leaves together, and the first of equal ones.
 
-    The bits of a magnitude, read as an integer, are in the order of magnitudes: the threshold is found by bisection on
-    integers, with a count of entries a step, and nothing is sorted.
+    The bits of a magnitude, read as an integer, are in the order of magnitudes. The threshold is therefore found by
+    bisection on integers, which counts entries in every step, and nothing is sorted.
+
+    Args:
+        leaves: Arrays of floating-point numbers, with fewer than 2^31 entries in all if any is left out.
+        count: Number of entries to mark. All are marked where there are no more.
+
+    Returns:
+        A mask for each leaf, of its shape.
+
+    Raises:
+        ValueError: If there are 2^31 entries or more, and not all are marked.
     """
     total = sum(leaf.size for leaf in leaves)
     if count >= total:
@@ -140,21 +189,29 @@ def largest(leaves: Sequence[Array], count: int) -> list[Bool[Array, "..."]]:
 
 
 def _ordered_bits(leaf: Array) -> Array:
+    """Returns the bits of the magnitudes as integers, which have the same order as the magnitudes."""
     magnitude = jnp.abs(jax.lax.stop_gradient(leaf))
     return jax.lax.bitcast_convert_type(magnitude, f"int{8 * leaf.dtype.itemsize}")
 
 
 def _count(masks: Sequence[Array]) -> Int[Array, ""]:
+    """Counts the entries that are True in all masks together."""
     return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
 
 
 def _bisect(
     count_fn: Callable[[Array], Array], target: int | Array, low: Array, high: Array
 ) -> tuple[Array, Int[Array, ""]]:
-    """An argument in [low, high] of the non-increasing `count_fn` where it is `target`, else the last where it is more.
+    """Finds where a non-increasing function of an integer is `target`, or the last argument where it is more.
+
+    Args:
+        count_fn: Function `(argument) -> count`, non-increasing.
+        target: Count that is looked for.
+        low: Least argument. The count there is at least `target`.
+        high: Largest argument.
 
     Returns:
-        The argument, and the count there.
+        The pair of the argument that was found and the count there.
     """
 
     def unsettled(bounds: tuple[Array, Array]) -> Array:

@@ -1,4 +1,4 @@
-"""Soteria: the last layer's gradient without the features that tell most of the input.
+"""Soteria: the gradient of the last layer is shared without the features that tell most of the input.
 
 Sun et al., Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation Perspective,
 CVPR 2021, algorithm 1; scores as in the authors' code.
@@ -34,35 +34,52 @@ def soteria(
     num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> ClientFn:
-    """The client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
+    """Builds the client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
 
     r is what enters the last layer. Of its d features exactly floor(ratio * d) lose their row of the last kernel's
     gradient; every other entry of the update is shared as it is.
 
-    Of a batch the scores add up. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned first, although its
-    row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
+    The scores of the examples of a batch are added. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned
+    first, although its row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
 
     Departure, if asked for: the lengths of f derivatives cost f passes for every example. From m directions v of
-    independent normal entries, the same for all examples, |dr_i / dx|^2 is the mean of (dr_i / dx . v)^2, of all
-    features at once; the length has a relative standard error of about sqrt(1 / 2m).
+    independent normal entries, the same for all examples, |dr_i / dx|^2 is estimated as the mean of (dr_i / dx . v)^2,
+    of all features at once. The length then has a relative standard error of about sqrt(1 / 2m).
 
-    An attacker that knows the defense attacks the undefended client on what it sees not to be zero:
-    `matching.adaptive.supported`; or `selected` without the last layer.
+    An attacker that knows the defense attacks the undefended client on what it sees not to be zero
+    (`matching.adaptive.supported`), or without the last layer (`matching.objectives.selected`).
 
     Args:
-        client_fn: `(params, batch) -> update`.
-        apply_fn: `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
-        classifier_fn: Picks that layer from the parameters and from an update.
-        ratio: Share of the features, in [0, 1); the paper prunes 0.01 to 0.8.
-        num_probes: m >= 0; 0 for the lengths themselves, as in the paper.
-        lowering: How convolutions are computed, as for `clients.federated_sgd`.
+        client_fn: Client to defend, a function `(params, batch) -> update`.
+        apply_fn: Function `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
+        classifier_fn: Function that picks that layer from the parameters and from an update, such as
+            `labels.dense("head")`.
+        ratio: Share of the features to prune, in [0, 1). The paper prunes 0.01 to 0.8.
+        num_probes: Number m of random directions that estimate the lengths, at least 0. 0 computes the lengths
+            themselves, as in the paper.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
+            first on CPU and the second elsewhere.
 
     Returns:
-        `(params, batch) -> update`.
+        The defended client, a function `(params, batch) -> update`.
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1), or `num_probes` no integer of at least 0; when called, if the kernel
-            that `classifier_fn` picks is no leaf of the update, as a transposed one.
+        ValueError: If `ratio` is outside [0, 1), or `num_probes` is no integer of at least 0. The client raises it if
+            the kernel that `classifier_fn` picks is no leaf of the update, such as a transposed one, or if `num_probes`
+            is too large for memory.
+
+    Examples:
+        The inputs are the features here, and the largest one has the least score. Its row of the gradient is pruned:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, clients, defenses, labels
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> defended_fn = defenses.soteria(client_fn, apply_fn, labels.dense("head"), ratio=0.25)
+        >>> batch = Batch(jnp.array([[1.0, 5.0, 2.0, 3.0]]), jnp.array([0]))
+        >>> update = defended_fn({"head": {"kernel": jnp.ones((4, 2))}}, batch)
+        >>> (update["head"]["kernel"] != 0).any(axis=1).tolist()
+        [True, False, True, True]
     """
     checked_ratio(ratio)
     _check.integer(0, num_probes=num_probes)
@@ -91,7 +108,35 @@ def kept_features(
     num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> Bool[Array, " f"]:
-    """The features Soteria keeps: all but the floor(ratio * f) of least score, the first of equal ones."""
+    """Returns which features Soteria keeps: all but the floor(ratio * f) of least score, and the first of equal ones.
+
+    Args:
+        apply_fn: Function `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
+        classifier_fn: Function that picks that layer from the parameters, such as `labels.dense("head")`.
+        params: Parameters of the model.
+        inputs: Inputs of the client's batch, shape (b, *d).
+        ratio: Share of the features to prune, in [0, 1).
+        num_probes: Number of random directions that estimate the lengths of the derivatives, at least 0. 0 computes the
+            lengths themselves.
+        lowering: How convolutions are computed: "matmul", "native" or "auto".
+
+    Returns:
+        A mask of shape (f,), True for the features kept.
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1), `num_probes` is too large for memory, or `lowering` is unknown.
+
+    Examples:
+        The inputs are the features here. All have derivatives of length 1, and the largest one has the least score:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import defenses, labels
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"]
+        >>> params = {"head": {"kernel": jnp.ones((4, 2))}}
+        >>> inputs = jnp.array([[1.0, 5.0, 2.0, 3.0]])
+        >>> defenses.kept_features(apply_fn, labels.dense("head"), params, inputs, ratio=0.25).tolist()
+        [True, False, True, True]
+    """
     scores = _scores(apply_fn, classifier_fn, params, inputs, num_probes, lowering)
     size = len(scores)
     return largest([scores], size - math.floor(checked_ratio(ratio) * size))[0]
@@ -107,9 +152,36 @@ def live_share_pruned(
     num_probes: int = 0,
     lowering: Lowering = "auto",
 ) -> Float[Array, ""]:
-    """The share that Soteria prunes of the features that are not 0 for every example of the batch, in [0, 1].
+    """Computes the share that Soteria prunes of the live features, which are not 0 for every example of the batch.
 
     Where it is 0, the update is the undefended one. It is 0 also where no feature is alive.
+
+    Args:
+        apply_fn: Function `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
+        classifier_fn: Function that picks that layer from the parameters, such as `labels.dense("head")`.
+        params: Parameters of the model.
+        inputs: Inputs of the client's batch, shape (b, *d).
+        ratio: Share of all features to prune, in [0, 1).
+        num_probes: Number of random directions that estimate the lengths of the derivatives, at least 0. 0 computes the
+            lengths themselves.
+        lowering: How convolutions are computed: "matmul", "native" or "auto".
+
+    Returns:
+        The share of the live features that is pruned, in [0, 1].
+
+    Raises:
+        ValueError: If `ratio` is outside [0, 1), `num_probes` is too large for memory, or `lowering` is unknown.
+
+    Examples:
+        One of four features is pruned. It is the dead one, so that nothing is defended:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import defenses, labels
+        >>> apply_fn = lambda params, inputs: jax.nn.relu(inputs) @ params["head"]["kernel"]
+        >>> params = {"head": {"kernel": jnp.ones((4, 2))}}
+        >>> inputs = jnp.array([[-1.0, 5.0, 2.0, 3.0]])
+        >>> float(defenses.live_share_pruned(apply_fn, labels.dense("head"), params, inputs, ratio=0.25))
+        0.0
     """
     options = {"ratio": ratio, "num_probes": num_probes, "lowering": lowering}
     kept = kept_features(apply_fn, classifier_fn, params, inputs, **options)
@@ -120,7 +192,7 @@ def live_share_pruned(
 def _features(
     apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"]
 ) -> Float[Array, "b f"]:
-    """What enters the last layer: the derivative of a logit with respect to its column of the kernel."""
+    """Returns what enters the last layer: the derivative of a logit with respect to its column of the kernel."""
 
     def logit(tree: Params, example: Array) -> Float[Array, ""]:
         return apply_fn(tree, example[None])[0, 0]
@@ -139,6 +211,8 @@ def _scores(
     num_probes: int,
     lowering: Lowering,
 ) -> Float[Array, " f"]:
+    """Returns the score |dr_i / dx| / (|r_i| + 0.1) of every feature, added over the examples."""
+
     def scores_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, " f"]:
         def of_one(example: Array) -> Float[Array, " f"]:
             def features_fn(x: Array) -> Float[Array, " f"]:
@@ -159,7 +233,7 @@ def _scores(
 def _lengths(
     features_fn: Callable[[Array], Array], example: Float[Array, "*d"]
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
-    """The features and |dr_i / dx|, one derivative after the other."""
+    """Returns the features of one example and the lengths |dr_i / dx|, one derivative after the other."""
     features, pull = jax.vjp(features_fn, example)
 
     def length(i: Array) -> Float[Array, ""]:
@@ -172,7 +246,7 @@ def _lengths(
 def _estimated_lengths(
     features_fn: Callable[[Array], Array], example: Float[Array, "*d"], *, num_probes: int
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
-    """The features and estimates of |dr_i / dx|, from derivatives of all features along random directions."""
+    """Returns the features of one example and estimates of |dr_i / dx|, from derivatives along random directions."""
     _check.fits(num_probes * example.size, num_probes=num_probes)
     features, push = jax.linearize(features_fn, example)
     # The directions are public and the same for everyone. Their key is one that no user draws inputs from by chance.

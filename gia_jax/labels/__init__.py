@@ -1,4 +1,4 @@
-"""Label recovery: from an observation, the labels of the batch, in no particular order."""
+"""Label recovery: rules that find the labels of the batch from an observation, in no particular order."""
 
 from gia_jax.labels.classifier import ClassifierFn, Dense, dense
 from gia_jax.labels.counts import bias_counts, greedy_bias

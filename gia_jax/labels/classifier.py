@@ -1,4 +1,4 @@
-"""What every label rule needs: the gradient of the last layer, the size of the batch, and labels from counts.
+"""What the label rules share: the gradient of the last layer, the size of the batch, and labels from counts.
 
 Rules compute in float32 or wider. Where what they read is not finite, the labels are -1, which is no class.
 """
@@ -21,7 +21,19 @@ MARGIN = 1e-2  # how far below -1 the negative entries of a mean loss's bias gra
 
 
 class Dense(NamedTuple):
-    """The last layer, or its gradient: logits = h @ kernel + bias."""
+    """The last layer of a classifier, or its gradient: logits = h @ kernel + bias.
+
+    Attributes:
+        kernel: Weights, or their gradient, shape (d, c) for d features and c classes.
+        bias: Bias, or its gradient, shape (c,). None for a layer without a bias.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import labels
+        >>> layer = labels.Dense(kernel=jnp.eye(2), bias=jnp.array([0.0, 1.0]))
+        >>> (jnp.array([3.0, 4.0]) @ layer.kernel + layer.bias).tolist()
+        [3.0, 5.0]
+    """
 
     kernel: Float[Array, "d c"]
     bias: Float[Array, " c"] | None
@@ -31,14 +43,24 @@ ClassifierFn = Callable[[Updates], Dense]
 
 
 def dense(*path: str | int) -> ClassifierFn:
-    """Names the last layer by its path in the parameters; it is never guessed.
+    """Names the last layer by its path in the parameters. The layer is never guessed.
 
     Args:
-        *path: Keys from the root to the layer, such as "head" or "linear", 2. The layer holds "kernel" and
-            "bias" (flax) or "w" and "b" (haiku); for anything else write the function yourself.
+        *path: Keys from the root of the parameters to the layer, such as "head" or "linear", 2. The layer holds
+            "kernel" and "bias" (flax) or "w" and "b" (haiku), the bias only if it has one. For anything else write the
+            function yourself.
 
     Returns:
-        `(params or update) -> Dense`; when called it raises ValueError where the path leads nowhere.
+        A function that maps parameters, or an update, to the `Dense` layer in them. It raises ValueError where the path
+        leads nowhere or the layer holds no kernel.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import labels
+        >>> params = {"body": {}, "head": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}
+        >>> layer = labels.dense("head")(params)
+        >>> layer.kernel.shape, layer.bias.shape
+        ((4, 3), (3,))
     """
 
     def classifier_fn(tree: PyTree[Array]) -> Dense:
@@ -57,12 +79,32 @@ def dense(*path: str | int) -> ClassifierFn:
 
 
 def last_gradient(classifier_fn: ClassifierFn, update: Updates) -> Dense:
-    """The gradient of the last layer, widened."""
+    """Returns the gradient of the last layer, in float32 or wider.
+
+    Args:
+        classifier_fn: Function that picks the last layer from an update.
+        update: Update that the client shared, with the sign and scale of a gradient.
+
+    Returns:
+        The gradient of the kernel and, where there is one, of the bias.
+    """
     return widened_tree(classifier_fn(update))
 
 
 def bias_gradient(rule: str, classifier_fn: ClassifierFn, observation: Observation) -> Float[Array, " c"]:
-    """The gradient of the last bias, widened; raises ValueError where the layer has none."""
+    """Returns the gradient of the last bias, in float32 or wider.
+
+    Args:
+        rule: Name of the label rule, for the error message.
+        classifier_fn: Function that picks the last layer from an update.
+        observation: Observation of the attack.
+
+    Returns:
+        The gradient, shape (c,).
+
+    Raises:
+        ValueError: If the last layer has no bias.
+    """
     bias = last_gradient(classifier_fn, observation.update).bias
     if bias is None:
         raise ValueError(f"{rule} needs a bias in the last layer, got none")
@@ -72,17 +114,25 @@ def bias_gradient(rule: str, classifier_fn: ClassifierFn, observation: Observati
 def of_mean_loss(
     rule: str, classifier_fn: ClassifierFn, observation: Observation, values: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """The values that a rule reads, if the bias gradient can be that of a mean loss: the rule depends on its scale.
+    """Returns the values that a rule reads if the bias gradient can be that of a mean loss, whose scale the rule needs.
 
-    A cross-entropy's entries add up to 0, and a mean's negative ones to no less than -1. What adds up to 0 and goes
-    further below is the gradient of a sum; what does not add up to 0, such as noise, says nothing of the scale. The sum
-    over a batch in which all classes are about as frequent as predicted stays above -1, and is not noticed.
+    The entries of a cross-entropy's gradient add up to 0, and the negative ones of a mean to no less than -1. What adds
+    up to 0 and goes further below is the gradient of a sum. What does not add up to 0, such as noise, says nothing of
+    the scale. The sum over a batch in which all classes are about as frequent as predicted stays above -1, and is not
+    noticed.
+
+    Args:
+        rule: Name of the label rule, for the error message.
+        classifier_fn: Function that picks the last layer from an update.
+        observation: Observation of the attack. Without a bias in the last layer nothing is checked.
+        values: Values that the rule computed from the update, of any shape.
 
     Returns:
-        The values. Inside of a trace, where the gradient is known too late to raise, they are NaN if it is another.
+        The values. Inside of a trace, where the gradient is known too late to raise, they are NaN if the loss is not a
+        mean.
 
     Raises:
-        ValueError: For a concrete gradient of a loss that is not a mean.
+        ValueError: If the gradient is concrete and of a loss that is not a mean.
     """
     bias = classifier_fn(observation.update).bias
     if bias is None:
@@ -101,7 +151,17 @@ def of_mean_loss(
 
 
 def batch_size(observation: Observation) -> int:
-    """The number of labels to find, where it is granted; raises ValueError for granted labels that are no classes."""
+    """Returns the number of labels to find.
+
+    Args:
+        observation: Observation of the attack. The threat model grants the shape of the batch.
+
+    Returns:
+        The size of the batch.
+
+    Raises:
+        ValueError: If the size of the batch is not granted, or granted labels are not one class for each example.
+    """
     labels = observation.extra.get("labels", jnp.zeros(0, jnp.int32))
     leaves = jax.tree.leaves(labels)
     if len(leaves) != 1 or leaves[0] is not labels:
@@ -112,20 +172,47 @@ def batch_size(observation: Observation) -> int:
 
 
 def dummy_inputs(key: PRNGKeyArray, observation: Observation, count: int) -> Float[Array, "n *d"]:
-    """`count` standard normal inputs of the granted shape and type, drawn in float32 or wider."""
+    """Draws standard normal inputs of the granted shape and type, in float32 or wider before the cast to that type.
+
+    Args:
+        key: Key of this draw.
+        observation: Observation of the attack. The threat model grants the shape of the batch.
+        count: Number n of inputs.
+
+    Returns:
+        The inputs, shape (n, *d).
+
+    Raises:
+        ValueError: If the shape of the batch is not granted, or the client's inputs are integers.
+    """
     like = granted_like(observation)
     return as_granted(jax.random.normal(key, (count, *like.shape[1:]), wide_dtype(like.dtype)), observation)
 
 
 def check_dummies(observation: Observation, num_dummies: int) -> None:
-    """Raises ValueError for more dummy inputs than fit into memory."""
+    """Checks that dummy inputs fit into memory.
+
+    Args:
+        observation: Observation of the attack. The threat model grants the shape of the batch.
+        num_dummies: Number of dummy inputs.
+
+    Raises:
+        ValueError: If they do not fit, the shape of the batch is not granted, or the client's inputs are integers.
+    """
     _check.fits(num_dummies * math.prod(granted_like(observation).shape[1:]), num_dummies=num_dummies)
 
 
 def attackers_key(key: PRNGKeyArray | None, observation: Observation) -> PRNGKeyArray:
-    """The key of a rule that draws; None derives one from the bits of the observed update.
+    """Returns the key of a rule that draws.
 
     A fixed key would draw the client's own data wherever these were drawn from that key too.
+
+    Args:
+        key: Key that the user gave. None derives one from the bits of the observed update.
+        observation: Observation of the attack.
+
+    Returns:
+        The key.
     """
     if key is not None:
         return key
@@ -140,22 +227,44 @@ def attackers_key(key: PRNGKeyArray | None, observation: Observation) -> PRNGKey
 
 
 def _hash(words: Array) -> Array:
-    """The sum of the words modulo 2^32, each times an odd number that belongs to its place."""
+    """Returns the sum of the words modulo 2^32, each multiplied by an odd number that belongs to its place."""
     odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jnp.sum(words * (odd * jnp.uint32(2_654_435_761)), dtype=jnp.uint32)
 
 
 def or_none(labels: Int[Array, " b"], *known: Array) -> Int[Array, " b"]:
-    """The labels; -1 where something that they were read from is not finite."""
+    """Returns the labels, or -1 for each of them where something that they were read from is not finite.
+
+    Args:
+        labels: Labels that a rule found, shape (b,).
+        *known: Arrays that the labels were read from.
+
+    Returns:
+        Labels of shape (b,).
+    """
     finite: Bool[Array, ""] = jnp.all(jnp.stack([jnp.all(jnp.isfinite(values)) for values in known]))
     return jnp.where(finite, labels, -1)
 
 
 def labels_from_counts(counts: Float[Array, " c"], size: int) -> Int[Array, " b"]:
-    """The `size` labels whose integer counts n, n >= 0, sum n = size, are nearest to `counts` in least squares.
+    """Rounds real class counts to labels.
 
-    One label after the other goes to the class with the largest remainder counts - n; the marginal costs grow with n,
-    so this greedy choice is the optimum.
+    The integer counts n with n >= 0 and sum n = size that are nearest to `counts` in least squares are found. One label
+    after the other goes to the class with the largest remainder counts - n. The marginal costs grow with n, so that
+    this greedy choice is the optimum.
+
+    Args:
+        counts: Estimated number of examples of each class, shape (c,). They need not add up to `size`.
+        size: Number b of labels.
+
+    Returns:
+        Labels of shape (b,), in no particular order. They are -1 where a count is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.labels.classifier import labels_from_counts
+        >>> sorted(labels_from_counts(jnp.array([1.8, -0.3, 1.1]), 3).tolist())
+        [0, 0, 2]
     """
 
     def emit(remaining: Float[Array, " c"], _: None) -> tuple[Float[Array, " c"], Int[Array, ""]]:
@@ -166,16 +275,25 @@ def labels_from_counts(counts: Float[Array, " c"], size: int) -> Int[Array, " b"
 
 
 def greedy_labels(values: Float[Array, " c"], impact: Float[Array, ""], offset: Array, size: int) -> Int[Array, " b"]:
-    """Every class of negative value once, most negative first; then, of what is left, always the most negative.
+    """Gives every class of negative value once, most negative first, and then always the class that is most negative.
 
     Args:
-        values: The sums of gradients, one a class.
-        impact: What one example of a class adds to the class's value, < 0; it is taken off for each label given.
-        offset: What is taken off all values before the second stage.
-        size: The number of labels to give.
+        values: Sums of gradients, one for each class, shape (c,).
+        impact: What one example of a class adds to the class's value, below 0. It is taken off for each label given.
+        offset: What is taken off all values before the second stage, a scalar or an array of shape (c,).
+        size: Number b of labels to give.
 
     Returns:
-        The labels.
+        Labels of shape (b,). They are -1 where something that they were read from is not finite.
+
+    Examples:
+        Classes 0 and 2 get a label each. The third label goes to class 2, which has more left:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.labels.classifier import greedy_labels
+        >>> values = jnp.array([-1.0, 0.5, -2.0])
+        >>> greedy_labels(values, jnp.array(-1.0), jnp.zeros(()), 3).tolist()
+        [2, 0, 2]
     """
 
     def emit(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:

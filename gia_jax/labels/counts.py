@@ -29,27 +29,43 @@ def bias_counts(
     public_inputs: Float[Array, "n *d"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> LabelFn:
-    """Class counts in closed form, n_c = B (p_c - grad b_c), rounded to integers that sum to B.
+    """Builds the rule that counts classes in closed form, n_c = B (p_c - grad b_c), rounded to integers of sum B.
 
     The mean prediction p is the only unknown. It is 1 / C in a network that has learned nothing, or what the network
-    predicts for random inputs, or for public ones of the client's kind. Exact where the guess of p is off by less than
-    1 / (2 B); an error of p_c in a trained network counts B times. Works for any batch size and for duplicates.
+    predicts for random inputs, or for public ones of the client's kind. The rule is exact where the guess of p is off
+    by less than 1 / (2 B). An error of p_c in a trained network counts B times. The rule works for any batch size and
+    for duplicates.
 
     Args:
-        classifier_fn: Picks the last layer; it must have a bias.
-        apply_fn: `(params, inputs) -> logits`, to estimate p on standard normal inputs; None takes p = 1 / C.
+        classifier_fn: Function that picks the last layer, which must have a bias, such as `dense("head")`.
+        apply_fn: Function `(params, inputs) -> logits` that estimates p on standard normal inputs. None takes p = 1 /
+            C.
         num_dummies: Number of random inputs for that estimate, at least 1.
-        public_inputs: Inputs (n, *d) for that estimate in place of random ones, for an attacker that has some of the
-            client's kind: auxiliary data, to be named with the threat model.
-        key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
-            update.
+        public_inputs: Inputs of shape (n, *d) for that estimate in place of random ones, for an attacker that has some
+            of the client's kind. They are auxiliary data, to be named with the threat model. None draws random ones.
+        key: Key of the attacker's own randomness, for the random inputs. None derives a key from the bits of the
+            observed update.
 
     Returns:
-        The rule; it raises ValueError where there is no bias, or where its gradient is not that of a mean loss. Inside
-        of a trace the gradient is known too late to raise, and the labels are -1.
+        The rule, a function `(observation) -> labels`. It raises ValueError where there is no bias, or where its
+        gradient is not that of a mean loss. Inside of a trace the gradient is known too late to raise, and the labels
+        are -1.
 
     Raises:
-        ValueError: `num_dummies` is no positive integer, or `public_inputs` are empty or given without `apply_fn`.
+        ValueError: If `num_dummies` is no positive integer, or `public_inputs` are empty or given without `apply_fn`.
+
+    Examples:
+        A network of zeros predicts 1 / C, so that even duplicates are counted exactly:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"] + params["head"]["bias"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> params = {"head": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
+        >>> batch = Batch(jnp.ones((4, 2)), jnp.array([2, 0, 2, 2]))
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> sorted(labels.bias_counts(labels.dense("head"))(observation).tolist())
+        [0, 2, 2, 2]
     """
     _check.integer(num_dummies=num_dummies)
     if public_inputs is not None:
@@ -75,17 +91,28 @@ def bias_counts(
 
 
 def greedy_bias(classifier_fn: ClassifierFn) -> LabelFn:
-    """The greedy rule of the PyTorch library `breaching` ("bias-corrected"), a baseline.
+    """Builds the greedy rule of the PyTorch library `breaching` ("bias-corrected"), a baseline.
 
-    Every class with a negative bias gradient once; then the most negative one after taking off, for each label given,
-    the sum of the negative gradients over B. Right for distinct labels of few of the classes in an untrained network;
-    on duplicates it loses to `bias_counts`.
+    Every class with a negative bias gradient gets one label. The rest go to the most negative class, after taking off,
+    for each label given, the sum of the negative gradients over B. The rule is right for distinct labels of few of the
+    classes in an untrained network. On duplicates it loses to `bias_counts`.
 
     Args:
-        classifier_fn: Picks the last layer; it must have a bias.
+        classifier_fn: Function that picks the last layer, which must have a bias, such as `dense("head")`.
 
     Returns:
-        The rule; it raises ValueError where there is no bias.
+        The rule, a function `(observation) -> labels`. It raises ValueError where there is no bias.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"] + params["head"]["bias"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> params = {"head": {"kernel": jnp.zeros((2, 5)), "bias": jnp.zeros(5)}}
+        >>> batch = Batch(jnp.ones((2, 2)), jnp.array([3, 1]))
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> sorted(labels.greedy_bias(labels.dense("head"))(observation).tolist())
+        [1, 3]
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:

@@ -1,4 +1,4 @@
-"""Label Leakage from Gradients (Wainakh et al., User-Level Label Leakage from Gradients, PETS 2022)."""
+"""The label rules of Wainakh et al., User-Level Label Leakage from Gradients (LLG), PETS 2022."""
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,29 @@ from gia_jax.labels.classifier import (
 
 
 def llg(classifier_fn: ClassifierFn) -> LabelFn:
-    """LLG: labels from the sums G_c of the rows of the last layer's gradient, knowing only the gradient.
+    """Builds LLG: labels from the sums G_c of the rows of the last layer's gradient, knowing only the gradient.
 
     One example of class c is taken to add m = (1 + 1 / C) / B * (sum of the negative G_c) to G_c. Every class of
-    negative G_c gets a label, then always the most negative one (Algorithm 1). Right for distinct labels of few of the
-    classes in an untrained network with features h >= 0; duplicates are approximate, and a trained network's
-    predictions bias them.
+    negative G_c gets a label, and then always the most negative one (algorithm 1). The rule is right for distinct
+    labels of few of the classes in an untrained network with features h >= 0. Duplicates are approximate, and a trained
+    network's predictions bias them.
 
     Args:
-        classifier_fn: Picks the last layer.
+        classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
 
     Returns:
-        The rule.
+        The rule, a function `(observation) -> labels`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> batch = Batch(jnp.ones((2, 3)), jnp.array([3, 1]))
+        >>> params = {"head": {"kernel": jnp.zeros((3, 5))}}
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> sorted(labels.llg(labels.dense("head"))(observation).tolist())
+        [1, 3]
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:
@@ -44,24 +55,36 @@ def llg(classifier_fn: ClassifierFn) -> LabelFn:
 def llg_plus(
     client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: int = 16, key: PRNGKeyArray | None = None
 ) -> LabelFn:
-    """LLG+: the same with the impact of a label and the offsets of the classes measured on random inputs.
+    """Builds LLG+: as `llg`, with the impact of a label and the offsets of the classes measured on random inputs.
 
-    The impact m is the mean over classes of what a dummy batch of one class adds to its own G_c per example; the offset
+    The impact m is the mean over classes of what a dummy batch of one class adds to its own G_c per example. The offset
     s_c is G_c of a dummy batch of all the other classes, taken off before the second stage (section 4.2, white box).
 
     Args:
-        client_fn: The client the attacker simulates.
-        classifier_fn: Picks the last layer.
+        client_fn: Function `(params, batch) -> update`, the client that the attacker simulates.
+        classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
         num_dummies: Number of standard normal inputs for the impact of each class, at least 1.
-        key: The attacker's own randomness, for the random inputs; None derives a key from the bits of the observed
-            update.
+        key: Key of the attacker's own randomness, for the random inputs. None derives a key from the bits of the
+            observed update.
 
     Returns:
-        The rule; it raises ValueError where the gradient of the last bias, if there is one, is not that of a mean loss.
-        Inside of a trace the gradient is known too late to raise, and the labels are -1.
+        The rule, a function `(observation) -> labels`. It raises ValueError where the gradient of the last bias, if
+        there is one, is not that of a mean loss. Inside of a trace the gradient is known too late to raise, and the
+        labels are -1.
 
     Raises:
-        ValueError: `num_dummies` is no positive integer.
+        ValueError: If `num_dummies` is no positive integer.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: jax.nn.relu(inputs) @ params["head"]["kernel"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> batch = Batch(jnp.ones((2, 3)), jnp.array([3, 1]))
+        >>> params = {"head": {"kernel": jnp.zeros((3, 5))}}
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> sorted(labels.llg_plus(client_fn, labels.dense("head"), num_dummies=4)(observation).tolist())
+        [1, 3]
     """
     _check.integer(num_dummies=num_dummies)
 

@@ -1,4 +1,4 @@
-"""Label rules that read signs of the last layer's gradient."""
+"""Label rules that read the signs of the last layer's gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,28 @@ from gia_jax.labels.classifier import ClassifierFn, batch_size, last_gradient, o
 
 
 def idlg(classifier_fn: ClassifierFn) -> LabelFn:
-    """The class whose row of the last layer's gradient has the smallest sum (Zhao et al., iDLG, 2020, equation 5).
+    """Builds the rule of iDLG (Zhao et al., 2020, equation 5), for a batch of one example.
 
-    Exact for one example with a hard label and features h >= 0 that are not all zero (ReLU, sigmoid): only the true
-    class has p_c - 1 < 0.
+    It returns the class whose row of the last layer's gradient has the smallest sum. It is exact for one example with a
+    hard label and features h >= 0 that are not all zero (ReLU, sigmoid): only the true class has p_c - 1 < 0.
 
     Args:
-        classifier_fn: Picks the last layer, such as `dense("head")`.
+        classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
 
     Returns:
-        The rule; it raises ValueError for a batch of more than one.
+        The rule, a function `(observation) -> labels` with labels of shape (1,). It raises ValueError for a batch of
+        more than one.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> batch = Batch(jnp.ones((1, 2)), jnp.array([2]))
+        >>> params = {"head": {"kernel": jnp.eye(2, 4)}}
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> labels.idlg(labels.dense("head"))(observation).tolist()
+        [2]
     """
 
     def label_fn(observation: Observation) -> Int[Array, " 1"]:
@@ -32,19 +44,32 @@ def idlg(classifier_fn: ClassifierFn) -> LabelFn:
 
 
 def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
-    """The B classes with the most negative entries in the last layer's gradient
-    (Yin et al., GradInversion, CVPR 2021, equation 6).
+    """Builds the rule of GradInversion (Yin et al., CVPR 2021, equation 6), for distinct labels.
 
-    Right where all labels are distinct, features are >= 0 and each label has a feature of its own; never gives a label
-    twice. With features >= 0 only a class of the batch has a negative entry: fewer of them than examples prove that
-    labels repeat, or that predictions are too far from 1 / C for this rule.
+    It returns the B classes with the most negative entries in the last layer's gradient. It is right where all labels
+    are distinct, features are >= 0 and each label has a feature of its own. It never gives a label twice. With features
+    >= 0 only a class of the batch has a negative entry. Fewer of them than examples therefore prove that labels repeat,
+    or that predictions are too far from 1 / C for this rule.
 
     Args:
-        classifier_fn: Picks the last layer.
+        classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
 
     Returns:
-        The rule; it raises ValueError for more examples than classes, and outside a trace for fewer classes with a
-        negative entry than examples.
+        The rule, a function `(observation) -> labels`. It raises ValueError for more examples than classes, and outside
+        of a trace for fewer classes with a negative entry than examples.
+
+    Examples:
+        Each of the two examples has a feature of its own:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, labels, observe
+        >>> apply_fn = lambda params, inputs: inputs @ params["head"]["kernel"]
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> batch = Batch(jnp.eye(2), jnp.array([3, 1]))
+        >>> params = {"head": {"kernel": jnp.zeros((2, 5))}}
+        >>> observation = observe(jax.random.key(0), ThreatModel(), client_fn, params, batch)
+        >>> sorted(labels.column_minimum(labels.dense("head"))(observation).tolist())
+        [1, 3]
     """
 
     def label_fn(observation: Observation) -> Int[Array, " b"]:

@@ -1,13 +1,13 @@
 """One convolution as slices and one matrix product, exact to rounding against `lax.conv_general_dilated`.
 
-A convolution contracts a window of its left operand with its kernel. Three of its shapes occur in first- and
+A convolution contracts a window of its left operand with its kernel. Three kinds of convolution occur in first- and
 second-order gradients of a network, and each has its own cheapest form:
 
-* the forward pass, a small kernel and many outputs: stack one slice per kernel position, then one product;
-* the cotangent of the input (kernel reversed, left operand dilated by the stride): one product with the kernel as it
-  lies in memory, then add its slices in place, one stride phase at a time;
-* the cotangent of the kernel, a large window and few outputs: stack one slice per output (the very slices of the
-  forward pass, so XLA shares them), then one product over batch and space.
+* The forward pass has a small kernel and many outputs: stack one slice per kernel position, then form one product.
+* The cotangent of the input has a reversed kernel and a left operand dilated by the stride: form one product with the
+  kernel as it lies in memory, then add its slices in place, one stride phase at a time.
+* The cotangent of the kernel has a large window and few outputs: stack one slice per output (the very slices of the
+  forward pass, so XLA shares them), then form one product over batch and space.
 
 Wide three-by-three convolutions of stride one go through Winograd's algorithm instead (`winograd.py`).
 """
@@ -25,9 +25,9 @@ from jax import lax
 from gia_jax.lowering import winograd
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-# Measured on XLA's CPU backend. Below NARROW columns its matrix product is faster the other way round. Winograd's
-# algorithm gains from WIDE features and LARGE many pixels on; for kernel gradients from LARGE_SUM, below which it costs
-# compile time alone.
+# Limits measured on XLA's CPU backend. Below NARROW columns its matrix product is faster with exchanged operands.
+# Winograd's algorithm gains from WIDE features and LARGE pixels on. For kernel gradients it gains from sums over
+# LARGE_SUM terms on, and below that it only costs compile time.
 NARROW = 128
 WIDE = 64
 LARGE = 512
@@ -43,15 +43,17 @@ class _Named(NamedTuple):
     axes: tuple[str, ...]
 
     def size(self, axis: str) -> int:
+        """Returns the size of a named axis."""
         return self.value.shape[self.axes.index(axis)]
 
     def to(self, axes: Sequence[str]) -> jax.Array:
+        """Returns the array with its axes in the given order."""
         order = [self.axes.index(axis) for axis in axes]
         return self.value if order == sorted(order) else jnp.transpose(self.value, order)
 
 
 class _Geometry(NamedTuple):
-    """Of each spatial axis: input, window (kernel) and output sizes, and how they lie to each other."""
+    """Sizes of input, window (kernel) and output on each spatial axis, and how they lie relative to each other."""
 
     inputs: tuple[int, ...]
     window: tuple[int, ...]
@@ -64,19 +66,21 @@ class _Geometry(NamedTuple):
 
     @property
     def space(self) -> list[str]:
+        """Returns the names of the spatial axes."""
         return [f"s{d}" for d in range(len(self.window))]
 
     @property
     def taps(self) -> list[str]:
+        """Returns the names of the kernel's axes."""
         return [f"k{d}" for d in range(len(self.window))]
 
     def reads(self, d: int) -> list[int]:
-        """Where, from the start of the window, each stored kernel position of axis `d` reads the padded input."""
+        """Returns where each stored kernel position of axis `d` reads the padded input, from the window's start."""
         stored = range(self.window[d])
         return [(self.window[d] - 1 - j if self.flipped[d] else j) * self.window_dilation[d] for j in stored]
 
 
-# Traced once for every geometry: networks repeat theirs.
+# `jit` traces each geometry once, because the layers of a network repeat theirs.
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -101,21 +105,21 @@ def convolution(
     out_sharding: object = None,
     flipped: Sequence[int] = (),
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, taking the parameters of its equation in a jaxpr.
+    """Computes `lax.conv_general_dilated`, and takes the parameters of its equation in a jaxpr.
 
     Args:
-        lhs: Inputs; `dimension_numbers.lhs_spec` says which axis is which.
-        rhs: Kernel, read in reverse along its axes `flipped`.
-        window_strides: As in `lax.conv_general_dilated`, and so are the arguments down to `out_sharding`.
-        padding: Low and high, negative values crop.
-        lhs_dilation: Zeros between inputs, plus one.
-        rhs_dilation: Zeros between kernel positions, plus one.
+        lhs: Inputs. `dimension_numbers.lhs_spec` says which axis is which.
+        rhs: Kernel, which is read in reverse along its axes `flipped`.
+        window_strides: Stride of each spatial axis.
+        padding: Numbers of zeros at the low and the high end of each spatial axis. Negative numbers crop.
+        lhs_dilation: Number of zeros between inputs, plus one, for each spatial axis.
+        rhs_dilation: Number of zeros between kernel positions, plus one, for each spatial axis.
         dimension_numbers: Layouts of `lhs`, `rhs` and the result.
-        feature_group_count: Groups of a grouped or depthwise convolution.
-        batch_group_count: Groups of such a convolution's kernel gradient.
-        precision: Of the matrix product.
-        preferred_element_type: Of the matrix product.
-        out_sharding: Sharded convolutions stay native.
+        feature_group_count: Number of groups of a grouped or depthwise convolution.
+        batch_group_count: Number of groups of the kernel gradient of such a convolution.
+        precision: Precision of the matrix product, as in `lax.dot_general`.
+        preferred_element_type: Type in which the matrix product accumulates, as in `lax.dot_general`.
+        out_sharding: Sharding of the result. A convolution with one is left to XLA.
         flipped: Axes of `rhs` along which the kernel is reversed.
 
     Returns:
@@ -171,6 +175,7 @@ def convolution(
 
 
 def _names(spec: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the axis names in the order in which a layout stores the axes."""
     axes = [""] * len(spec)
     for position, name in zip(spec, names, strict=True):
         axes[position] = name
@@ -178,6 +183,7 @@ def _names(spec: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+    """Chooses the cheapest form of an ungrouped convolution and computes it."""
     fewer = _winograd(x, kernel, geometry, dot)
     if fewer is not None:
         return fewer
@@ -198,7 +204,7 @@ def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
 
 
 def _stack_and_contract(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
-    """Slices of the padded input stacked, then one product with the kernel."""
+    """Stacks slices of the padded input, then forms one product with the kernel."""
     dims = range(len(geometry.window))
     if math.prod(geometry.window) == 1:
         taps = [kernel.axes.index(axis) for axis in geometry.taps]
@@ -208,7 +214,7 @@ def _stack_and_contract(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot
         starts = [geometry.reads(d) for d in dims]
         return _contract(_stack(x, geometry, starts, geometry.taps), kernel, [*geometry.taps, "c"], dot)
     kernel = _unflipped(kernel, geometry)
-    # Now the windows are the slices: name their axes k, and the stacked axes s.
+    # Here the slices are the windows: their axes are named k, and the stacked axes s.
     starts = [[o * stride for o in range(n)] for n, stride in zip(geometry.outputs, geometry.strides)]
     turned = geometry._replace(outputs=geometry.window, strides=geometry.window_dilation)
     stacked = _stack(x, turned, starts, geometry.taps)
@@ -218,14 +224,16 @@ def _stack_and_contract(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot
 
 
 def _unflipped(kernel: _Named, geometry: _Geometry) -> _Named:
+    """Returns the kernel with its reversed axes turned round in memory."""
     axes = [kernel.axes.index(f"k{d}") for d, flip in enumerate(geometry.flipped) if flip]
     return _Named(lax.rev(kernel.value, axes), kernel.axes) if axes else kernel
 
 
 def _exchanged(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
-    """A dilated input under a large window: the kernel's cotangent with its operands exchanged, outputs in reverse.
+    """Convolves a dilated input under a large window as the kernel's cotangent with its operands exchanged.
 
-    sum_i x[i] w[d i - o + low] over the undilated input i is a window x, dilated by d, sliding over w.
+    The sum over the undilated input i of x[i] w[d i - o + low] is a window x, dilated by d, that slides over w. Its
+    outputs come in reverse.
     """
     kernel = _unflipped(kernel, geometry)
     roles = {"n": "o", "o": "n", "c": "c"} | dict(zip(geometry.space + geometry.taps, geometry.taps + geometry.space))
@@ -250,7 +258,7 @@ def _exchanged(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Nam
 
 
 def _window(x: _Named, geometry: _Geometry, start: Sequence[int]) -> _Named:
-    """The strided slice that one kernel position at `start` sees."""
+    """Returns the strided slice that one kernel position at `start` sees."""
     low, high, strides = [0] * x.value.ndim, list(x.value.shape), [1] * x.value.ndim
     for d, axis in enumerate(geometry.space):
         a = x.axes.index(axis)
@@ -260,7 +268,7 @@ def _window(x: _Named, geometry: _Geometry, start: Sequence[int]) -> _Named:
 
 
 def _stack(x: _Named, geometry: _Geometry, starts: Sequence[Sequence[int]], new_axes: Sequence[str]) -> _Named:
-    """One slice per combination of `starts`, stacked just behind the spatial axes."""
+    """Stacks one slice per combination of `starts`, just behind the spatial axes."""
     slices = [_window(x, geometry, start).value for start in itertools.product(*starts)]
     at = max(x.axes.index(axis) for axis in geometry.space) + 1
     shape = slices[0].shape
@@ -270,7 +278,7 @@ def _stack(x: _Named, geometry: _Geometry, starts: Sequence[Sequence[int]], new_
 
 
 def _add_in_place(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
-    """One product with the kernel as it lies; every kernel position's share is shifted to where it belongs."""
+    """Forms one product with the kernel as it lies, then adds every kernel position's share where it belongs."""
     shares = _contract(x, kernel, ["c"], dot)
     axes = tuple(axis for axis in shares.axes if axis not in geometry.taps)
     tap_axes = [shares.axes.index(axis) for axis in geometry.taps]
@@ -296,7 +304,7 @@ def _add_in_place(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _
 
 
 def _by_phase(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
-    """An undilated convolution with a part of the kernel for every remainder of the output position."""
+    """Computes an undilated convolution for every remainder of the output position, with a part of the kernel each."""
 
     blank = ("n", *geometry.space, "o")
 
@@ -322,13 +330,13 @@ def _by_phase(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
 
 
 def _stored(geometry: _Geometry, d: int, remainder: int) -> list[int]:
-    """Kernel positions that read a real input, not a zero of the dilation, at outputs of that remainder."""
+    """Returns kernel positions that read a real input, not a zero of the dilation, at outputs of that remainder."""
     offset = remainder - geometry.padding[d][0]
     return [j for j, read in enumerate(geometry.reads(d)) if (offset + read) % geometry.input_dilation[d] == 0]
 
 
 def _interleave(phase: Callable[[Sequence[int], Sequence[int]], _Named], geometry: _Geometry) -> _Named:
-    """Outputs of every remainder modulo the dilation, put together."""
+    """Puts the outputs of every remainder modulo the dilation together."""
 
     def along(d: int, remainders: list[int], sizes: list[int]) -> _Named:
         if d == len(geometry.outputs):
@@ -352,6 +360,7 @@ def _interleave(phase: Callable[[Sequence[int], Sequence[int]], _Named], geometr
 
 
 def _pad(x: _Named, widths: dict[str, tuple[int, int, int]]) -> _Named:
+    """Pads named axes by (low, high, interior) numbers of zeros."""
     config = [widths.get(axis, (0, 0, 0)) for axis in x.axes]
     if all(width == (0, 0, 0) for width in config):
         return x
@@ -359,7 +368,7 @@ def _pad(x: _Named, widths: dict[str, tuple[int, int, int]]) -> _Named:
 
 
 def _contract(a: _Named, b: _Named, over: Sequence[str], dot: Dot) -> _Named:
-    """Sum over the axes `over`, as a product of two matrices wherever the axes lie so that no copy is needed."""
+    """Sums over the axes `over`, as a product of two matrices wherever the axes lie so that no copy is needed."""
     over = sorted(over, key=a.axes.index)
     (left, i), (right, j) = _matrix(a, over), _matrix(b, over)
     free_a = [axis for axis in a.axes if axis not in over]
@@ -373,7 +382,7 @@ def _contract(a: _Named, b: _Named, over: Sequence[str], dot: Dot) -> _Named:
 
 
 def _matrix(x: _Named, over: Sequence[str]) -> tuple[jax.Array, int]:
-    """`x` as a matrix, and which of its two axes is contracted."""
+    """Returns `x` as a matrix, and which of its two axes is contracted."""
     free = [axis for axis in x.axes if axis not in over]
     rows = math.prod(x.size(axis) for axis in over)
     if list(x.axes) == [*over, *free]:
@@ -384,7 +393,10 @@ def _matrix(x: _Named, over: Sequence[str]) -> tuple[jax.Array, int]:
 def _grouped(
     x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot, groups: int, split: str, out_axes: tuple[str, ...]
 ) -> jax.Array:
-    """Every group on its own under `vmap`: a batched matrix product. `split` is the axis of `x` that has the groups."""
+    """Convolves every group on its own under `vmap`, a batched matrix product.
+
+    `split` is the axis of `x` that has the groups.
+    """
     a, b, c = x.axes.index(split), kernel.axes.index("o"), out_axes.index("o")
 
     def divided(value: jax.Array, axis: int) -> jax.Array:
@@ -398,7 +410,7 @@ def _grouped(
 
 
 def _winograd(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named | None:
-    """A wide three-by-three convolution of stride one or its kernel gradient; None for any other."""
+    """Computes a wide three-by-three convolution of stride one, or its kernel gradient; returns None for any other."""
     ones = (*geometry.strides, *geometry.input_dilation, *geometry.window_dilation)
     if len(geometry.window) != 2 or any(v != 1 for v in ones):
         return None

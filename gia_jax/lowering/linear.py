@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 def moving(primals: Sequence[Any], tangents: Sequence[Any]) -> list[int]:
-    """Places of the arguments that a derivative is taken along, in a rule with symbolic zeros."""
+    """Returns the places of the arguments along which a derivative is taken, in a rule with symbolic zeros."""
     return [
         i
         for i, tangent in enumerate(tangents)
@@ -21,15 +21,20 @@ def moving(primals: Sequence[Any], tangents: Sequence[Any]) -> list[int]:
 
 
 def call(closed: jex_core.ClosedJaxpr, *values: Any) -> list[Any]:
-    """Runs it."""
+    """Runs a closed jaxpr on its inputs and returns its flat outputs."""
     return jex_core.jaxpr_as_fun(closed)(*values)
 
 
 def captured(fn: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., list[jax.Array]], list[jax.Array], Any]:
-    """A function of everything it reads: what it closes over, traced or not, becomes an operand like any other.
+    """Makes a function of everything that `fn` reads: what it closes over, traced or not, becomes an operand.
+
+    Args:
+        fn: Function of arrays that may close over other arrays.
+        *arguments: Arguments of `fn`.
 
     Returns:
-        The function, from its operands to its flat outputs; the operands, `arguments` first; the outputs' shapes.
+        The function from its operands to its flat outputs, the operands with `arguments` first, and the shapes of the
+        outputs in their tree.
     """
     traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
 
@@ -41,19 +46,19 @@ def captured(fn: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., lis
 
 
 def opened(jaxpr: jex_core.Jaxpr) -> jex_core.ClosedJaxpr:
-    """With its constants, the residuals of a linear map, as its first inputs."""
+    """Makes the constants of a jaxpr, which are the residuals of a linear map, its first inputs."""
     return jex_core.ClosedJaxpr(jaxpr.replace(invars=[*jaxpr.constvars, *jaxpr.invars], constvars=[]), ())
 
 
 def like(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """Their shapes and dtypes."""
+    """Returns the shapes and dtypes of values."""
     return [jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)) for v in values]
 
 
 def transpose(
     closed: jex_core.ClosedJaxpr, residuals: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> jex_core.ClosedJaxpr:
-    """The transpose of `(residuals, inputs) -> outputs`, which is linear in the inputs."""
+    """Traces the transpose of a map `(residuals, inputs) -> outputs` that is linear in the inputs."""
 
     def transposed(*values: Any) -> list[Any]:
         kept, cotangents = values[: len(residuals)], list(values[len(residuals) :])
@@ -62,9 +67,9 @@ def transpose(
     return jax.make_jaxpr(transposed)(*like(residuals), *like(outputs))
 
 
-# A linear map with its transpose at hand: (residuals, inputs) -> outputs. Transposing the fast form of one operation by
-# operation would give a slow form of the other, so both are kept. `jax.custom_derivatives.linear_call` is the same idea
-# without a batching rule.
+# A linear map (residuals, inputs) -> outputs that keeps its transpose. Transposing the fast form of one, operation by
+# operation, would give a slow form of the other, so both are kept. `jax.custom_derivatives.linear_call` is the same
+# idea without a batching rule.
 linear_p = jex_core.Primitive("gia_jax_linear")
 linear_p.multiple_results = True
 
@@ -77,17 +82,30 @@ def linear(
     backward: jex_core.ClosedJaxpr,
     prepare: Callable[[jex_core.ClosedJaxpr], jex_core.ClosedJaxpr],
 ) -> list[Any]:
-    """The map and its transpose, both `(residuals, values) -> values`, computed as `prepare` makes them."""
+    """Applies a linear map that remembers its transpose.
+
+    Args:
+        residuals: Values on which the map depends, but in which it need not be linear.
+        inputs: Values in which the map is linear.
+        forward: The map, `(residuals, inputs) -> outputs`.
+        backward: The transpose of the map, `(residuals, outputs) -> inputs`.
+        prepare: Function that rewrites each of the two for how it is to be computed.
+
+    Returns:
+        The flat outputs of the map.
+    """
     programs = {"forward": prepare(forward), "backward": prepare(backward)}
     return list(linear_p.bind(*residuals, *inputs, **programs, num_residuals=len(residuals)))
 
 
 def _linear(*values: Any, forward: jex_core.ClosedJaxpr, backward: jex_core.ClosedJaxpr, num_residuals: int) -> list:
+    """Evaluates the map itself."""
     del backward, num_residuals
     return call(forward, *values)
 
 
 def _linear_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+    """Pushes tangents through the map, by the map itself where only its inputs move."""
     n = params["num_residuals"]
     out = linear_p.bind(*primals, **params)
     moves = [ad.instantiate_zeros(t) for t in tangents]
@@ -97,6 +115,7 @@ def _linear_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) 
 
 
 def _linear_transpose(cotangents: Sequence[Any], *values: Any, **params: Any) -> list[Any]:
+    """Transposes the map by exchanging it with its stored transpose."""
     n = params["num_residuals"]
     swapped = {"forward": params["backward"], "backward": params["forward"], "num_residuals": n}
     out = linear_p.bind(*values[:n], *(ad.instantiate_zeros(c) for c in cotangents), **swapped)
@@ -104,6 +123,7 @@ def _linear_transpose(cotangents: Sequence[Any], *values: Any, **params: Any) ->
 
 
 def _linear_batch(values: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[list[Any], list[int]]:
+    """Batches the map and its transpose over lanes, which are the leading axis of every input."""
     n = params["num_residuals"]
     size = next(v.shape[a] for v, a in zip(values, axes, strict=True) if a is not None)
     values = [v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(values, axes, strict=True)]

@@ -12,21 +12,32 @@ from gia_jax.lowering.rewrite import Lowering, lower, lowers_to_matmul
 
 
 def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[..., Any]:
-    """The same function, whose value and first derivatives compute convolutions as matrix products.
+    """Makes the value and the first derivatives of a function compute convolutions as matrix products.
 
-    Each is rewritten after it was derived, so the derivative rules inside `fn` hold; forward and reverse mode, `vmap`
-    and `scan` compose with it. What is *between* convolutions is left as it is. A second derivative is correct, but not
-    fast: for the gradient of a loss take `gia_jax.clients.parameter_gradient`.
+    Each of these programs is rewritten after it was derived, so the derivative rules inside `fn` hold. Forward and
+    reverse mode, `vmap` and `scan` compose with it. What is *between* convolutions is left as it is. A second
+    derivative is correct, but not fast: for the gradient of a loss take `gia_jax.clients.parameter_gradient`.
 
     Args:
-        fn: Of trees of arrays, to a tree of floating-point arrays. It may close over traced values.
-        lowering: "matmul", "native", which leaves `fn` as it is, or "auto": the first on CPU, the second elsewhere.
+        fn: Function of trees of arrays that returns a tree of floating-point arrays. It may close over traced values.
+        lowering: How convolutions are computed: "matmul" as matrix products, "native" as `fn` has them, or "auto",
+            which is "matmul" on a CPU and "native" elsewhere.
 
     Returns:
-        The function. When called it raises ValueError for an output that is not floating point.
+        The function. It raises ValueError for an output that is not floating point.
 
     Raises:
-        ValueError: An unknown `lowering`.
+        ValueError: If `lowering` is unknown.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.lowering import lowered
+        >>> def fn(images, kernel):
+        ...     return jax.lax.conv(images, kernel, (1, 1), "SAME")
+        >>> images, kernel = jnp.arange(16.0).reshape(1, 1, 4, 4), jnp.ones((1, 1, 3, 3))
+        >>> bool(jnp.allclose(lowered(fn, lowering="matmul")(images, kernel), fn(images, kernel)))
+        True
     """
     if not lowers_to_matmul(lowering):
         return fn
@@ -45,7 +56,7 @@ def lowered(fn: Callable[..., Any], *, lowering: Lowering = "auto") -> Callable[
 
 
 def _lowered(fn: Callable[..., list[jax.Array]], operands: Sequence[Any], count: int) -> list[Any]:
-    """Its `count` outputs."""
+    """Calls `fn` on its operands with convolutions as matrix products, and returns its `count` outputs."""
 
     @jax.custom_jvp
     def value(*values: jax.Array) -> list[jax.Array]:

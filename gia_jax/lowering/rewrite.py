@@ -1,9 +1,9 @@
-"""Rewrites the convolutions of a traced function; everything else in it is left as it is.
+"""Rewrites the convolutions of a traced function, and leaves everything else in it as it is.
 
-XLA's CPU convolution is slow inside a `while` loop (jax issue 12868), and under `jax.vmap` a convolution whose kernels
-differ between lanes becomes a grouped convolution, slow everywhere. A matrix product is neither. The rewrite works on
-a jaxpr, so an unmodified model of any library gets it; it is meant for programs that are *already differentiated*
-(a gradient, a Hessian-vector product), hence no derivative rule of the model is ever touched by it.
+XLA's CPU convolution is slow inside a `while` loop (jax issue 12868). Under `jax.vmap` a convolution whose kernels
+differ between lanes becomes a grouped convolution, which is slow everywhere. A matrix product is neither. The rewrite
+works on a jaxpr, so that an unmodified model of any library gets it. It is meant for programs that are *already
+differentiated* (a gradient, a Hessian-vector product), hence it never touches a derivative rule of the model.
 """
 
 import functools
@@ -20,14 +20,31 @@ Lowering = Literal["auto", "native", "matmul"]
 
 
 def lowers_to_matmul(lowering: Lowering) -> bool:
-    """Whether `lowering` means matrix products on the default backend; "auto" does so on CPU only."""
+    """Tells whether `lowering` means matrix products on the default backend.
+
+    Args:
+        lowering: "matmul", "native" or "auto", which means matrix products on a CPU only.
+
+    Returns:
+        True for matrix products, False for XLA's own convolutions.
+
+    Raises:
+        ValueError: If `lowering` is unknown.
+    """
     if lowering not in ("auto", "native", "matmul"):
         raise ValueError(f"lowering must be 'auto', 'native' or 'matmul', got {lowering!r}")
     return lowering == "matmul" or (lowering == "auto" and jax.default_backend() == "cpu")
 
 
 def lower(closed: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
-    """The same function with every convolution that `convolution` knows written as slices and matrix products."""
+    """Rewrites every convolution of a jaxpr that `convolution` knows as slices and matrix products.
+
+    Args:
+        closed: Traced function.
+
+    Returns:
+        The same function, rewritten. It is `closed` itself where there is no convolution.
+    """
     if not _has_convolution(closed.jaxpr):
         return closed
     arguments = [
@@ -37,6 +54,7 @@ def lower(closed: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
 
 
 def _subjaxprs(parameter: Any) -> Iterator[jex_core.Jaxpr]:
+    """Iterates over the jaxprs that a parameter of an equation holds, such as the body of a loop."""
     if isinstance(parameter, jex_core.ClosedJaxpr):
         yield parameter.jaxpr
     elif isinstance(parameter, jex_core.Jaxpr):
@@ -48,6 +66,7 @@ def _subjaxprs(parameter: Any) -> Iterator[jex_core.Jaxpr]:
 
 @functools.lru_cache(maxsize=4096)
 def _has_convolution(jaxpr: jex_core.Jaxpr) -> bool:
+    """Tells whether a jaxpr, or one inside it, has a convolution."""
     return any(
         eqn.primitive.name == "conv_general_dilated"
         or any(_has_convolution(sub) for parameter in eqn.params.values() for sub in _subjaxprs(parameter))
@@ -56,6 +75,7 @@ def _has_convolution(jaxpr: jex_core.Jaxpr) -> bool:
 
 
 def _lower_parameter(parameter: Any) -> Any:
+    """Rewrites the jaxprs that a parameter of an equation holds."""
     if isinstance(parameter, jex_core.ClosedJaxpr):
         return lower(parameter)
     if isinstance(parameter, jex_core.Jaxpr):
@@ -67,7 +87,7 @@ def _lower_parameter(parameter: Any) -> Any:
 
 
 def _evaluate(eqn: jex_core.JaxprEqn, values: dict[jex_core.Var, Any]) -> list[Any]:
-    """One equation as it stands, whatever callables its parameters hold."""
+    """Evaluates one equation as it stands, whatever callables its parameters hold."""
     inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex_core.Literal)))
     info = jex_core.DebugInfo("lower", eqn.primitive.name, None, None)
     one = jex_core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, info)
@@ -75,6 +95,7 @@ def _evaluate(eqn: jex_core.JaxprEqn, values: dict[jex_core.Var, Any]) -> list[A
 
 
 def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
+    """Evaluates a jaxpr equation by equation, with its convolutions replaced."""
     values: dict[jex_core.Var, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, arguments))
     reversed_kernels: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
@@ -86,7 +107,7 @@ def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
         name = eqn.primitive.name
         if name == "conv_general_dilated":
             lhs, rhs = operands
-            # A reversed kernel is read in reverse where it lies: no copy of the weights.
+            # A reversed kernel is read in reverse where it lies, so that the weights are not copied.
             kernel, flipped = reversed_kernels.get(eqn.invars[1], (rhs, ()))
             outputs = [convolution(jnp.asarray(lhs), jnp.asarray(kernel), flipped=flipped, **eqn.params)]
         elif name == "jit":

@@ -1,8 +1,8 @@
 """Winograd's minimal filtering F(2x2, 3x3): a three-by-three convolution with 2.25 times fewer multiplications.
 
-Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, equations 7-10 and section 4.1: every
-4x4 tile of the input gives 2x2 outputs, Y = A^T [ (G g G^T) * (B^T d B) ] A, where the product * sums over features
-and so is one matrix product for each of the 16 entries of a tile. Its error in float32 is that of a plain product.
+Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, equations 7-10 and section 4.1. Every 4x4
+tile of the input gives 2x2 outputs, Y = A^T [ (G g G^T) * (B^T d B) ] A. The product * sums over features, and so it is
+one matrix product for each of the 16 entries of a tile. The error in float32 is that of a plain product.
 """
 
 import functools
@@ -18,7 +18,7 @@ Entries = list[jax.Array]
 
 
 def _along(rows: Entries, matrix: Sequence[Sequence[float | int]]) -> Entries:
-    """A transform matrix applied to the entries of a tile along one axis, its zeros and ones left out."""
+    """Applies a transform matrix to the entries of a tile along one axis; zeros and ones cost nothing."""
 
     def combine(coefficients: Sequence[float | int]) -> jax.Array:
         terms = [row if c == 1 else -row if c == -1 else c * row for c, row in zip(coefficients, rows) if c != 0]
@@ -35,7 +35,17 @@ FROM_KERNEL = ((1, 0.5, 0.5, 0), (0, 0.5, -0.5, 0), (0, 0.5, 0.5, 1))  # G^T
 
 
 def forward(x: jax.Array, kernel: jax.Array, contracted: int, dot: Dot) -> jax.Array:
-    """Outputs (n, h, w, o) of padded inputs (n, h + 2, w + 2, c) and a kernel (3, 3, ., .) c at `contracted`."""
+    """Computes a three-by-three convolution of stride one.
+
+    Args:
+        x: Padded inputs, shape (n, h + 2, w + 2, c).
+        kernel: Kernel, shape (3, 3, ., .), with the c input features at axis `contracted`.
+        contracted: Axis of the kernel over which features are summed, 2 or 3.
+        dot: Matrix product, called like `lax.dot_general`.
+
+    Returns:
+        The outputs, shape (n, h, w, o).
+    """
     n, h, w = x.shape[0], x.shape[1] - 2, x.shape[2] - 2
     down, across = -(-h // 2), -(-w // 2)
     tiles = _input_tiles(x)
@@ -51,7 +61,16 @@ def forward(x: jax.Array, kernel: jax.Array, contracted: int, dot: Dot) -> jax.A
 
 
 def kernel_gradient(x: jax.Array, cotangent: jax.Array, dot: Dot) -> jax.Array:
-    """The transpose of `forward` in its kernel: (3, 3, c, o), of inputs padded like its and cotangents (n, h, w, o)."""
+    """Computes the kernel's gradient, which is the transpose of `forward` in its kernel.
+
+    Args:
+        x: Inputs, padded as in `forward`, shape (n, h + 2, w + 2, c).
+        cotangent: Cotangents of the outputs, shape (n, h, w, o).
+        dot: Matrix product, called like `lax.dot_general`.
+
+    Returns:
+        The gradient, shape (3, 3, c, o).
+    """
     h, w = cotangent.shape[1:3]
     tiles = _input_tiles(x)
     padded = lax.pad(cotangent, jnp.zeros((), x.dtype), ((0, 0, 0), (0, h % 2, 0), (0, w % 2, 0), (0, 0, 0)))
@@ -64,7 +83,7 @@ def kernel_gradient(x: jax.Array, cotangent: jax.Array, dot: Dot) -> jax.Array:
 
 
 def _input_tiles(x: jax.Array) -> Entries:
-    """B^T d B of every 4x4 tile at stride 2: 16 matrices (tiles, c), row by row."""
+    """Transforms every 4x4 tile at stride 2 to B^T d B: 16 matrices (tiles, c), row by row."""
     h, w = x.shape[1] - 2, x.shape[2] - 2
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, h % 2, 0), (0, w % 2, 0), (0, 0, 0)))
     down, across = -(-h // 2), -(-w // 2)

@@ -1,4 +1,4 @@
-"""The blocks of an iterative attack: objectives, priors, initialisations, optimisers, and what drives them."""
+"""The parts of an iterative attack: objectives, priors, initialisations, optimisers, and what runs them."""
 
 from gia_jax.matching import adaptive, group, initializations, objectives, optimizers, priors
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt

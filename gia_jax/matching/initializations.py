@@ -1,7 +1,7 @@
-"""Where the dummy inputs start: `(key, observation) -> ` inputs of the shape that the threat model grants.
+"""Initialisations: where the dummy inputs start, `(key, observation) -> inputs`.
 
-They are unknowns in float32 or wider, because descent moves them by less than half precision can resolve. A client sees
-them in its own type, by `as_granted`.
+The inputs have the shape that the threat model grants. They are unknowns in float32 or wider, because descent moves
+them by less than half precision can resolve. A client sees them in its own type, by `as_granted`.
 """
 
 import math
@@ -19,10 +19,16 @@ from gia_jax.threat import granted
 
 
 def granted_dtype(observation: Observation) -> jnp.dtype:
-    """The type of the client's inputs where their shape is granted, and of its parameters where it is not.
+    """Finds the type of the client's inputs where their shape is granted, and of its parameters where it is not.
+
+    Args:
+        observation: Observation of the attack. observation.extra["inputs_like"] has the type of the client's inputs.
+
+    Returns:
+        The floating-point type.
 
     Raises:
-        ValueError: If the inputs are integers: there is nothing between them for descent, or a quotient, to end in.
+        ValueError: If the granted inputs are integers. Neither descent nor a quotient can end between two integers.
     """
     like = observation.extra.get("inputs_like")
     if like is None:
@@ -37,23 +43,43 @@ def granted_dtype(observation: Observation) -> jnp.dtype:
 
 
 def as_granted(inputs: Float[Array, "*shape"], observation: Observation) -> Float[Array, "*shape"]:
-    """The inputs in the type in which the client computes with its own."""
+    """Casts the inputs to the type in which the client computes with its own.
+
+    Args:
+        inputs: Dummy inputs, in float32 or wider.
+        observation: Observation of the attack.
+
+    Returns:
+        The inputs in the type that `granted_dtype` finds.
+    """
     return inputs.astype(granted_dtype(observation))
 
 
 def granted_like(observation: Observation) -> Float[Array, "b *d"]:
-    """The granted zeros of the batch's shape; raises ValueError where they are not granted, or are integers."""
+    """Returns the granted zeros that have the shape and the type of the client's batch.
+
+    Args:
+        observation: Observation of the attack.
+
+    Returns:
+        Zeros of shape (b, *d).
+
+    Raises:
+        ValueError: If the shape of the batch is not granted, or the inputs are integers.
+    """
     like = granted(observation, "inputs_like")
     granted_dtype(observation)
     return like
 
 
 def _like(observation: Observation, shape: Sequence[int] | None) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the dummy inputs, granted unless it is given, with their type, float32 or wider."""
     wanted = granted_like(observation).shape if shape is None else tuple(shape)
     return jax.ShapeDtypeStruct(wanted, wide_dtype(granted_dtype(observation)))
 
 
 def _check_shape(shape: Sequence[int] | None) -> None:
+    """Raises ValueError for a given shape that is not of positive integers or does not fit into memory."""
     if shape is not None:
         for size in shape:
             _check.integer(shape=size)
@@ -61,19 +87,29 @@ def _check_shape(shape: Sequence[int] | None) -> None:
 
 
 def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None = None) -> InitFn:
-    """Independent normal pixels.
+    """Starts from independent normal pixels.
 
     Args:
-        scale: Standard deviation, >= 0 and finite.
-        mean: Mean of every pixel; with a small `scale`, 0 is near-grey for inputs normalised by the data's mean.
-        shape: Shape of the inputs (b, *d), for an adversary to whom the batch's shape is not granted but guessed.
+        scale: Standard deviation of every pixel, at least 0 and finite.
+        mean: Mean of every pixel. With a small `scale`, 0 is near-grey for inputs normalised by the data's mean.
+        shape: Shape (b, *d) of the inputs, for an adversary that guesses the shape of the batch. By default the shape
+            that the threat model grants.
 
     Returns:
         The initialisation.
 
     Raises:
-        ValueError: A scale that is negative or not finite, a mean that is not finite, or a shape that is not of
-            positive integers or does not fit into memory.
+        ValueError: If `scale` is negative or not finite, `mean` is not finite, or `shape` is not of positive integers
+            or does not fit into memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((2, 4, 4, 3))})
+        >>> initializations.normal()(jax.random.key(0), observation).shape
+        (2, 4, 4, 3)
     """
     _check.not_negative(scale=scale)
     _check.finite("scale", scale)
@@ -88,12 +124,56 @@ def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None
 
 
 def near_grey(*, scale: float = 0.1, shape: Sequence[int] | None = None) -> InitFn:
-    """Normal pixels of a small standard deviation `scale` around 0, the grey of normalised inputs."""
+    """Starts from normal pixels of a small standard deviation around 0, the grey of normalised inputs.
+
+    Args:
+        scale: Standard deviation of every pixel, at least 0 and finite.
+        shape: Shape (b, *d) of the inputs. By default the shape that the threat model grants.
+
+    Returns:
+        The initialisation.
+
+    Raises:
+        ValueError: If `scale` is negative or not finite, or `shape` is not of positive integers or does not fit into
+            memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((2, 4, 4, 3))})
+        >>> bool(initializations.near_grey(scale=0.1)(jax.random.key(0), observation).std() < 0.2)
+        True
+    """
     return normal(scale=scale, shape=shape)
 
 
 def truncated_normal(*, scale: float = 0.1, limit: float = 0.1, shape: Sequence[int] | None = None) -> InitFn:
-    """Normal pixels of standard deviation `scale`, clipped to [-limit, limit]."""
+    """Starts from normal pixels that are clipped to [-limit, limit].
+
+    Args:
+        scale: Standard deviation of every pixel before the clipping, at least 0 and finite.
+        limit: Largest absolute value of a pixel, at least 0 and finite.
+        shape: Shape (b, *d) of the inputs. By default the shape that the threat model grants.
+
+    Returns:
+        The initialisation.
+
+    Raises:
+        ValueError: If `scale` or `limit` is negative or not finite, or `shape` is not of positive integers or does not
+            fit into memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((2, 4, 4, 3))})
+        >>> inputs = initializations.truncated_normal(scale=1.0, limit=0.5)(jax.random.key(0), observation)
+        >>> print(f"{abs(inputs).max():.1f}")
+        0.5
+    """
     _check.not_negative(scale=scale, limit=limit)
     _check.finite("scale", scale)
     _check.finite("limit", limit)
@@ -107,7 +187,30 @@ def truncated_normal(*, scale: float = 0.1, limit: float = 0.1, shape: Sequence[
 
 
 def uniform(*, low: float = -1.0, high: float = 1.0, shape: Sequence[int] | None = None) -> InitFn:
-    """Independent uniform pixels in [low, high)."""
+    """Starts from independent uniform pixels in [low, high).
+
+    Args:
+        low: Least value of a pixel, finite.
+        high: Limit above the values of a pixel, finite and above `low`.
+        shape: Shape (b, *d) of the inputs. By default the shape that the threat model grants.
+
+    Returns:
+        The initialisation.
+
+    Raises:
+        ValueError: If `low` is not below `high`, one of them is not finite, or `shape` is not of positive integers or
+            does not fit into memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((2, 4, 4, 3))})
+        >>> inputs = initializations.uniform(low=0.0, high=1.0)(jax.random.key(0), observation)
+        >>> bool((inputs >= 0).all() and (inputs < 1).all())
+        True
+    """
     _check.finite("low", low)
     _check.finite("high", high)
     _check_shape(shape)
@@ -122,7 +225,27 @@ def uniform(*, low: float = -1.0, high: float = 1.0, shape: Sequence[int] | None
 
 
 def constant(value: float | Sequence[float] = 0.0, *, shape: Sequence[int] | None = None) -> InitFn:
-    """One value, or one value a channel (the last axis), everywhere. Every restart is the same."""
+    """Starts from one value, or one value per channel, everywhere. Every restart is the same.
+
+    Args:
+        value: Finite value of every pixel, or a sequence of values, one for each channel (the last axis).
+        shape: Shape (b, *d) of the inputs. By default the shape that the threat model grants.
+
+    Returns:
+        The initialisation. It raises ValueError if `value` is neither one number nor one number per channel.
+
+    Raises:
+        ValueError: If a value is not finite, or `shape` is not of positive integers or does not fit into memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((1, 2, 2, 3))})
+        >>> initializations.constant([1.0, 0.0, 0.5])(jax.random.key(0), observation)[0, 1, 1].tolist()
+        [1.0, 0.0, 0.5]
+    """
     _check.finite("value", np.asarray(value))
     _check_shape(shape)
 
@@ -138,8 +261,31 @@ def constant(value: float | Sequence[float] = 0.0, *, shape: Sequence[int] | Non
 
 
 def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None = None) -> InitFn:
-    """A square of normal pixels, `size` wide, tiled over each image
+    """Starts from a square of normal pixels that is tiled over each image
     (Wei et al., A Framework for Evaluating Gradient Leakage Attacks, ESORICS 2020).
+
+    Args:
+        size: Height and width of the square, in pixels, at least 1.
+        scale: Standard deviation of every pixel, at least 0 and finite.
+        shape: Shape (b, h, w, c) of the inputs. By default the shape that the threat model grants.
+
+    Returns:
+        The initialisation. It raises ValueError for inputs that are not images, or a square that does not fit into
+        memory.
+
+    Raises:
+        ValueError: If `size` is not a positive integer, `scale` is negative or not finite, or `shape` is not of
+            positive integers or does not fit into memory.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((1, 6, 6, 1))})
+        >>> inputs = initializations.patterned(2)(jax.random.key(0), observation)
+        >>> bool((inputs[:, :2, :2] == inputs[:, 4:, 4:]).all())
+        True
     """
     _check.integer(size=size)
     _check.not_negative(scale=scale)
@@ -159,7 +305,26 @@ def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None 
 
 
 def given(inputs: Shaped[Array, "b *d"]) -> InitFn:
-    """Starts from these inputs: the end of another attack, an auxiliary image. Every restart is the same."""
+    """Starts from given inputs, such as the end of another attack or an auxiliary image. Every restart is the same.
+
+    Args:
+        inputs: Inputs of shape (b, *d), floating point.
+
+    Returns:
+        The initialisation. It raises ValueError where the threat model grants another shape.
+
+    Raises:
+        ValueError: If `inputs` are not floating point.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation
+        >>> from gia_jax.matching import initializations
+        >>> observation = Observation({}, {}, {"inputs_like": jnp.zeros((1, 2))})
+        >>> initializations.given(jnp.array([[0.5, 1.0]]))(jax.random.key(0), observation).tolist()
+        [[0.5, 1.0]]
+    """
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(f"inputs must be floating point to be searched by descent, got {inputs.dtype}")
 

@@ -1,11 +1,11 @@
-"""Gradient matching as nonlinear least squares, solved by Levenberg and Marquardt's method.
+"""Gradient matching as nonlinear least squares, solved by the method of Levenberg and Marquardt.
 
-With the objective a sum of squares of residuals r(x) = g(x) - g*, the Gauss-Newton model of its Hessian is 2 J^T J,
-where a column of J is one forward derivative of the client's gradient. For a small image the normal equations fit into
-memory, and where the network is smooth the method converges quadratically: reconstructions exact to rounding where
-first-order methods end at 20-45 dB. Kinks (ReLU) stop it. The damping follows Nielsen, Damping parameter in Marquardt's
-method, IMM-REP-1999-05, equation 2.4, but may fall tenfold a step, so that convergence stays quadratic. Use float64,
-and start near grey or where another solver ended (`gia_jax.continued`).
+The objective is a sum of squares of residuals r(x) = g(x) - g*, so the Gauss-Newton model of its Hessian is 2 J^T J.
+A column of J is one forward derivative of the client's gradient. For a small image the normal equations fit into
+memory, and where the network is smooth the method converges quadratically: its reconstructions are exact to rounding
+where first-order methods end at 20-45 dB. Kinks (ReLU) stop it. The damping follows Nielsen, Damping parameter in
+Marquardt's method, IMM-REP-1999-05, equation 2.4, but may fall tenfold a step, so that convergence stays quadratic. Use
+float64, and start near grey or where another solver ended (`gia_jax.continued`).
 """
 
 import math
@@ -23,7 +23,12 @@ from gia_jax.precision import cast_like, wide_dtype, widened_tree
 
 
 class LevenbergMarquardtState(NamedTuple):
-    """The damping, relative to the mean of the model Hessian's diagonal, and the factor of its next growth."""
+    """The state of `levenberg_marquardt` between two updates.
+
+    Attributes:
+        damping: Current damping, relative to the mean of the diagonal of the model Hessian.
+        growth: Factor by which the damping grows the next time a step is rejected.
+    """
 
     damping: Float[Array, ""]
     growth: Float[Array, ""]
@@ -39,25 +44,56 @@ def levenberg_marquardt(
     cg_steps: int = 200,
     column_batch: int = 16,
 ) -> optax.GradientTransformationExtraArgs:
-    """A solver that any attack can name as its optimizer.
+    """Builds a least-squares solver that any matching attack can take as its optimiser.
 
     One update evaluates the Jacobian once and tries dampings until the loss falls. A prior in the loss enters the
-    gradient and the acceptance test but not the model Hessian.
+    gradient and the acceptance test, but not the model Hessian.
 
     Args:
-        initial_damping: First damping, relative to the mean of the diagonal of 2 J^T J, > 0 and finite.
-        max_trials: Number of dampings tried before the update is given up and x stays, at least 1.
-        tolerance: Loss, >= 0 and finite, at which x stays and nothing more is computed (except under `vmap`).
-        equations: Equations kept for each unknown, > 1 and finite: the residuals are summed with random signs into that
-            many sums (a balanced count sketch, the same in every step). Where residuals vanish at the solution, that
-            has the same solution and costs a fraction. None keeps all residuals.
-        linear_solver: "cholesky" forms J (memory: unknowns x parameters) and factors J^T J; "cg" needs only products
-            with J and its transpose, for networks whose Jacobian does not fit.
-        cg_steps: Largest number of conjugate-gradient steps, at least 1.
-        column_batch: Number of columns of J computed at once, at least 1.
+        initial_damping: First damping, relative to the mean of the diagonal of 2 J^T J, positive and finite.
+        max_trials: Number of dampings that are tried before the update is given up and x stays, at least 1.
+        tolerance: Loss, at least 0 and finite, at or below which x stays and nothing more is computed (except under
+            `vmap`).
+        equations: Number of equations kept for each unknown, above 1 and finite. The residuals are summed with random
+            signs into that many sums (a balanced count sketch, the same in every step). Where residuals vanish at the
+            solution, the sums have the same solution and cost a fraction. None keeps all residuals.
+        linear_solver: Method that solves the normal equations. "cholesky" forms J (memory: unknowns x parameters) and
+            factors J^T J. "cg" needs only products with J and its transpose, for networks whose Jacobian does not fit
+            into memory.
+        cg_steps: Largest number of conjugate-gradient steps of one solve, at least 1.
+        column_batch: Number of columns of J that are computed at once, at least 1.
 
     Returns:
-        The transformation; its update needs `value_fn` and `residual_fn`, which the matching step passes.
+        The optimiser. Its update needs the extra arguments `value`, `value_fn` and `residual_fn`, which the matching
+        step passes.
+
+    Raises:
+        ValueError: If a number is outside its range or `linear_solver` is unknown.
+
+    Examples:
+        The residuals x_0^2 - 4 and x_0 x_1 - 6 vanish at (2, 3):
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from gia_jax.matching import levenberg_marquardt
+        >>> def residual_fn(x):
+        ...     return jnp.array([x[0] ** 2 - 4, x[0] * x[1] - 6])
+        >>> def value_fn(x):
+        ...     return jnp.sum(residual_fn(x) ** 2)
+        >>> solver = levenberg_marquardt(equations=None)
+        >>> @jax.jit
+        ... def step(x, state):
+        ...     value, grad = jax.value_and_grad(value_fn)(x)
+        ...     extra = {"value": value, "value_fn": value_fn, "residual_fn": residual_fn}
+        ...     updates, state = solver.update(grad, state, x, **extra)
+        ...     return optax.apply_updates(x, updates), state
+        >>> x = jnp.array([1.0, 1.0])
+        >>> state = solver.init(x)
+        >>> for _ in range(8):
+        ...     x, state = step(x, state)
+        >>> print(f"{x[0]:.2f} {x[1]:.2f}")
+        2.00 3.00
     """
     _check.positive(initial_damping=initial_damping)
     _check.integer(max_trials=max_trials, cg_steps=cg_steps, column_batch=column_batch)
@@ -151,13 +187,17 @@ def levenberg_marquardt(
 
 
 def _sketch(entries: int, size: int | None) -> Callable[[Array], Array]:
-    """Random signed sums of a vector's entries, `size` of them; the vector itself where it is no longer than that."""
+    """Returns the function that sums a vector's entries with random signs into `size` sums.
+
+    It returns the vector itself where that is no longer than `size`, or where `size` is None.
+    """
     if size is None or size >= entries:
         return lambda vector: vector
     terms = -(-entries // size)
 
     def sketch_fn(vector: Float[Array, " entries"]) -> Float[Array, " size"]:
-        # A public hash of places, the same in every step. Its key is one that no user draws data from by chance.
+        # Which entries are summed with which signs is public, and the same in every step. No user draws data from this
+        # key by chance.
         key_order, key_sign = jax.random.split(jax.random.key(int.from_bytes(b"sket")))
         signed = jax.random.rademacher(key_sign, (entries,), vector.dtype) * vector
         shuffled = signed[jax.random.permutation(key_order, entries)]

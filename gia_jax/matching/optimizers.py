@@ -1,6 +1,6 @@
-"""Optimisers of the dummy data beside optax's own: any `optax.GradientTransformation` serves.
+"""Optimisers of the dummy data, beside those of optax: any `optax.GradientTransformation` serves.
 
-The matching step passes each of them, as extra arguments, `key`, `value`, `grad`, `value_fn` and `residual_fn`.
+The matching step passes each of them `key`, `value`, `grad`, `value_fn` and `residual_fn` as extra arguments.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,26 @@ from gia_jax.precision import cast_like, widened_tree
 
 
 def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
-    """`learning_rate`, times 0.1 after 3/8, 5/8 and 7/8 of `num_steps` (Geiping et al., NeurIPS 2020, code)."""
+    """Builds the learning rate of Inverting Gradients, which falls tenfold three times
+    (Geiping et al., NeurIPS 2020, code).
+
+    Args:
+        learning_rate: First learning rate, positive and finite. It is multiplied by 0.1 after 3/8, 5/8 and 7/8 of the
+            steps.
+        num_steps: Number of steps of the attack, at least 1.
+
+    Returns:
+        The schedule, `(step) -> ` learning rate.
+
+    Raises:
+        ValueError: If `learning_rate` is not positive and finite, or `num_steps` is not a positive integer.
+
+    Examples:
+        >>> from gia_jax.matching import optimizers
+        >>> schedule = optimizers.step_schedule(0.1, 1000)
+        >>> print([f"{float(schedule(step)):.4f}" for step in (0, 400, 700, 900)])
+        ['0.1000', '0.0100', '0.0010', '0.0001']
+    """
     _check.positive(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)
     _check.integer(num_steps=num_steps)
@@ -25,8 +44,32 @@ def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
 
 
 def soft_sign(num_steps: int) -> optax.GradientTransformation:
-    """Signs that soften: gradients become tanh(s g) / s with s = 1 - t / num_steps at step t
-    (Geiping's `breaching`, 2022); `optax.scale_by_sign` is the hard sign.
+    """Builds signs that soften: at step t gradients become tanh(s g) / s with s = 1 - t / num_steps
+    (Geiping's `breaching`, 2022).
+
+    `optax.scale_by_sign` is the hard sign.
+
+    Args:
+        num_steps: Number of steps of the attack, from 1 to 2^31 - 1. s is never less than 1 / num_steps.
+
+    Returns:
+        The transformation, to be followed by one that scales by the learning rate.
+
+    Raises:
+        ValueError: If `num_steps` is not an integer in its range.
+
+    Examples:
+        A large gradient is cut to 1 in the first of two steps, and to 2 in the second:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.matching import optimizers
+        >>> transformation = optimizers.soft_sign(2)
+        >>> gradient = jnp.array([-100.0, 100.0])
+        >>> state = transformation.init(gradient)
+        >>> first, state = transformation.update(gradient, state)
+        >>> second, state = transformation.update(gradient, state)
+        >>> print(first.round(2).tolist(), second.round(2).tolist())
+        [-1.0, 1.0] [-2.0, 2.0]
     """
     _check.integer(1, 2**31 - 1, num_steps=num_steps)
 
@@ -44,13 +87,29 @@ def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformatio
     """Adds scale * N(0, I) to the update: last in a chain it is noise on the pixels, first it is noise on the gradient.
 
     The noise comes from the attack's own key of each step, so restarts under `vmap` draw different noise. Two of these
-    in one chain draw the same.
+    transformations in one chain draw the same noise.
 
     Args:
-        scale: Standard deviation >= 0, or a schedule of it.
+        scale: Standard deviation of the noise, at least 0 and finite, or a schedule `(step) -> ` standard deviation.
 
     Returns:
-        The transformation.
+        The transformation. Its update needs the extra argument `key`, which the matching step passes.
+
+    Raises:
+        ValueError: If `scale` is a number that is negative or not finite.
+
+    Examples:
+        Two keys draw different noise:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.matching import optimizers
+        >>> transformation = optimizers.langevin_noise(0.1)
+        >>> update = jnp.zeros(3)
+        >>> state = transformation.init(update)
+        >>> noisy = [transformation.update(update, state, key=jax.random.key(seed))[0] for seed in (0, 1)]
+        >>> bool((noisy[0] != noisy[1]).all())
+        True
     """
     if not callable(scale):
         _check.not_negative(scale=scale)
@@ -68,7 +127,19 @@ def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformatio
 
 
 class FixedStepLBFGSState(NamedTuple):
-    """Ring buffers of the differences s of iterates and y of gradients, with their inner products s.y and y.y."""
+    """The state of `fixed_step_lbfgs`: ring buffers of past differences, with their inner products.
+
+    Attributes:
+        count: Number of updates done.
+        pairs: Number of pairs of differences kept so far, those that were overwritten included.
+        params: Last iterate, as one flat vector.
+        grad: Gradient at the last iterate.
+        s: Differences of successive iterates, one a row.
+        y: Differences of successive gradients, one a row.
+        s_dot_y: Inner products of the rows of s with the rows of y.
+        y_dot_y: Inner products of the rows of y with each other.
+        scale: Factor of the identity from which the inverse Hessian is built.
+    """
 
     count: Int[Array, ""]
     pairs: Int[Array, ""]
@@ -82,23 +153,45 @@ class FixedStepLBFGSState(NamedTuple):
 
 
 def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> optax.GradientTransformation:
-    """L-BFGS without a line search, as `torch.optim.LBFGS` does it and DLG uses it.
+    """Builds L-BFGS without a line search, as `torch.optim.LBFGS` does it and DLG uses it.
 
-    A pair of differences is kept only where its curvature s.y is above 1e-10, and the first step has length
-    min(1, 1 / ||g||_1). One update is one inner iteration of torch, whose `.step` does up to 20 and then stops early.
-    `optax.lbfgs` is the alternative with a line search, which keeps every pair.
+    A pair of differences (s of iterates, y of gradients) is kept only where its curvature s.y is above 1e-10. The first
+    step is the gradient g times the learning rate and min(1, 1 / ||g||_1). One update is one inner iteration of torch,
+    whose `.step` does up to 20 and then stops early. `optax.lbfgs` is the alternative with a line search, which keeps
+    every pair.
 
     The product of the inverse Hessian with the gradient is computed in its compact form (Byrd, Nocedal, Schnabel,
     Representations of quasi-Newton matrices, Mathematical Programming 1994, equation 2.13): four matrix products and
     two triangular solves, where the usual recursion is a chain of 2 m inner products.
 
     Args:
-        learning_rate: Length of a step in units of the quasi-Newton one, > 0 and finite.
-        memory_size: Number m of pairs kept, at least 1.
+        learning_rate: Length of a step in units of the quasi-Newton step, positive and finite.
+        memory_size: Number m of pairs that are kept, at least 1.
 
     Returns:
-        The transformation. It works on one flat vector, whatever the tree, in float32 or wider. Its `init` raises
-        ValueError where `memory_size` pairs do not fit into memory.
+        The optimiser. It works on one flat vector, whatever the tree, in float32 or wider. Its `init` raises ValueError
+        where `memory_size` pairs do not fit into memory.
+
+    Raises:
+        ValueError: If `learning_rate` is not positive and finite, or `memory_size` is not a positive integer.
+
+    Examples:
+        After one step the curvature of (x - 3)^2 is known, and the second step ends in the minimum:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from gia_jax.matching import optimizers
+        >>> optimizer = optimizers.fixed_step_lbfgs(memory_size=2)
+        >>> x = jnp.array([0.0])
+        >>> state = optimizer.init(x)
+        >>> update_fn = jax.jit(optimizer.update)
+        >>> for _ in range(2):
+        ...     updates, state = update_fn(2 * (x - 3), state, x)
+        ...     x = optax.apply_updates(x, updates)
+        ...     print(f"{x[0]:.2f}")
+        1.00
+        3.00
     """
     _check.positive(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)
@@ -130,7 +223,7 @@ def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> o
         pairs = state.pairs + keep
         scale = jnp.where(keep, curvature / jnp.vdot(change, change), state.scale)
 
-        # Oldest pair first; the slots still empty come before and are made to do nothing.
+        # The oldest pair comes first. Slots that are still empty come before it and are made to do nothing.
         order = (pairs + jnp.arange(memory_size)) % memory_size
         live = jnp.arange(memory_size) >= memory_size - pairs
         upper = jnp.where(live, jnp.triu(s_dot_y[order][:, order]), 0)

@@ -1,6 +1,6 @@
-"""What the attacker believes about images: `(batch, observation) -> ` scalar, lower is more plausible.
+"""Priors: what the attacker believes about images, `(batch, observation) -> ` scalar, lower is more plausible.
 
-Images are (b, h, w, c) in the model's own space. All arithmetic is in float32 or wider.
+Images have shape (b, h, w, c) and are in the model's own space. All arithmetic is in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,26 @@ from gia_jax.threat import granted
 
 
 def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
-    """The sum of priors, each times its weight: `combine((1e-2, total_variation()), (1e-6, norm()))`."""
+    """Adds priors, each times its weight: `combine((1e-2, total_variation()), (1e-6, norm()))`.
+
+    Args:
+        *weighted_priors: Pairs of a weight, at least 0 and finite, and a prior. Without any, the prior is 0.
+
+    Returns:
+        The prior.
+
+    Raises:
+        ValueError: If a weight is negative or not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> prior_fn = priors.combine((10.0, priors.norm()), (1.0, priors.norm(exponent=1.0)))
+        >>> batch = Batch(2 * jnp.ones((1, 4)), jnp.array([0]))
+        >>> print(f"{prior_fn(batch, Observation({}, {})):.2f}")
+        22.00
+    """
     for weight, _ in weighted_priors:
         _check.not_negative(weight=weight)
         _check.finite("weight", weight)
@@ -33,24 +52,36 @@ def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
 def total_variation(
     *, inner_exponent: float = 1.0, outer_exponent: float = 1.0, color_opponents: bool = False, eps: float = 1e-8
 ) -> PriorFn:
-    """Mean variation between neighbouring pixels, mean of (|dx|^p)^q plus mean of (|dy|^p)^q for p = q = 1.
+    """Builds the mean variation between neighbouring pixels.
 
-    With p = q = 1 it is the anisotropic total variation of Inverting Gradients, mean |dx| + mean |dy|; otherwise the
-    mean over pixels of ((|dx| + eps)^p + (|dy| + eps)^p)^q over forward differences that are zero beyond the border:
-    (p, q) = (2, 0.5) is isotropic, (2, 1.25) that of Wang et al., Beyond Inferring Class Representatives, INFOCOM 2019.
+    With p = q = 1 it is the anisotropic total variation of Inverting Gradients, mean |dx| + mean |dy|, each over the
+    differences that exist. Otherwise it is the mean over pixels of ((|dx| + eps)^p + (|dy| + eps)^p)^q, over forward
+    differences that are zero beyond the border. (p, q) = (2, 0.5) is isotropic, and (2, 1.25) is that of Wang et al.,
+    Beyond Inferring Class Representatives, INFOCOM 2019.
 
     Args:
-        inner_exponent: Exponent p of each difference, > 0 and finite.
-        outer_exponent: Exponent q of their sum, > 0 and finite.
-        color_opponents: Whether to add the channels R-G, R-B and G-B; images must have three channels.
-        eps: Number added to differences, so that roots have a derivative at 0, >= 0 and finite.
+        inner_exponent: Exponent p of each difference, positive and finite.
+        outer_exponent: Exponent q of their sum, positive and finite.
+        color_opponents: Whether to add the channels R-G, R-B and G-B. Images must then have three channels.
+        eps: Number added to absolute differences where p and q are not both 1, so that roots have a derivative at 0, at
+            least 0 and finite.
 
     Returns:
-        The prior.
+        The prior. It raises ValueError for inputs that are no images or, with `color_opponents`, not of three channels.
 
     Raises:
-        ValueError: An exponent that is not positive and finite, or an `eps` that is negative or not finite; when
-            called, inputs that are no images or, with `color_opponents`, not of three channels.
+        ValueError: If an exponent is not positive and finite, or `eps` is negative or not finite.
+
+    Examples:
+        The left half of the image is 0 and the right half is 3. Of the 2 x 3 differences along rows 2 are 3, and those
+        along columns are 0:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> image = jnp.zeros((1, 2, 4, 1)).at[:, :, 2:].set(3)
+        >>> print(f"{priors.total_variation()(Batch(image, jnp.array([0])), Observation({}, {})):.2f}")
+        1.00
     """
     _check.positive(inner_exponent=inner_exponent, outer_exponent=outer_exponent)
     _check.finite("inner_exponent", inner_exponent)
@@ -79,7 +110,25 @@ def total_variation(
 
 
 def norm(*, exponent: float = 2.0) -> PriorFn:
-    """Mean of |x|^p / p over all pixels."""
+    """Builds the mean of |x|^p / p over all pixels x.
+
+    Args:
+        exponent: Exponent p, positive and finite.
+
+    Returns:
+        The prior.
+
+    Raises:
+        ValueError: If `exponent` is not positive and finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> batch = Batch(2 * jnp.ones((1, 4)), jnp.array([0]))
+        >>> print(f"{priors.norm()(batch, Observation({}, {})):.2f}")
+        2.00
+    """
     _check.positive(exponent=exponent)
     _check.finite("exponent", exponent)
 
@@ -91,8 +140,25 @@ def norm(*, exponent: float = 2.0) -> PriorFn:
 
 
 def orthogonality(batch: Batch, observation: Observation) -> Float[Array, ""]:
-    """Sum over pairs i != j of the mean of (x_i * x_j)^2: keeps the images of a batch apart
+    """Computes the sum over pairs i != j of the mean of (x_i * x_j)^2, which keeps the images of a batch apart
     (Qian and Hansen, What can we learn from gradients?, 2020).
+
+    Args:
+        batch: Dummy batch.
+        observation: Observation of the attack, which is not used.
+
+    Returns:
+        The sum, at least 0. It is 0 where no two images are nonzero at the same place.
+
+    Examples:
+        The two inputs share one of four pixels, and each of the two ordered pairs counts 1/4:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> batch = Batch(jnp.array([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]), jnp.array([0, 1]))
+        >>> print(f"{priors.orthogonality(batch, Observation({}, {})):.2f}")
+        0.50
     """
     del observation
     squares = jnp.square(widened(batch.inputs).reshape(batch.inputs.shape[0], -1))
@@ -106,17 +172,35 @@ def batch_norm_statistics(
     *,
     first_layer_weight: float = 10.0,
 ) -> PriorFn:
-    """Distance of the dummy batch's feature statistics from known ones
+    """Builds the distance of the dummy batch's feature statistics from known ones
     (Yin et al., DeepInversion, CVPR 2020, equation 4; GradInversion, CVPR 2021, equation 9).
 
     Args:
-        statistics_fn: `(params, inputs) -> ` mean and biased variance of every batch-normalisation layer's input.
-        target_fn: Reads from the observation the statistics to match. None takes what the threat model grants,
+        statistics_fn: Function `(params, inputs) -> ` mean and biased variance of the input of every
+            batch-normalisation layer.
+        target_fn: Function `(observation) -> ` the statistics to match. By default those that the threat model grants,
             observation.extra["statistics"].
-        first_layer_weight: Weight of the first layer, >= 0 and finite; the others count once.
+        first_layer_weight: Weight of the first layer, at least 0 and finite. Every other layer has weight 1.
 
     Returns:
-        The prior: the sum over layers of the L2 distances (not squared) of means and of variances.
+        The prior: the weighted sum over layers of the L2 distances (not squared) of the means and of the variances. It
+        raises ValueError where the statistics are not granted or are not those of the model's layers.
+
+    Raises:
+        ValueError: If `first_layer_weight` is negative or not finite.
+
+    Examples:
+        The mean is at distance 5 from the known one, the variance agrees, and the first layer counts ten times:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> def statistics_fn(params, inputs):
+        ...     return [(inputs.mean(0), inputs.var(0))]
+        >>> observation = Observation({}, {}, {"statistics": [(jnp.zeros(2), jnp.ones(2))]})
+        >>> batch = Batch(jnp.array([[2.0, 3.0], [4.0, 5.0]]), jnp.array([0, 1]))
+        >>> print(f"{priors.batch_norm_statistics(statistics_fn)(batch, observation):.2f}")
+        50.00
     """
     _check.not_negative(first_layer_weight=first_layer_weight)
     _check.finite("first_layer_weight", first_layer_weight)
@@ -138,10 +222,12 @@ def batch_norm_statistics(
 
 
 def _length(vector: Float[Array, " f"]) -> Float[Array, ""]:
+    """Returns the L2 norm of a vector, with a derivative of 0 where the vector is 0."""
     return optax.safe_norm(vector, 1e-12)
 
 
 def _images(batch: Batch) -> Float[Array, "b h w c"]:
+    """Returns the inputs in float32 or wider; raises ValueError if they are not images."""
     if batch.inputs.ndim != 4:
         raise ValueError(f"batch.inputs must be images of shape (b, h, w, c), got {batch.inputs.shape}")
     return widened(batch.inputs)

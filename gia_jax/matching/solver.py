@@ -32,7 +32,12 @@ from gia_jax.threat import granted_labels
 
 
 class Candidate(NamedTuple):
-    """The unknowns, and the labels that the label rule gave, () where they are among the unknowns."""
+    """The point that a matching attack has reached.
+
+    Attributes:
+        variables: Unknowns that the attack optimises.
+        labels: Labels that the label rule gave, () where they are among the unknowns.
+    """
 
     variables: PyTree[Array]
     labels: PyTree[Array]
@@ -50,29 +55,50 @@ def gradient_matching(
     optimizer: optax.GradientTransformation | None = None,
     residual_fn: Callable[[Updates, Updates], Updates] = euclidean_residuals,
 ) -> Attack:
-    """The attack that searches data whose update, by the client it assumes, looks like the observed one:
+    """Builds the attack that searches data whose update, by the client it assumes, looks like the observed one:
 
         min over z of  D(client(params, decode(z)), update) + prior(decode(z)).
 
-    The unknowns, the updates that D compares, and the loss are float32 or wider. The client sees inputs in the type of
-    the granted ones, or of the parameters where none are, and the reconstructed inputs have that type.
+    The unknowns z, the updates that D compares, and the loss are float32 or wider. The client sees inputs in the type
+    of the granted ones, or of the parameters where none are granted, and the reconstructed inputs have that type.
 
     Args:
-        client_fn: What the attacker believes the client did; for a defended client, the defended `client_fn`.
-        init_fn: `(key, observation) -> z`, the unknowns. Default: normal pixels.
-        objective_fn: D, `(simulated, observed) -> ` scalar.
-        prior_fn: `(batch, observation) -> ` scalar; None for none.
-        label_fn: `(observation) -> labels`, called once in `init`; None where the labels are among the unknowns.
-            Default: the labels the threat model grants, whatever targets these are.
-        decode_fn: `(z, labels) -> Batch`. Default: z are the inputs.
-        project_fn: `z -> z` after every update, such as a box.
-        optimizer: Optimiser of z. Default: Adam at 0.1. It is passed `key`, `value`, `grad`, `value_fn` and
-            `residual_fn`.
-        residual_fn: `(simulated, observed) -> ` tree whose sum of squares is D, for solvers of least squares.
+        client_fn: Client `(params, batch) -> update` that the attacker assumes. For a defended client, this is the
+            defended `client_fn`.
+        init_fn: Function `(key, observation) -> z` that returns the first unknowns. By default normal pixels.
+        objective_fn: Objective D, `(simulated, observed) -> ` scalar.
+        prior_fn: Prior `(batch, observation) -> ` scalar that is added to the objective. None adds nothing.
+        label_fn: Function `(observation) -> labels` that the attacker uses to find the labels, called once in `init`.
+            By default the labels that the threat model grants, whatever targets these are. None where the labels are
+            among the unknowns.
+        decode_fn: Function `(z, labels) -> Batch` that makes the dummy batch from the unknowns. By default z are the
+            inputs.
+        project_fn: Function `z -> z` that is applied to the unknowns after every update, such as `box`. None applies
+            none.
+        optimizer: Optimiser of z. By default Adam at a learning rate of 0.1. It is passed `key`, `value`, `grad`,
+            `value_fn` and `residual_fn`.
+        residual_fn: Function `(simulated, observed) -> ` tree whose sum of squares is D, for least-squares solvers.
 
     Returns:
         The attack. Its `init` raises ValueError where the observation's update does not fit its parameters, a grant is
         missing, or granted inputs are integers.
+
+    Examples:
+        The match of the dummy's gradient improves with every step:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, clients, gradient_matching, observe, run
+        >>> def apply_fn(params, inputs):
+        ...     return inputs @ params["kernel"]
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.squared_error(apply_fn)))
+        >>> params, batch = {"kernel": jnp.eye(2)}, Batch(jnp.array([[1.0, -1.0]]), jnp.zeros((1, 2)))
+        >>> observation = observe(jax.random.key(0), ThreatModel(labels=True), client_fn, params, batch)
+        >>> attack = gradient_matching(client_fn)
+        >>> attack_fn = jax.jit(lambda key: run(attack, key, observation, num_steps=3))
+        >>> reconstruction, info = attack_fn(jax.random.key(1))
+        >>> info.match.shape, bool(info.match[2] < info.match[0])
+        ((3,), True)
     """
     init_fn = normal() if init_fn is None else init_fn
     optimizer = optax.with_extra_args_support(optax.adam(0.1) if optimizer is None else optimizer)
@@ -134,10 +160,23 @@ def gradient_matching(
 
 
 def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
-    """The projection onto pixels between `low` and `high`, numbers or arrays that broadcast (one a channel).
+    """Builds the projection onto pixels between two bounds.
+
+    Args:
+        low: Lower bound, a number or an array that broadcasts to the pixels, such as one number per channel.
+        high: Upper bound, likewise, above `low`.
+
+    Returns:
+        The projection `inputs -> inputs`, a clipping.
 
     Raises:
-        ValueError: A concrete `low` that is not below `high`, or a NaN.
+        ValueError: If a concrete `low` is not below `high`, or one of them holds a NaN.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import box
+        >>> box(0.0, 1.0)(jnp.array([-0.5, 0.25, 2.0])).tolist()
+        [0.0, 0.25, 1.0]
     """
     if _check.is_concrete((low, high)):
         lows, highs = np.broadcast_arrays(np.asarray(low), np.asarray(high))

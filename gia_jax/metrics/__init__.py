@@ -1,5 +1,6 @@
 """What an attack achieved, measured with the truth that the attack never saw, and what noise promises against any."""
 
+from gia_jax.metrics.diagnosis import diagnose
 from gia_jax.metrics.images import ImageScores, image_scores, nearest, retrieval_rank, ssim, success_share
 from gia_jax.metrics.labels import label_overlap
 from gia_jax.metrics.privacy import (
@@ -13,6 +14,7 @@ from gia_jax.metrics.privacy import (
 
 __all__ = [
     "ImageScores",
+    "diagnose",
     "epsilon",
     "fisher_bound",
     "fisher_information",

@@ -1,4 +1,4 @@
-"""How many labels were recovered."""
+"""Measures how many labels were recovered."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,20 +8,30 @@ from gia_jax import _check
 
 
 def label_overlap(recovered: Array | np.ndarray, truth: Array | np.ndarray) -> Float[Array, ""]:
-    """The share of the batch's labels, as a multiset, that were recovered: sum over classes of min(n, n*) / b.
+    """Computes the share of the batch's labels, as a multiset, that were recovered: sum over classes of min(n, n*) / b.
+
+    Here n is how often a class was recovered, and n* how often it is in the truth. The order of the labels plays no
+    part.
 
     Args:
-        recovered: Class indices (b,) or probabilities (b, c), of which the largest counts; a row with a NaN, like a
-            negative index, is no class and recovers nothing.
-        truth: Class indices or probabilities of the b true labels.
+        recovered: Recovered class indices (b,) or probabilities (b, c), of which the largest counts. A row with a NaN,
+            like a negative index, is no class and recovers nothing.
+        truth: Class indices (b,) or probabilities (b, c) of the b true labels.
 
     Returns:
-        A number in [0, 1]; the order of the labels plays no part. NaN where a traced `truth` holds something that is no
-        label.
+        The share, in [0, 1]. It is NaN where a traced `truth` holds something that is no label.
 
     Raises:
-        ValueError: The two have different lengths or none, are neither integers of shape (b,) nor probabilities of
-            shape (b, c), or a concrete `truth` holds a negative index or a NaN.
+        ValueError: If the two have different lengths or none, are neither integers of shape (b,) nor probabilities of
+            shape (b, c), have different numbers of classes, or if a concrete `truth` holds a negative index or a NaN.
+
+    Examples:
+        One 0 and one 1 were recovered, and the second 0 was not:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import metrics
+        >>> print(f"{metrics.label_overlap(jnp.array([1, 1, 0]), jnp.array([0, 0, 1])):.2f}")
+        0.67
     """
     for name, labels in (("recovered", recovered), ("truth", truth)):
         if jnp.ndim(labels) not in (1, 2) or 0 in labels.shape:
@@ -46,7 +56,7 @@ def label_overlap(recovered: Array | np.ndarray, truth: Array | np.ndarray) -> F
 
 
 def _classes(labels: Array | np.ndarray) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
-    """Class indices, and whether each is one; -1 for a row with a NaN."""
+    """Returns class indices, and whether each is one; a row with a NaN becomes -1."""
     if labels.ndim == 2:
         labels = jnp.where(jnp.isnan(labels).any(1), -1, jnp.argmax(labels, -1))
     return jnp.asarray(labels), jnp.asarray(labels) >= 0

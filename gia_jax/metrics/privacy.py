@@ -1,8 +1,8 @@
 """What noise promises: epsilon, the largest chance of a reconstruction, and the least error of one.
 
 Accounting is host work in NumPy. Every number is of the Gaussian mechanism on a sum of clipped gradients, with noise of
-`noise_multiplier` times the clipping norm (`defenses.dp_sgd`); noise without clipping has none of them, but the error
-bounds, which are of one known gradient function.
+`noise_multiplier` times the clipping norm (`defenses.dp_sgd`). Noise without clipping has none of them, except the
+error bounds, which are of one known gradient function.
 """
 
 import math
@@ -36,18 +36,19 @@ def epsilon(
     relation: str = "add_or_remove",
     accountant: str = "pld",
 ) -> float:
-    """The epsilon of `num_rounds` releases, for data sets that differ in one example.
+    """Computes the epsilon of `num_rounds` releases, for data sets that differ in one example.
 
     Args:
-        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, from 1e-50 to 1e50.
+        noise_multiplier: Standard deviation of the noise on the sum, divided by the clipping norm, from 1e-50 to 1e50.
         delta: Probability in (0, 1) with which epsilon need not hold.
         num_rounds: Number of releases, each with noise of its own, from 1 to 10^9.
-        sampling_rate: The chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
+        sampling_rate: Chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
             sampling that the adversary does not see; a server that chose the cohort saw it.
         relation: How the data sets differ: "add_or_remove", one has an example more, or "replace_one", an example has
             another value, which moves the sum twice as far. The second is that of a batch whose size is known.
-        accountant: "pld", privacy loss distributions (tight; without sampling their closed form, Balle and Wang,
-            Improving the Gaussian Mechanism for Differential Privacy, ICML 2018), or "rdp", Renyi (an upper bound).
+        accountant: How epsilon is computed: "pld", privacy loss distributions (tight; without sampling their closed
+            form, Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, ICML 2018), or "rdp", Renyi
+            differential privacy (an upper bound).
 
     Returns:
         Epsilon, as computed by the library dp-accounting.
@@ -60,6 +61,15 @@ def epsilon(
     Formal Guarantees:
         The releases together are (epsilon, delta)-differentially private under `relation`, if every round adds
         N(0, (noise_multiplier * norm)^2) to a sum of gradients clipped to `norm`.
+
+    Examples:
+        Four releases with twice the noise cost as much as one:
+
+        >>> from gia_jax import metrics
+        >>> print(f"{metrics.epsilon(1.0, delta=1e-5):.2f}")
+        4.38
+        >>> print(f"{metrics.epsilon(2.0, delta=1e-5, num_rounds=4):.2f}")
+        4.38
     """
     _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
     _check_accounting(delta, sampling_rate, relation, accountant)
@@ -91,31 +101,40 @@ def epsilon(
 def reconstruction_robustness(
     noise_multiplier: float, *, prior: float, num_rounds: int = 1, sampling_rate: float = 1.0
 ) -> float:
-    """The largest probability gamma that any attack, knowing every other example, reconstructs the one it is after.
+    """Computes the largest probability gamma that any attack reconstructs the example that it is after.
 
-    Hayes, Mahloujifar and Balle, Bounding Training Data Reconstruction in DP-SGD, NeurIPS 2023, theorem 2: gamma is the
-    largest mu(E) of events E with nu(E) <= prior, nu the noise alone and mu the noise with the example. Without
-    sampling it is Phi(Phi^-1(prior) + sqrt(num_rounds) / noise_multiplier). With sampling it is the minimum over e of
-    prior exp(e) + delta(e), by duality (Neyman-Pearson), delta the hockey-stick divergence of mu from nu (not of nu
-    from mu, which may be larger), composed over the rounds by FFT.
+    The attack may know every other example. Hayes, Mahloujifar and Balle, Bounding Training Data Reconstruction in
+    DP-SGD, NeurIPS 2023, theorem 2: gamma is the largest mu(E) of events E with nu(E) <= prior, nu the noise alone and
+    mu the noise with the example. Without sampling it is Phi(Phi^-1(prior) + sqrt(num_rounds) / noise_multiplier). With
+    sampling it is the minimum over e of prior exp(e) + delta(e), by duality (Neyman-Pearson), delta the hockey-stick
+    divergence of mu from nu (not of nu from mu, which may be larger), composed over the rounds by FFT.
 
     Args:
-        noise_multiplier: Standard deviation of the noise on the sum over the clipping norm, as for `epsilon`.
-        prior: kappa in (0, 1), the chance of success without the release: 1 / n for n equally likely candidates.
-        num_rounds: Number of releases, as for `epsilon`.
-        sampling_rate: The chance of each example to take part in a round, as for `epsilon`.
+        noise_multiplier: Standard deviation of the noise on the sum, divided by the clipping norm, from 1e-50 to 1e50.
+        prior: Chance kappa of success without the release, in (0, 1): 1 / n for n equally likely candidates.
+        num_rounds: Number of releases, each with noise of its own, from 1 to 10^9.
+        sampling_rate: Chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
+            sampling that the adversary does not see.
 
     Returns:
-        Gamma in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart (farther below
-        a `noise_multiplier` of 0.3): gamma is not below the exact value; for one round and 0.3 or more it was above by
-        less than 1e-6. Where that distribution would not fit into memory, or the noise is so little that its losses
-        have no numbers, gamma is the lesser of two bounds that need none: gamma without sampling, and
-        1 - (1 - sampling_rate)^num_rounds (1 - prior), as if a sampled example were reconstructed for sure.
-        Without sampling, two candidates whose gradients are opposite and of full norm attain it; more do not.
+        Gamma, in [prior, 1]. With sampling delta(e) is interpolated from above, between losses 1e-4 apart (farther
+        below a `noise_multiplier` of 0.3): gamma is not below the exact value; for one round and 0.3 or more it was
+        above by less than 1e-6. Where that distribution would not fit into memory, or the noise is so little that its
+        losses have no numbers, gamma is the lesser of two bounds that need none: gamma without sampling, and 1 - (1 -
+        sampling_rate)^num_rounds (1 - prior), as if a sampled example were reconstructed for sure. Without sampling,
+        two candidates whose gradients are opposite and of full norm attain it; more do not.
 
     Raises:
         ValueError: If an argument is outside its range.
         ImportError: If the extra `privacy` is not installed, and `sampling_rate` is below 1.
+
+    Examples:
+        One of ten candidates is guessed with a chance of 0.1. Noise as large as the clipping norm raises it to 0.39 at
+        most:
+
+        >>> from gia_jax import metrics
+        >>> print(f"{metrics.reconstruction_robustness(1.0, prior=0.1):.2f}")
+        0.39
     """
     _check_mechanism(noise_multiplier, num_rounds, sampling_rate)
     _check_prior(prior)
@@ -145,25 +164,38 @@ def reconstruction_robustness(
 def fisher_information(
     client_fn: ClientFn, params: Params, batch: Batch, scale: float, *, batch_size: int | None = None
 ) -> Float[Array, "d d"]:
-    """What an update with Gaussian noise says of its inputs: J^T J / scale^2, the mean over the examples of `batch`.
+    """Computes the Fisher information that an update with Gaussian noise has about its inputs.
+
+    It is J^T J / scale^2, the mean over the examples of `batch`.
 
     Hannun, Guo and van der Maaten, Measuring Data Leakage in Machine-Learning Models with Fisher Information, UAI 2021,
     equation 3. J is the derivative of the update of a client that holds one example.
 
     Args:
-        client_fn: `(params, batch) -> update` before the noise, with its clipping. It is called with one example.
-        params: Parameters.
+        client_fn: Function `(params, batch) -> update`, the client before the noise, with its clipping. It is called
+            with one example.
+        params: Parameters that the server sent.
         batch: Examples, of d numbers each.
-        scale: Standard deviation of the noise on the update, > 0 and finite.
-        batch_size: Number of the d columns of J computed at once, at least 1; None computes all at once.
+        scale: Standard deviation of the noise on the update, above 0 and finite.
+        batch_size: Number of the d columns of J computed at once, at least 1. None computes all at once.
 
     Returns:
-        The matrix, in the units of the inputs to the power -2, in float32 or wider. NaN where a traced `scale` is not
-        positive.
+        The matrix, shape (d, d), in the units of the inputs to the power -2, in float32 or wider. It is NaN where a
+        traced `scale` is not positive.
 
     Raises:
-        ValueError: If `scale` is not positive and finite, `batch_size` no positive integer, the batch empty, of
+        ValueError: If `scale` is not positive and finite, `batch_size` is no positive integer, the batch is empty, of
             integers, not finite or with another number of labels, or the derivatives do not fit into memory.
+
+    Examples:
+        The update is twice the inputs, and the noise has a standard deviation of 0.5:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, metrics
+        >>> client_fn = lambda params, batch: {"weight": 2 * batch.inputs[0]}
+        >>> batch = Batch(jnp.ones((3, 2)), jnp.zeros(3, jnp.int32))
+        >>> metrics.fisher_information(client_fn, {"weight": jnp.zeros(2)}, batch, 0.5).tolist()
+        [[16.0, 0.0], [0.0, 16.0]]
     """
     _check.scalar(scale=scale)
     _check.positive(scale=scale)
@@ -198,14 +230,26 @@ def fisher_information(
 
 
 def fisher_bound(information: Float[Array | np.ndarray, "d d"]) -> Float[Array, ""]:
-    """The least mean squared error per entry of UNBIASED estimators: d / trace(information).
+    """Computes the least mean squared error per entry of UNBIASED estimators: d / trace(information).
 
-    Hannun et al. 2021 (as above), 1 / eta^2. No ceiling for an attack with a prior, which is biased and may do better:
-    see `van_trees_bound`. It is infinite where `information` is all 0, and NaN where a traced one is seen not to be
-    symmetric or to have a negative diagonal.
+    Hannun, Guo and van der Maaten, UAI 2021 (see `fisher_information`), 1 / eta^2. It is no limit for an attack with a
+    prior, which is biased and may do better: see `van_trees_bound`.
+
+    Args:
+        information: Fisher information of the inputs, shape (d, d), as from `fisher_information`.
+
+    Returns:
+        The bound, in the units of the inputs squared. It is infinite where `information` is all 0, and NaN where a
+        traced one is seen not to be symmetric or to have a negative diagonal.
 
     Raises:
         ValueError: If a concrete `information` is not finite, symmetric and positive semi-definite, or has no entries.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import metrics
+        >>> float(metrics.fisher_bound(4 * jnp.eye(2)))
+        0.25
     """
     if _check.is_concrete(information):
         _semidefinite("information", information)
@@ -218,7 +262,7 @@ def fisher_bound(information: Float[Array | np.ndarray, "d d"]) -> Float[Array, 
 def van_trees_bound(
     information: Float[Array | np.ndarray, "d d"], covariance: Float[Array | np.ndarray, "e e"]
 ) -> float:
-    """The least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian of this covariance.
+    """Computes the least mean squared error per entry of EVERY estimator, for inputs drawn from a Gaussian.
 
     Van Trees, Detection, Estimation, and Modulation Theory, 1968, section 2.4.3: trace((E[F] + covariance^-1)^-1) / d,
     here as trace(L (1 + L' E[F] L)^-1 L') / d with covariance = L L', which needs no inverse of a singular covariance.
@@ -226,8 +270,9 @@ def van_trees_bound(
     ill-conditioned for less. What is below the rounding of the matrices' entries as given counts as 0.
 
     Args:
-        information: E[F], the Fisher information averaged over the prior (`fisher_information` of many examples).
-        covariance: The covariance of the prior.
+        information: E[F], the Fisher information averaged over the prior (`fisher_information` of many examples), shape
+            (d, d).
+        covariance: Covariance of the Gaussian prior of the inputs, shape (d, d).
 
     Returns:
         The bound, in the units of the inputs squared.
@@ -235,6 +280,14 @@ def van_trees_bound(
     Raises:
         ValueError: If the shapes differ, or a matrix is not finite, symmetric and positive semi-definite, or has no
             entries.
+
+    Examples:
+        The prior alone leaves an error of 1, and the release lowers it to 1 / (4 + 1):
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import metrics
+        >>> print(f"{metrics.van_trees_bound(4 * jnp.eye(2), jnp.eye(2)):.2f}")
+        0.20
     """
     if information.shape != covariance.shape:
         raise ValueError(f"covariance must have the shape {information.shape} of information, got {covariance.shape}")
@@ -249,10 +302,12 @@ def van_trees_bound(
 
 
 def _semidefinite(name: str, matrix: Float[Array | np.ndarray, "d e"]) -> Float[np.ndarray, "d r"]:
-    """The float64 factor L of a matrix L L', up to the rounding of its own type, by a pivoted Cholesky decomposition.
+    """Returns the float64 factor L of a matrix L L', up to the rounding of its own type.
+
+    It is found by a pivoted Cholesky decomposition.
 
     Raises:
-        ValueError: The matrix is not finite, symmetric and positive semi-definite, or has no entries.
+        ValueError: If the matrix is not finite, symmetric and positive semi-definite, or has no entries.
     """
     if jnp.ndim(matrix) != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
         raise ValueError(f"{name} must have shape (d, d) with d > 0, got {jnp.shape(matrix)}")
@@ -279,7 +334,7 @@ def _semidefinite(name: str, matrix: Float[Array | np.ndarray, "d e"]) -> Float[
 
 
 def _slack(dtype: jax.typing.DTypeLike) -> float:
-    """What rounding may do to the entries of a matrix of this type, beside the largest."""
+    """Returns what rounding may do to the entries of a matrix of this type, relative to the largest."""
     return 100 * float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32).eps)
 
 
@@ -295,27 +350,42 @@ def privacy_lines(
     information: Float[Array | np.ndarray, "d d"] | None = None,
     covariance: Float[Array | np.ndarray, "e e"] | None = None,
 ) -> list[str]:
-    """What belongs beside every epsilon, a line each: epsilon, gamma, and the bounds on the error of a reconstruction.
+    """Writes what belongs beside an epsilon, a line each: epsilon, gamma, and the bounds on a reconstruction's error.
 
     Args:
-        noise_multiplier: Standard deviation of the noise, as for `epsilon`; 0 is clipping without noise, None is noise
-            without clipping: neither has an epsilon or a gamma.
+        noise_multiplier: Standard deviation of the noise on the sum, divided by the clipping norm, from 1e-50 to 1e50.
+            0 is clipping without noise, and None is noise without clipping: neither has an epsilon or a gamma.
         delta: Probability in (0, 1) with which epsilon need not hold.
-        num_rounds: Number of releases, as for `epsilon`.
-        sampling_rate: The chance of each example to take part in a round, as for `epsilon`.
-        relation: How the data sets differ, as for `epsilon`.
-        accountant: How epsilon is computed, as for `epsilon`.
-        prior: The chance of success without the release, as for `reconstruction_robustness`; None leaves its line out.
-        information: Fisher information of all that is released together, as for `van_trees_bound`; None leaves out both
-            bounds.
-        covariance: Covariance of the prior, as for `van_trees_bound`; None leaves out that bound.
+        num_rounds: Number of releases, each with noise of its own, from 1 to 10^9.
+        sampling_rate: Chance of each example to take part in a round, in (0, 1]. Below 1 it must be real Poisson
+            sampling that the adversary does not see.
+        relation: How the data sets differ: "add_or_remove", by an example more, or "replace_one", by an example's
+            value.
+        accountant: How epsilon is computed: "pld", privacy loss distributions, or "rdp", Renyi differential privacy.
+        prior: Chance of success without the release, in (0, 1). None leaves out the line of gamma.
+        information: Fisher information of all that is released together, averaged over the prior, shape (d, d). None
+            leaves out both bounds.
+        covariance: Covariance of the Gaussian prior of the inputs, shape (d, d). None leaves out the bound of van
+            Trees.
 
     Returns:
         The lines. Errors are in the units of the inputs squared.
 
     Raises:
         ValueError: If an argument is outside its range, or there is a `covariance` without `information`.
-        ImportError: If the extra `privacy` is not installed.
+        ImportError: If there is an epsilon to compute and the extra `privacy` is not installed.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import metrics
+        >>> for line in metrics.privacy_lines(None, information=4 * jnp.eye(2)):
+        ...     print(line)
+        no epsilon: the sensitivity is unbounded
+        mean squared error >= 0.25 (Fisher, unbiased estimators only)
+        >>> for line in metrics.privacy_lines(1.0, prior=0.1):
+        ...     print(line)
+        epsilon 4.377 at delta 1e-05 (add_or_remove, pld; 1 release, sampling rate 1)
+        gamma 0.3891: the largest chance of a reconstruction, 0.1 without the release
     """
     if covariance is not None and information is None:
         raise ValueError("information must be given with covariance, got None")
@@ -346,6 +416,7 @@ def privacy_lines(
 
 
 def _check_mechanism(noise_multiplier: float, num_rounds: int | float, sampling_rate: float) -> None:
+    """Raises ValueError for a noise, a number of rounds or a sampling rate out of range."""
     _check.scalar(noise_multiplier=noise_multiplier)
     _check.positive(noise_multiplier=noise_multiplier)
     _check.finite("noise_multiplier", noise_multiplier)
@@ -357,6 +428,7 @@ def _check_mechanism(noise_multiplier: float, num_rounds: int | float, sampling_
 
 
 def _check_accounting(delta: float, sampling_rate: float, relation: str, accountant: str) -> None:
+    """Raises ValueError for settings that no accountant can work with."""
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if accountant not in ACCOUNTANTS:
@@ -368,14 +440,16 @@ def _check_accounting(delta: float, sampling_rate: float, relation: str, account
 
 
 def _check_prior(prior: float) -> None:
+    """Raises ValueError for a chance that is not in (0, 1)."""
     if not 0 < prior < 1:
         raise ValueError(f"prior must be in (0, 1), got {prior}")
 
 
 def _losses(noise_multiplier: float, sampling_rate: float, relation: Any) -> Any | None:
-    """The privacy loss distribution of one sampled release; None where its losses are no floating-point numbers.
+    """Returns the privacy loss distribution of one sampled release.
 
-    Losses grow as the noise to the power -2, and so does the spacing of their grid, which would else fill memory.
+    It is None where its losses are no floating-point numbers. Losses grow as the noise to the power -2, and so does the
+    spacing of their grid, which would otherwise fill memory.
     """
     try:
         found = _dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
@@ -392,7 +466,7 @@ def _losses(noise_multiplier: float, sampling_rate: float, relation: Any) -> Any
 
 
 def _composable(losses: Any, num_rounds: int) -> bool:
-    """Whether the distribution of that many releases has a size that can be computed, by its own bound of its tails."""
+    """Tells whether the distribution of that many releases is small enough to compute, by the bound of its tails."""
     from dp_accounting.pld import common
 
     sides = {id(side): side for side in (losses._pmf_remove, losses._pmf_add)}.values()
@@ -401,11 +475,13 @@ def _composable(losses: Any, num_rounds: int) -> bool:
 
 
 def _unresolved(name: str, value: int | float, what: str, relation: str) -> str:
+    """Returns the error message for a value that the accountant "pld" cannot resolve with sampling."""
     other = ": accountant 'rdp' has no such limit" if relation == "add_or_remove" else ""
     return f"{name} must be {what} for accountant 'pld' with sampling, got {value}{other}"
 
 
 def _dp_accounting() -> ModuleType:
+    """Imports dp-accounting, or raises ImportError that names the extra to install."""
     try:
         import dp_accounting
         import dp_accounting.pld.privacy_loss_distribution

@@ -1,4 +1,8 @@
-"""Models of the field, in flax.nnx; a classifier ends in a dense layer called `head`. And networks layer by layer."""
+"""Models that the field attacks, in flax.nnx, and functions that turn any module into a function of its parameters.
+
+Every classifier ends in a dense layer called `head`. `Network` describes a network layer by layer, for attacks that
+walk over its layers.
+"""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +24,7 @@ from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
 from gia_jax.models.resnet import ResNet
 
-# The names of the command line: `(input_shape, num_classes, rngs=) -> module`.
+# The models that the command line knows by name, each a function `(input_shape, num_classes, rngs=) -> module`.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "cnn6": CNN6,
     "convnet": ConvNet,

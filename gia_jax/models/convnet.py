@@ -10,15 +10,26 @@ from gia_jax.models.layers import batch_norm, conv, flatten, linear, max_pool
 
 
 class ConvNet(nnx.Module):
-    """Eight 3x3 convolutions with batch normalisation and two 3x3 max poolings (Geiping et al., NeurIPS 2020, code).
+    """A network of eight 3x3 convolutions, each with batch normalisation and ReLU, and two 3x3 max poolings.
 
-    2,904,970 parameters at width 64 for 32x32x3 inputs and 10 classes.
+    It is the ConvNet of the code of Geiping et al., Inverting Gradients, NeurIPS 2020. It has 2,904,970 parameters at
+    width 64 for 32x32x3 inputs and 10 classes.
 
     Args:
-        input_shape: (h, w, c), at least 9 pixels high and wide.
-        num_classes: Outputs.
-        width: Features of the first convolution; the later ones have 2 and 4 times as many.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image, at least 9 pixels high and wide.
+        num_classes: Number of classes, and so of logits.
+        width: Number of features of the first convolution. The later ones have once, twice or four times as many.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The parameters are counted without computing them:
+
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.eval_shape(lambda: models.ConvNet(rngs=nnx.Rngs(0)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        2904970
     """
 
     def __init__(
@@ -39,14 +50,25 @@ class ConvNet(nnx.Module):
 
 
 class CNN6(nnx.Module):
-    """Six convolutions without bias, leaky ReLU of slope 0.2 and a dense layer (Zhu and Blaschko, R-GAP, ICLR 2021).
+    """A network of six convolutions without bias, each followed by a leaky ReLU of slope 0.2, and a dense layer.
 
-    R-GAP's own has one output and no bias; with 10 classes and a bias it has 154,266 parameters for 32x32x3 inputs.
+    Zhu and Blaschko, R-GAP, ICLR 2021. R-GAP's own network has one output and no bias. With 10 classes and a bias, as
+    here, it has 154,266 parameters for 32x32x3 inputs.
 
     Args:
-        input_shape: (h, w, c).
-        num_classes: Outputs.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image.
+        num_classes: Number of classes, and so of logits.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The parameters are counted without computing them:
+
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.eval_shape(lambda: models.CNN6(rngs=nnx.Rngs(0)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        154266
     """
 
     def __init__(
@@ -68,15 +90,29 @@ class CNN6(nnx.Module):
 
 
 class GroupNormNet(nnx.Module):
-    """Four 3x3 convolutions of stride 1, 2, 1, 2 with group normalisation: no statistics are shared between examples.
+    """A network of four 3x3 convolutions of stride 1, 2, 1 and 2, each with group normalisation and ReLU.
 
-    For clients that clip or protect single examples, where batch normalisation has no meaning.
+    Group normalisation shares no statistics between examples. The network is for clients that clip or protect single
+    examples, where batch normalisation has no meaning.
 
     Args:
-        input_shape: (h, w, c).
-        num_classes: Outputs.
-        width: Features of the first two convolutions, a multiple of 8; the later two have twice as many.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image.
+        num_classes: Number of classes, and so of logits.
+        width: Number of features of the first two convolutions, a multiple of 8. The later two have twice as many.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The network holds no running statistics, unlike the ConvNet, which has a mean and a variance in each of 8
+        layers:
+
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> for model in (models.GroupNormNet, models.ConvNet):
+        ...     module = nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
+        ...     len(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
+        0
+        16
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a flax.nnx module to plain functions of a nested dict of parameters: the only shape of model the library needs.
+"""From a flax.nnx module to plain functions of a nested dict of parameters: the only form of model the library needs.
 
 Models of other libraries (linen, haiku, equinox, hand-written) already are such functions, or become one by a lambda.
 """
@@ -31,11 +31,20 @@ _APART: ContextVar[tuple[str, bool] | None] = ContextVar("apart", default=None)
 
 @contextlib.contextmanager
 def examples_apart(client: str, *, draws_anew: bool) -> Generator[None]:
-    """Within it, what mixes the examples of `client`, or draws the same for each of them, is refused in its name.
+    """Refuses, within the context, models that mix the examples of `client` or draw the same numbers for each of them.
+
+    A forward pass of `functional` or `stochastic` raises ValueError inside the context, and the message names the
+    client:
+
+    * if it normalises by the statistics of its own batch, which mixes the examples;
+    * if it draws random numbers while `draws_anew` is False, since all examples would share one draw.
 
     Args:
-        client: The name of the client.
-        draws_anew: Whether it gives every example a key of its own.
+        client: Name of the client, for the error message.
+        draws_anew: Whether the client gives every example a random key of its own.
+
+    Yields:
+        Nothing.
     """
     token = _APART.set((client, draws_anew))
     try:
@@ -47,7 +56,7 @@ def examples_apart(client: str, *, draws_anew: bool) -> Generator[None]:
 def functional(
     module: nnx.Module, *, batch_norm: BatchNormMode = "evaluation", statistics: Statistics | None = None
 ) -> tuple[ApplyFn, Params]:
-    """The forward pass of a module as a pure function, and its parameters.
+    """Splits a module into its forward pass, a pure function of the parameters, and the parameters themselves.
 
     Batch normalisation has three modes, and they are three threat models:
 
@@ -60,17 +69,28 @@ def functional(
     Args:
         module: Any `flax.nnx` module. It is not changed. Dropout is off in every mode; for a module that is to draw,
             see `stochastic`.
-        batch_norm: The mode.
+        batch_norm: Mode of batch normalisation: "evaluation", "training" or "exact".
         statistics: Mean and biased variance for every call of a batch-normalisation layer in the order of the forward
-            pass, for the mode "exact"; they may be traced.
+            pass. They belong to the mode "exact", which needs them, and they may be traced.
 
     Returns:
-        `apply_fn(params, inputs) -> ` outputs, and params as a nested dict of arrays. It raises ValueError, naming the
-        entry, for parameters of another structure or of other shapes, and where the forward pass draws random numbers
-        from a state in the module: victim and attacker would share them.
+        The pair of a function `apply_fn(params, inputs) -> outputs` and params, a nested dict of arrays. `apply_fn`
+        raises ValueError, naming the entry, for parameters of another structure or of other shapes. It also raises
+        ValueError if the forward pass draws random numbers from a state in the module, because victim and attacker
+        would share them.
 
     Raises:
-        ValueError: An unknown mode, or statistics given or missing against it.
+        ValueError: If the mode is unknown, or if `statistics` are given in another mode than "exact" or missing in it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> apply_fn, params = models.functional(models.MLP((4,), 3, hidden=(), rngs=nnx.Rngs(0)))
+        >>> params["head"]["kernel"].shape
+        (4, 3)
+        >>> apply_fn(params, jnp.ones((2, 4))).shape
+        (2, 3)
     """
     forward, params = _forward(module, batch_norm, statistics)
     return lambda params, inputs: forward(params, inputs, None), params
@@ -79,30 +99,34 @@ def functional(
 def stochastic(
     module: nnx.Module, *, batch_norm: BatchNormMode = "evaluation", statistics: Statistics | None = None
 ) -> tuple[Callable[[PRNGKeyArray], ApplyFn], Params]:
-    """The forward pass of a module that draws, such as one with dropout, as a pure function of a key.
+    """Turns a module that draws random numbers, such as one with dropout, into a pure function of a key.
 
     Every random state in the module (`nnx.Rngs`, `nnx.RngStream`, a key of its own) is replaced by one split off the
     key, and dropout is on. One key is for one forward pass: its owner gives the next one another key. A client's
-    loss is then a function of a key as well, for the `loss_key` of the clients that call it several times:
-
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from gia_jax import clients, models
-    >>> apply_of, params = models.stochastic(nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
-    >>> loss_of = lambda key: clients.cross_entropy(apply_of(key))
-    >>> apply_of(jax.random.key(1))(params, jnp.ones((2, 3))).shape
-    (2, 3)
+    loss is then a function of a key as well, for the `loss_key` of the clients that call it several times.
 
     Args:
         module: A `flax.nnx` module that holds a random state. It is not changed.
-        batch_norm: The mode of batch normalisation, as for `functional`.
-        statistics: The statistics of the mode "exact", as for `functional`.
+        batch_norm: Mode of batch normalisation: "evaluation", "training" or "exact", which `functional` explains.
+        statistics: Mean and biased variance for every call of a batch-normalisation layer, for the mode "exact" only.
 
     Returns:
-        `apply_of(key) -> apply_fn`, a function as `functional` returns, and params.
+        The pair of a function `apply_of(key) -> apply_fn` and params, a nested dict of arrays. Each `apply_fn` maps
+        (params, inputs) to outputs, as the one of `functional` does.
 
     Raises:
-        ValueError: What `functional` refuses, or a module without a random state.
+        ValueError: If the mode is unknown, `statistics` do not belong to it, or the module holds no random state.
+
+    Examples:
+        Dropout is drawn from the key, and a loss of a key follows from it:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import clients, models
+        >>> apply_of, params = models.stochastic(nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+        >>> loss_of = lambda key: clients.cross_entropy(apply_of(key))
+        >>> apply_of(jax.random.key(1))(params, jnp.ones((2, 3))).shape
+        (2, 3)
     """
     forward, params = _forward(module, batch_norm, statistics)
     if not _keys(nnx.split(module, nnx.Param, ...)[2]):
@@ -111,17 +135,25 @@ def stochastic(
 
 
 def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
-    """A copy of a module without its last layer: its outputs are the features.
+    """Copies a module without its last layer, so that the outputs of the copy are the features.
 
     Args:
-        module: Any `flax.nnx` module whose forward pass ends in the layer `name`.
-        name: Name of the layer, an attribute of the module.
+        module: Any `flax.nnx` module whose forward pass ends in the layer `name`. It is not changed.
+        name: Name of the last layer, an attribute of the module.
 
     Returns:
-        The copy.
+        The copy, whose layer `name` passes on its inputs.
 
     Raises:
-        ValueError: If there is no such layer.
+        ValueError: If the module has no layer of this name.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = models.MLP((4,), 3, hidden=(5,), rngs=nnx.Rngs(0))
+        >>> models.headless(module)(jnp.ones((2, 4))).shape
+        (2, 5)
     """
     if not isinstance(getattr(module, name, None), nnx.Module):
         raise ValueError(f"name must be a layer of {type(module).__name__}, got {name!r}")
@@ -131,21 +163,40 @@ def headless(module: nnx.Module, name: str = "head") -> nnx.Module:
 
 
 class _Identity(nnx.Module):
+    """A layer that returns its inputs."""
+
     def __call__(self, x: Array) -> Array:
         return x
 
 
 def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "training"] = "evaluation"):
-    """The statistics of what enters the batch-normalisation layers of a module.
+    """Makes a function that returns the statistics of what enters the batch-normalisation layers of a module.
 
     Args:
         module: Any `flax.nnx` module with `nnx.BatchNorm` layers.
-        batch_norm: The mode the forward pass runs in.
+        batch_norm: Mode that the forward pass runs in, "evaluation" or "training", which `functional` explains.
 
     Returns:
-        `statistics_fn(params, inputs) -> ` mean and biased variance of every layer's input, in float32 or wider, over
-        all axes but the features' and where its mask is True, in the order of the forward pass. It raises ValueError
-        if there is no such layer, and for what `functional` refuses.
+        A function `statistics_fn(params, inputs) -> statistics`. Statistics are a list with the mean and the biased
+        variance of every layer's input, in float32 or wider and in the order of the forward pass. They are taken over
+        all axes but the features' and where the layer's mask is True. `statistics_fn` raises ValueError if the module
+        has no such layer, if `functional` would refuse it or the parameters, or if a layer is called inside of a
+        transform of flax, such as `nnx.scan`.
+
+    Raises:
+        ValueError: If the mode is none of the two.
+
+    Examples:
+        The values 1 and 3 have mean 2 and biased variance 1:
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.Sequential(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+        >>> _, params = models.functional(module)
+        >>> ((mean, variance),) = models.batch_norm_inputs(module)(params, jnp.array([[1.0], [3.0]]))
+        >>> mean.tolist(), variance.tolist()
+        ([2.0], [1.0])
     """
     forward, _ = _forward(module, batch_norm)
 
@@ -161,15 +212,32 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
 
 
 def running_statistics(module: nnx.Module, params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
-    """The running statistics of a module's batch-normalisation layers, in the order of the forward pass.
+    """Returns the running statistics of a module's batch-normalisation layers, in the order of the forward pass.
 
     Args:
-        module: The module.
-        params: Its parameters, as `functional` returns them.
+        module: Any `flax.nnx` module.
+        params: Parameters of the module, as `functional` returns them.
         inputs: Any inputs of the right shape: they only show the order of the layers.
 
     Returns:
-        Mean and (biased: flax keeps it so) variance of every layer, in float32 or wider.
+        The mean and the variance of every layer, in float32 or wider. The variance is biased, as flax keeps it. The
+        list is empty if the module has no such layer.
+
+    Raises:
+        ValueError: If the parameters do not fit the module, its forward pass draws random numbers, or a layer is called
+            inside of a transform of flax, such as `nnx.scan`.
+
+    Examples:
+        A new layer starts with mean 0 and variance 1:
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.Sequential(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+        >>> _, params = models.functional(module)
+        >>> ((mean, variance),) = models.running_statistics(module, params, jnp.zeros((2, 1)))
+        >>> mean.tolist(), variance.tolist()
+        ([0.0], [1.0])
     """
     forward, _ = _forward(module, "evaluation")
     found: Statistics = []
@@ -179,24 +247,37 @@ def running_statistics(module: nnx.Module, params: Params, inputs: Shaped[Array,
 
 
 def inferred_statistics(before: Statistics, after: Statistics, *, momentum: float) -> Statistics:
-    """The statistics of the one batch between two consecutive running states, (after - momentum * before) / (1 -
-    momentum): exact up to rounding, which the division makes 1 / (1 - momentum) times larger.
+    """Computes the statistics of the one batch between two consecutive running states.
+
+    They are (after - momentum * before) / (1 - momentum). This is exact up to rounding, which the division makes
+    1 / (1 - momentum) times larger.
 
     flax keeps the biased variance, so the result is the biased variance of the batch. PyTorch keeps the unbiased one:
-    multiply its inferred variances by (n - 1) / n, n the number of values a feature has in the batch.
+    multiply its inferred variances by (n - 1) / n, with n the number of values that a feature has in the batch.
 
     Threat model: a server that is sent the running statistics after a client's one step, and knows those before it.
 
     Args:
         before: Running statistics before the step, as `running_statistics` returns them.
-        after: Those after it.
+        after: Running statistics after the step.
         momentum: Share of the old state that is kept, as flax counts it (0.9 in the models here), in [0, 1).
 
     Returns:
-        Mean and variance of every layer's inputs, in float32 or wider.
+        The mean and the variance of every layer's inputs, in float32 or wider.
 
     Raises:
-        ValueError: A momentum out of range, or two states that do not fit each other.
+        ValueError: If `momentum` is out of range, or the two states do not fit each other.
+
+    Examples:
+        A batch of mean 2 moved the running mean from 0 to 0.5:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import models
+        >>> before = [(jnp.array([0.0]), jnp.array([1.0]))]
+        >>> after = [(jnp.array([0.5]), jnp.array([1.75]))]
+        >>> ((mean, variance),) = models.inferred_statistics(before, after, momentum=0.75)
+        >>> mean.tolist(), variance.tolist()
+        ([2.0], [4.0])
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
@@ -208,9 +289,10 @@ def inferred_statistics(before: Statistics, after: Statistics, *, momentum: floa
 def _forward(
     module: nnx.Module, batch_norm: str, statistics: Statistics | None = None
 ) -> tuple[Callable[..., PyTree[Array]], Params]:
-    """`forward(params, inputs, key, before=None)`, which draws from the key or, where it is None, nothing; and params.
+    """Returns `forward(params, inputs, key, before=None)` and params.
 
-    `before` sees every call of a batch-normalisation layer.
+    `forward` draws from the key or, where it is None, draws nothing. `before` sees every call of a batch-normalisation
+    layer.
     """
     if batch_norm not in ("evaluation", "training", "exact"):
         raise ValueError(f"batch_norm must be 'evaluation', 'training' or 'exact', got {batch_norm!r}")
@@ -261,17 +343,18 @@ def _forward(
 
 
 def _is_key(leaf: Array) -> bool:
-    """Whether a leaf is a random key, typed or raw."""
+    """Tells whether a leaf is a random key, typed or raw."""
     is_raw = leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,)
     return is_raw or _check.is_key(leaf)
 
 
 def _is_variable(node: Any) -> bool:
+    """Tells whether a node of a module's state is a variable of flax."""
     return isinstance(node, nnx.Variable)
 
 
 def _keys(rest: PyTree) -> dict[int, str]:
-    """The places of the keys among the leaves of a module's state, and the names of what holds them."""
+    """Finds the places of the keys among the leaves of a module's state, and the names of what holds them."""
     found, place = {}, 0
     for path, node in jax.tree.leaves_with_path(rest, is_leaf=_is_variable):
         for leaf in jax.tree.leaves(node):
@@ -282,7 +365,7 @@ def _keys(rest: PyTree) -> dict[int, str]:
 
 
 def _drawn(outputs_fn: Callable[[PyTree], PyTree[Array]], rest: PyTree, keys: dict[int, str]) -> list[str]:
-    """The names of the keys that the outputs depend on."""
+    """Returns the names of the keys that the outputs depend on."""
     leaves, tree = jax.tree.flatten(rest)
 
     def of_keys(values: list[Array]) -> PyTree[Array]:
@@ -297,7 +380,7 @@ def _drawn(outputs_fn: Callable[[PyTree], PyTree[Array]], rest: PyTree, keys: di
 
 
 def _reseeded(rest: PyTree, key: PRNGKeyArray) -> PyTree:
-    """The state of a module with every key split off `key`, and every count of draws at zero."""
+    """Returns the state of a module with every key split off `key`, and every count of draws at zero."""
     places, fresh = _keys(rest), []
     for node in jax.tree.leaves(rest, is_leaf=_is_variable):
         for leaf in jax.tree.leaves(node):
@@ -332,7 +415,7 @@ class _Watched(nnx.BatchNorm):
 
 @functools.lru_cache(maxsize=256)
 def _watched(layer: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """The class of a layer with `_Watched` in the place of `nnx.BatchNorm`: what a subclass does around it stays."""
+    """Returns a layer's class with `_Watched` in the place of `nnx.BatchNorm`: what a subclass does around it stays."""
     return _Watched if layer is nnx.BatchNorm else type(layer.__name__, (layer, _Watched), {})
 
 
@@ -350,7 +433,7 @@ def _watch(model: nnx.Module, before: BeforeFn | None) -> None:
 
 
 def _statistics_of(norm: nnx.BatchNorm, x: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Mean and biased variance of the inputs of a layer, over all axes but the features', where the mask is True."""
+    """Returns mean and biased variance of a layer's inputs, over all axes but the features', where the mask is True."""
     x = widened(x)
     axes = tuple(axis for axis in range(x.ndim) if axis != norm.axis % x.ndim)
     mean = jnp.mean(x, axes, keepdims=True, where=mask)
@@ -369,6 +452,7 @@ def _check_reached(found: Statistics) -> None:
 
 
 def _set_statistics(norm: nnx.BatchNorm, own: tuple[Array, Array] | None) -> None:
+    """Sets the statistics that a batch-normalisation layer uses, or raises ValueError if they do not fit it."""
     if own is None:
         raise ValueError("statistics must have one entry for every batch-normalisation layer, got fewer")
     for variable, value in zip((norm.mean, norm.var), own, strict=True):

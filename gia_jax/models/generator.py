@@ -1,4 +1,7 @@
-"""Small generators of images: a decoder in the manner of DCGAN, and the variational autoencoder that trains it."""
+"""Small generators of images: a decoder in the manner of DCGAN, and the variational autoencoder that trains it.
+
+Attacks that search the latents of a generator use them.
+"""
 
 import io
 import math
@@ -19,17 +22,28 @@ from gia_jax.store import write_whole
 
 
 class Decoder(nnx.Module):
-    """A dense layer to a quarter of the image's height and width, and two transposed 4x4 convolutions of stride 2
-    (Radford, Metz, Chintala, DCGAN, ICLR 2016, without batch normalisation: no image depends on another's latent).
+    """A generator that maps latents to images by a dense layer and two transposed 4x4 convolutions of stride 2.
+
+    The dense layer gives a quarter of the image's height and width. The design is that of Radford, Metz and Chintala,
+    DCGAN, ICLR 2016, but without batch normalisation: no image depends on another's latent.
 
     Args:
-        input_shape: (h, w, c) of the images, h and w multiples of 4.
-        latent_size: Entries of a latent.
-        width: Features before the last layer; twice as many before that.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image, h and w multiples of 4.
+        latent_size: Number of entries of a latent.
+        width: Number of features before the last layer. Twice as many come before that.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
 
     Raises:
-        ValueError: Heights or widths that are no multiples of 4.
+        ValueError: If the height or the width is no multiple of 4.
+
+    Examples:
+        Three latents become three images, here without computing them:
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> nnx.eval_shape(lambda: models.Decoder((8, 8, 3), 2, rngs=nnx.Rngs(0))(jnp.ones((3, 2)))).shape
+        (3, 8, 8, 3)
     """
 
     def __init__(
@@ -45,19 +59,43 @@ class Decoder(nnx.Module):
         self.up2 = nnx.ConvTranspose(width, channels, (4, 4), (2, 2), rngs=rngs)
 
     def __call__(self, z: Float[Array, "b z"]) -> Float[Array, "b h w c"]:
-        """Pixels in (0, 1)."""
+        """Maps latents to images.
+
+        Args:
+            z: Latents, shape (b, latent_size).
+
+        Returns:
+            Images with pixels in (0, 1).
+        """
         x = jax.nn.relu(self.dense(z)).reshape(-1, *self.shape)
         return jax.nn.sigmoid(self.up2(jax.nn.relu(self.up1(x))))
 
 
 class VariationalAutoencoder(nnx.Module):
-    """A `Decoder` and the encoder it is trained with (Kingma, Welling, Auto-Encoding Variational Bayes, ICLR 2014).
+    """A `Decoder` together with the encoder that it is trained with.
+
+    Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014.
 
     Args:
-        input_shape: Shape (h, w, c) of an image, as for `Decoder`.
+        input_shape: Shape (h, w, c) of an image, h and w multiples of 4.
         latent_size: Number of entries of a latent.
-        width: Width of the decoder, as for `Decoder`; the encoder mirrors it.
-        rngs: Random streams of the initial weights.
+        width: Number of features before the decoder's last layer. The encoder mirrors the decoder.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Raises:
+        ValueError: If the height or the width is no multiple of 4.
+
+    Examples:
+        Three images become three others and three divergences, here without computing them:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> def decoded(key, pixels):
+        ...     return models.VariationalAutoencoder((8, 8, 3), 2, rngs=nnx.Rngs(0))(key, pixels)
+        >>> images, divergence = nnx.eval_shape(decoded, jax.random.key(1), jnp.ones((3, 8, 8, 3)))
+        >>> images.shape, divergence.shape
+        ((3, 8, 8, 3), (3,))
     """
 
     def __init__(
@@ -72,7 +110,16 @@ class VariationalAutoencoder(nnx.Module):
     def __call__(
         self, key: PRNGKeyArray, pixels: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b"]]:
-        """Images decoded from a sampled latent each, and the divergence of its distribution from N(0, I) in nats."""
+        """Encodes images, samples one latent for each, and decodes these latents.
+
+        Args:
+            key: Random key of the latents.
+            pixels: Images with pixels in [0, 1].
+
+        Returns:
+            The decoded images, and for each image the Kullback-Leibler divergence of its latent's distribution from
+            N(0, I) in nats.
+        """
         x = jax.nn.relu(self.down2(jax.nn.relu(self.down1(pixels))))
         mean, log_variance = jnp.split(self.dense(flatten(x)), 2, axis=1)
         z = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
@@ -81,9 +128,28 @@ class VariationalAutoencoder(nnx.Module):
 
 
 def save_decoder(path: Path, decoder: Decoder) -> None:
-    """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz.
+    """Writes a decoder's weights, by their paths such as "up1/kernel", and its `input_shape`, as an .npz file.
 
     The file appears when it is complete: whoever reads `path` meanwhile, or after a crash, finds what was there before.
+
+    Args:
+        path: Path of the file. Its folder must exist.
+        decoder: Decoder to write. Its weights are stored in float32 or wider.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> decoder = models.Decoder((4, 4, 1), latent_size=2, width=2, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "decoder.npz"
+        ...     models.save_decoder(path, decoder)
+        ...     sorted(jnp.load(path).files)[:2]
+        ['dense/bias', 'dense/kernel']
     """
     weights: dict[str, Any] = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)), sep="/")
     arrays: dict[str, Any] = {name: np.asarray(widened(leaf)) for name, leaf in weights.items()}  # .npz has no bfloat16
@@ -93,17 +159,31 @@ def save_decoder(path: Path, decoder: Decoder) -> None:
 
 
 def load_decoder(path: Path) -> Decoder:
-    """The decoder that `save_decoder` wrote.
+    """Reads the decoder that `save_decoder` wrote.
 
     Args:
-        path: The .npz file. Nothing in it is executed, and no weight is read before all sizes are found to fit.
+        path: Path of the .npz file. Nothing in it is executed, and no weight is read before all sizes are found to fit.
 
     Returns:
         The decoder, of the size that its weights have, in float32 or wider.
 
     Raises:
-        ValueError: A file that is not there, that is not of a decoder, that is damaged or too large, or that holds
-            weights that are not finite.
+        ValueError: If the file is not there, is not of a decoder, is damaged or too large, or holds weights that are
+            not finite.
+
+    Examples:
+        The decoder that was read has the weights of the one that was written:
+
+        >>> import pathlib, tempfile
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> decoder = models.Decoder((4, 4, 1), latent_size=2, width=2, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "decoder.npz"
+        ...     models.save_decoder(path, decoder)
+        ...     loaded = models.load_decoder(path)
+        >>> bool((loaded.up1.kernel[...] == decoder.up1.kernel[...]).all())
+        True
     """
     try:
         return _load(path)
@@ -114,6 +194,7 @@ def load_decoder(path: Path) -> Decoder:
 
 
 def _load(path: Path) -> Decoder:
+    """Reads a decoder, and raises whatever a damaged file makes it raise."""
     with zipfile.ZipFile(path) as archive:
         headers = {info.filename.removesuffix(".npy"): _header(archive, info) for info in archive.infolist()}
     if not {"input_shape", "dense/kernel", "up1/kernel"} <= set(headers):
@@ -138,7 +219,7 @@ def _load(path: Path) -> Decoder:
 
 
 def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], str]:
-    """The shape of an array in a .npz, and the kind of its type, before any of it is read."""
+    """Returns the shape of an array in an .npz file, and the kind of its type, before any of it is read."""
     with archive.open(info) as file:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read[np.lib.format.read_magic(file)](file)

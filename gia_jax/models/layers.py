@@ -1,4 +1,4 @@
-"""What several models share: PyTorch's initialisation, symmetric padding, a pooling with second derivatives."""
+"""What several models share: PyTorch's initialisation, symmetric padding, and a pooling with second derivatives."""
 
 import functools
 from typing import Any
@@ -15,7 +15,21 @@ fan_out_normal = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 
 
 def symmetric_uniform(limit: float) -> jax.nn.initializers.Initializer:
-    """U(-limit, limit)."""
+    """Returns an initialiser that draws weights from U(-limit, limit).
+
+    Args:
+        limit: Largest absolute value of a weight.
+
+    Returns:
+        The initialiser, a function `(key, shape, dtype) -> weights`.
+
+    Examples:
+        >>> import jax
+        >>> from gia_jax.models.layers import symmetric_uniform
+        >>> weights = symmetric_uniform(0.5)(jax.random.key(0), (8,))
+        >>> bool(abs(weights).max() <= 0.5)
+        True
+    """
 
     def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         del out_sharding
@@ -34,7 +48,20 @@ def conv(
     bias: bool = True,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution, padded alike on all sides (by half its size by default), initialised as PyTorch does."""
+    """Builds a square convolution that is padded alike on all sides and initialised as PyTorch does it.
+
+    Args:
+        features_in: Number of channels of the input.
+        features: Number of channels of the output.
+        size: Height and width of the kernel, in pixels.
+        stride: Stride in both directions, in pixels.
+        padding: Number of zeros on every side. By default half the size, rounded down.
+        bias: Whether the layer has a bias.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Returns:
+        The layer.
+    """
     pad = size // 2 if padding is None else padding
     return nnx.Conv(
         features_in,
@@ -50,21 +77,51 @@ def conv(
 
 
 def linear(features_in: int, features: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer initialised as PyTorch does."""
+    """Builds a dense layer that is initialised as PyTorch does it.
+
+    Args:
+        features_in: Number of inputs.
+        features: Number of outputs.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Returns:
+        The layer.
+    """
     limit = features_in**-0.5
     return nnx.Linear(features_in, features, kernel_init=fan_in_uniform, bias_init=symmetric_uniform(limit), rngs=rngs)
 
 
 def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Batch normalisation with PyTorch's momentum 0.1 (0.9 as flax counts it) and a two-pass variance."""
+    """Builds a batch normalisation with PyTorch's momentum 0.1 (0.9 as flax counts it) and a two-pass variance.
+
+    Args:
+        features: Number of features.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Returns:
+        The layer.
+    """
     return nnx.BatchNorm(features, momentum=0.9, use_fast_variance=False, rngs=rngs)
 
 
 def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
-    """Maximum over squares of `size` pixels, incomplete ones left out.
+    """Takes the maximum over squares of `size` pixels and leaves incomplete squares out.
 
-    A tree of pairwise maxima: the derivative of `jnp.max` divides by the number of maximal entries, and under jit the
-    second derivative can find none.
+    It is a tree of pairwise maxima: the derivative of `jnp.max` divides by the number of maximal entries, and under jit
+    the second derivative can find none.
+
+    Args:
+        x: Images or features, shape (b, h, w, c).
+        size: Height, width and stride of a square, in pixels.
+
+    Returns:
+        The maxima, shape (b, h // size, w // size, c).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.models.layers import max_pool
+        >>> max_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2).ravel().tolist()
+        [4.0]
     """
     height, width = x.shape[1] // size * size, x.shape[2] // size * size
     parts = [x[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
@@ -72,5 +129,12 @@ def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
 
 
 def flatten(x: Float[Array, "b *d"]) -> Float[Array, "b e"]:
-    """Everything but the batch in one axis."""
+    """Puts all axes but the first, that of the batch, into one.
+
+    Args:
+        x: Array of shape (b, *d).
+
+    Returns:
+        The same values in shape (b, e), with e the product of d.
+    """
     return x.reshape(x.shape[0], -1)

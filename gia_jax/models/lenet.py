@@ -10,15 +10,26 @@ from gia_jax.models.layers import flatten, symmetric_uniform
 
 
 class LeNet(nnx.Module):
-    """Three 5x5 convolutions of 12 features (strides 2, 2, 1) and a dense layer, all weights U(-0.5, 0.5).
+    """A network of three 5x5 convolutions of 12 features (strides 2, 2, 1) and a dense layer.
 
-    15,826 parameters for 32x32x3 inputs and 10 classes.
+    All weights and biases are drawn from U(-0.5, 0.5). The network has 15,826 parameters for 32x32x3 inputs and 10
+    classes.
 
     Args:
-        input_shape: (h, w, c).
-        num_classes: Outputs.
-        activation: Sigmoid in the paper.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image.
+        num_classes: Number of classes, and so of logits.
+        activation: Function applied to every entry after each convolution. The default is the paper's sigmoid.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The parameters are counted without computing them:
+
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.eval_shape(lambda: models.LeNet(rngs=nnx.Rngs(0)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        15826
     """
 
     def __init__(

@@ -10,13 +10,22 @@ from gia_jax.models.layers import flatten, linear
 
 
 class MLP(nnx.Module):
-    """Dense layers with ReLU between them; no hidden layer makes it a linear classifier.
+    """A network of dense layers with ReLU between them. Without a hidden layer it is a linear classifier.
 
     Args:
-        input_shape: Shape of an example, (*d).
-        num_classes: Outputs.
-        hidden: Widths of the hidden layers.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (*d) of an example.
+        num_classes: Number of classes, and so of logits.
+        hidden: Widths of the hidden layers, from the input on.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The shapes of the weights follow from the settings, here without computing the weights:
+
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.eval_shape(lambda: models.MLP((2, 2, 1), 3, hidden=(5,), rngs=nnx.Rngs(0)))
+        >>> module.dense0.kernel.shape, module.head.kernel.shape
+        ((4, 5), (5, 3))
     """
 
     def __init__(

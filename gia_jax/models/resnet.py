@@ -11,6 +11,7 @@ from gia_jax.models.layers import batch_norm, fan_out_normal, linear
 
 
 def _conv(features_in: int, features: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    """Builds a square convolution without bias, padded by half its size, as residual networks initialise it."""
     pad = ((size // 2, size // 2),) * 2
     return nnx.Conv(
         features_in, features, (size, size), stride, padding=pad, use_bias=False, kernel_init=fan_out_normal, rngs=rngs
@@ -18,7 +19,14 @@ def _conv(features_in: int, features: int, size: int, stride: int, rngs: nnx.Rng
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where shapes differ."""
+    """A residual block of two 3x3 convolutions and a shortcut, which is a 1x1 convolution where shapes differ.
+
+    Args:
+        features_in: Number of channels of the input.
+        features: Number of channels of the output.
+        stride: Stride of the first convolution in both directions, in pixels.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+    """
 
     def __init__(self, features_in: int, features: int, stride: int, *, rngs: nnx.Rngs) -> None:
         self.conv1, self.norm1 = _conv(features_in, features, 3, stride, rngs), batch_norm(features, rngs=rngs)
@@ -35,17 +43,27 @@ class BasicBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A residual network of basic blocks.
+    """A residual network of basic blocks, with an average over all pixels before the dense layer.
 
     `blocks=(2, 2, 2, 2), width=64` is ResNet-18 (11,173,962 parameters for 10 classes), `(3, 3, 3), width=64` the
     ResNet20-4 and `(5, 5, 5), width=160` the ResNet32-10 of Inverting Gradients.
 
     Args:
-        input_shape: (h, w, c).
-        num_classes: Outputs.
-        blocks: Blocks per stage; every stage but the first halves the image and doubles the features.
-        width: Features of the first stage.
-        rngs: `nnx.Rngs`.
+        input_shape: Shape (h, w, c) of an image.
+        num_classes: Number of classes, and so of logits.
+        blocks: Number of blocks in each stage. Every stage but the first halves the image and doubles the features.
+        width: Number of features of the first stage.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Examples:
+        The parameters are counted without computing them:
+
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = nnx.eval_shape(lambda: models.ResNet(rngs=nnx.Rngs(0)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        11173962
     """
 
     def __init__(

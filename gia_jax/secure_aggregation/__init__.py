@@ -1,7 +1,7 @@
-"""Secure aggregation: the server learns a sum of updates, and of each client masked or encrypted bytes.
+"""Secure aggregation: the server learns a sum of updates, and of each client only masked or encrypted bytes.
 
-Needs the extra `secure`, and BFV and CKKS the extra `he`. All parties run in this process, but each is given only its
-own input and bytes. Secrets come from the operating system.
+It needs the extra `secure`, and BFV and CKKS need the extra `he`. All parties run in this process, but each is given
+only its own input and bytes. Secrets come from the operating system.
 
 A client answers every round once, in order, and nothing more after an error. A message that was changed on its way ends
 the run with `AggregationAborted`, or leaves the sum as it is. The exception is a client's own upload that travels as a

@@ -2,7 +2,7 @@
 
 Phong et al., Privacy-Preserving Deep Learning via Additively Homomorphic Encryption, IEEE TIFS 2018, section 4, with
 Paillier (EUROCRYPT 1999, scheme 1) packed as there; Fan and Vercauteren 2012 (BFV) and Cheon et al., ASIACRYPT 2017
-(CKKS), by tenseal. Departures: one sum of gradients instead of asynchronous steps on encrypted weights.
+(CKKS), by tenseal. Departure: one sum of gradients instead of asynchronous steps on encrypted weights.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from gia_jax.secure_aggregation.protocol import (
 from gia_jax.secure_aggregation.quantization import RING, Quantizer
 from gia_jax.secure_aggregation.wire import Bytes, Wire
 
-DEGREE = 8192  # of the ring of BFV and CKKS
+DEGREE = 8192  # degree of the ring of BFV and CKKS
 BFV_PRIME = 4293918721  # the largest below 2^32 that is 1 modulo 2 DEGREE
 CKKS_SCALE = 2.0**40
 SLOT = 47  # bits of an entry of 32 bits in a Paillier plaintext: room for 2^15 additions
@@ -46,12 +46,14 @@ def homomorphic(
     publish: bool = True,
     key_bits: int = 3072,
 ) -> AggregationProtocol:
-    """The sum over the clients that sent a ciphertext, of which the server sees nothing but what clients publish.
+    """Builds the protocol of homomorphic encryption, which gives the sum over the clients that sent a ciphertext.
+
+    The server sees nothing of the sum but what clients publish.
 
     Threat model: an honest-but-curious server that no client helps. All clients hold one secret key: a single one
-    that colludes opens every upload (`collusion` is 0), and so does one that reads another's traffic. The key comes
-    from the operating system always, also with `insecure_seed`. CKKS decryptions that are published leak of the key
-    (Li and Micciancio, EUROCRYPT 2021); here they are rounded to integers, which is no proof of the contrary.
+    that colludes opens every upload (`collusion` is 0), and so does one that reads another's traffic. The key always
+    comes from the operating system, also with `insecure_seed`. CKKS decryptions that are published leak of the key
+    (Li and Micciancio, EUROCRYPT 2021). Here they are rounded to integers, which is no proof of the contrary.
 
     The server believes a published sum only where all published sums are equal, so a client alone cannot lie about it.
     But these ciphertexts have no tag, as they can be added: a client's ciphertext that was changed on its way, and
@@ -59,23 +61,36 @@ def homomorphic(
     nothing, or all the same wrong sum. Bytes that are no ciphertext of the right kind end the run.
 
     Args:
-        num_clients: Number N of clients; with Paillier at most 2^15.
-        scheme: "bfv" is exact; "ckks" is approximate, its error of about 1e-6 steps is rounded off; both need the
-            extra `he`. "paillier" is exact, of the extra `secure` alone, and slow: a tenth of a second or more for
-            every 65 entries.
-        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        num_clients: Number N of clients, at least 1, with Paillier at most 2^15.
+        scheme: Name of the encryption scheme. "bfv" is exact. "ckks" is approximate: its error of about 1e-6 steps is
+            rounded off. Both need the extra `he`. "paillier" is exact, needs the extra `secure` alone, and is slow: it
+            takes a tenth of a second or more for every 65 entries.
+        clip: Largest magnitude of an entry, positive and finite. Larger entries are clipped.
         bits: Number of bits of an entry, the sign included, from 2 to 31.
         publish: Whether the clients tell the server the sum, as a server that holds the model in the clear needs it.
-            False: the view's aggregate is None.
-        key_bits: Length of Paillier's key in bits, from 1024 to 16384, above which it would take minutes; below 3072 it
-            is for tests.
+            Without it the view's aggregate is None.
+        key_bits: Length of Paillier's key in bits, from 1024 to 16384, above which it would take minutes. A key below
+            3072 bits is for tests.
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: Arguments that `Quantizer` refuses, an unknown scheme, or Paillier's arguments out of range.
-        ImportError: BFV or CKKS without the extra `he`.
+        ValueError: If `Quantizer` refuses the arguments, the scheme is unknown, or `num_clients` or `key_bits` is out
+            of range.
+        ImportError: If the scheme is BFV or CKKS and the extra `he` is not installed.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.homomorphic(2, "paillier", clip=1.0, key_bits=1024)
+        >>> updates = jnp.array([[0.5, -0.25], [0.25, 0.5]])
+        >>> view = sa.aggregate(jax.random.key(0), protocol, updates)
+        >>> [round(float(entry), 2) for entry in view.aggregate]
+        [0.75, 0.25]
+        >>> print(sa.observe(view, "client:0", jnp.zeros(2)))
+        n/a: ciphertext
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
@@ -100,16 +115,19 @@ def homomorphic(
 
 
 class Cipher(NamedTuple):
-    """An additively homomorphic scheme on blocks of integers.
+    """An additively homomorphic scheme on blocks of integers, as five functions.
 
-    Its functions raise MalformedMessage for bytes that are no ciphertext or public key of its own.
+    They raise MalformedMessage for bytes that are no ciphertext or public key of their own scheme.
 
     Attributes:
-        generate: Makes a secret key of a number of bits. (Lattice schemes have a length of their own.)
-        public: Derives from the secret key what the server needs to add; it encrypts nothing.
-        encrypt: Makes from the secret key and signed integers, shape (p,), a ciphertext for every block of them.
-        add: Makes from what `public` gave and ciphertexts of the same block that of the sum.
-        decrypt: Reads with the secret key from the ciphertexts of all blocks the integers, at least p of them.
+        generate: Function `(key_bits) -> key` that makes a secret key. Lattice schemes have a length of their own.
+        public: Function `(key) -> public` that derives from the secret key what the server needs to add. That encrypts
+            nothing.
+        encrypt: Function `(key, integers) -> ciphertexts` that encrypts signed integers, shape (p,), with the secret
+            key: a ciphertext for every block of them.
+        add: Function `(public, ciphertexts) -> ciphertext` that adds ciphertexts of the same block.
+        decrypt: Function `(key, ciphertexts) -> integers` that reads the ciphertexts of all blocks with the secret key:
+            at least p integers.
     """
 
     generate: Callable[[int], bytes]
@@ -120,7 +138,29 @@ class Cipher(NamedTuple):
 
 
 def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
-    """BFV or CKKS, `DEGREE` or half as many integers in a ciphertext; 128 bits of security by tenseal's own check."""
+    """Returns BFV or CKKS, by tenseal.
+
+    A ciphertext holds `DEGREE` integers with BFV and half as many with CKKS. Both have 128 bits of security by
+    tenseal's own check.
+
+    Args:
+        name: Name of the scheme.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        ImportError: If the extra `he` is not installed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation.homomorphic import lattice
+        >>> cipher = lattice("bfv")
+        >>> key = cipher.generate(0)
+        >>> first, second = (cipher.encrypt(key, np.array(entries))[0] for entries in ([2, 3], [5, -7]))
+        >>> cipher.decrypt(key, [cipher.add(cipher.public(key), [first, second])]).tolist()
+        [7, -4]
+    """
     try:
         import tenseal
     except ImportError as error:
@@ -193,10 +233,23 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
 
 
 def paillier() -> Cipher:
-    """Paillier with the generator n + 1, entries packed modulo 2^32 into slots of 47 bits.
+    """Returns Paillier with the generator n + 1, entries packed modulo 2^32 into slots of 47 bits.
 
     Two's complement makes the slots signed: a sum is right modulo 2^32 where it stays below 2^47 in its slot. The
-    secret key is the two primes, as long each.
+    secret key is the two primes, which are equally long.
+
+    Returns:
+        The scheme.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation.homomorphic import paillier
+        >>> cipher = paillier()
+        >>> key = cipher.generate(1024)
+        >>> first, second = (cipher.encrypt(key, np.array(entries))[0] for entries in ([2, 3], [5, -1]))
+        >>> found = cipher.decrypt(key, [cipher.add(cipher.public(key), [first, second])])
+        >>> (found[:2] % 2**32).tolist()
+        [7, 2]
     """
 
     def primes(key: bytes) -> tuple[int, int]:
@@ -260,7 +313,12 @@ SCHEMES: Mapping[str, Callable[[], Cipher]] = {
 
 @dataclass(frozen=True)
 class Encrypted(Wire):
-    """What a client sends: what the server needs to add, and ciphertexts by block."""
+    """The message of a client in round 0.
+
+    Attributes:
+        public: What the server needs to add the ciphertexts.
+        blocks: Ciphertexts by number of the block.
+    """
 
     public: bytes
     blocks: Bytes
@@ -268,16 +326,28 @@ class Encrypted(Wire):
 
 @dataclass(frozen=True)
 class EncryptedSum(Wire):
-    """What the server sends: the ciphertexts of the sum by block."""
+    """The message of the server in round 0.
+
+    Attributes:
+        blocks: Ciphertexts of the sum by number of the block.
+    """
 
     blocks: Bytes
 
 
 class HomomorphicClient(Client):
-    """One client, with the key of all clients.
+    """One client, which holds the secret key of all clients.
 
     Attributes:
-        sum: The sum's residues, once decrypted.
+        sum: The residues of the sum, shape (p,), once they are decrypted.
+
+    Args:
+        client: Number of the client.
+        vector: Residues that the client puts into the sum, shape (p,).
+        cipher: Encryption scheme.
+        key: Secret key of all clients.
+        modulus: Modulus of the residues.
+        publish: Whether the client tells the server the sum.
     """
 
     def __init__(
@@ -290,7 +360,7 @@ class HomomorphicClient(Client):
 
     @client_round
     def encrypt(self, message: bytes) -> bytes:
-        """Round 0."""
+        """Round 0: encrypts the vector."""
         del message
         signed = self._vector.astype(np.int64)
         signed[signed > (self._modulus - 1) // 2] -= self._modulus
@@ -300,7 +370,7 @@ class HomomorphicClient(Client):
 
     @client_round
     def decrypt(self, message: bytes) -> bytes:
-        """Round 1."""
+        """Round 1: decrypts the sum, and publishes it if the protocol wants it."""
         blocks = EncryptedSum.from_bytes(message).blocks
         integers = self._cipher.decrypt(self._key, _in_order(blocks, self._num_blocks))
         if integers.size < self._vector.size:
@@ -310,7 +380,15 @@ class HomomorphicClient(Client):
 
 
 class HomomorphicServer(Server):
-    """The server, without a key. It adds the ciphertexts of two clients or more, or of the only one."""
+    """The server, which has no secret key. It adds the ciphertexts of two clients or more, or of the only one.
+
+    Args:
+        length: Length p of the vectors.
+        num_clients: Number of clients.
+        cipher: Encryption scheme.
+        modulus: Modulus of the residues.
+        publish: Whether the clients tell the server the sum.
+    """
 
     def __init__(self, length: int, num_clients: int, cipher: Cipher, modulus: int, publish: bool) -> None:
         super().__init__(num_clients)
@@ -320,7 +398,7 @@ class HomomorphicServer(Server):
 
     @server_round
     def add(self, answers: Bytes) -> Bytes:
-        """Round 0."""
+        """Round 0: adds the ciphertexts of all clients block by block, and sends the sum to each of them."""
         self.uploads, self.contributors = answers, tuple(answers)
         require(len(answers), self._minimum, "with a ciphertext")
         received = [Encrypted.from_bytes(data) for data in answers.values()]
@@ -344,7 +422,7 @@ class HomomorphicServer(Server):
 
 
 def _in_order(blocks: Bytes, count: int) -> list[bytes]:
-    """The ciphertexts of the blocks from 0 to `count` - 1."""
+    """Returns the ciphertexts of the blocks from 0 to `count` - 1; raises MalformedMessage where they are others."""
     if set(blocks) != set(range(count)):
         raise MalformedMessage(f"ciphertexts must be of the {count} blocks, got {len(blocks)} of {sorted(blocks)[:9]}")
     return [blocks[i] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What an attack may see of an aggregation: from the server's view to an observation."""
+"""What an attack may see of an aggregation: it turns the server's view into an observation."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,10 +11,17 @@ from gia_jax.secure_aggregation.protocol import ServerView, decode, divided, mod
 
 
 class Ciphertext(NamedTuple):
-    """Takes the place of an observation where there are no numbers to attack. A table prints "n/a: ciphertext" for it.
+    """What takes the place of an observation where there are no numbers to attack.
+
+    A table prints "n/a: ciphertext" for it.
 
     Attributes:
         num_bytes: Length of the ciphertext in bytes.
+
+    Examples:
+        >>> from gia_jax import secure_aggregation as sa
+        >>> print(sa.Ciphertext(512))
+        n/a: ciphertext
     """
 
     num_bytes: int
@@ -31,7 +38,9 @@ def observe(
     colluders: Mapping[int, np.ndarray] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Observation | Ciphertext:
-    """The update that a server sees of one client, or of all, by itself or with clients that tell it what they know.
+    """Returns the update that a server sees of one client, or of all.
+
+    The server sees it by itself, or with clients that tell it what they know.
 
     * "aggregate": the sum over the contributors less what the colluders put in, divided by the number of the others:
       for batches of one size, the gradient of the union of their batches.
@@ -40,17 +49,32 @@ def observe(
 
     Args:
         view: The server's view after a run.
-        target: "aggregate", or "client:" and a number.
-        params: What the server sent to the clients.
-        colluders: The residues that each colluding client put into the protocol, shape (p,), as `quantized` gives them.
-        extra: What else the threat model grants, as `gia_jax.grants` makes it.
+        target: What is observed: "aggregate", or "client:" and a number.
+        params: Parameters that the server sent to the clients.
+        colluders: Residues that each colluding client put into the protocol, shape (p,), by client, as `quantized`
+            gives them. By default no client colludes.
+        extra: What else the threat model grants, as `gia_jax.grants` makes it. By default nothing.
 
     Returns:
-        The observation, for any attack, in the types of the clients' updates; or `Ciphertext`.
+        The observation, for any attack, in the types of the clients' updates, or `Ciphertext`.
 
     Raises:
-        ValueError: An unknown target, a client that sent nothing, a colluder that is no contributor or whose residues
-            are none or of another length, a sum that the server does not have, or one over colluders only.
+        ValueError: If the target is unknown or a client that sent nothing, a colluder is no contributor or its residues
+            are none or of another length, or the sum is one that the server does not have, or one over colluders only.
+
+    Examples:
+        The server sees the mean of two updates, but of client 0 only a masked vector:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> updates = jnp.array([[0.5, -0.25], [0.25, 0.5]])
+        >>> view = sa.aggregate(jax.random.key(0), sa.secagg(2, threshold=2, clip=1.0), updates)
+        >>> params = jnp.zeros(2)
+        >>> [round(float(entry), 3) for entry in sa.observe(view, "aggregate", params).update]
+        [0.375, 0.125]
+        >>> bool(jnp.allclose(sa.observe(view, "client:0", params).update, updates[0]))
+        False
     """
     colluders = {} if colluders is None else colluders
     if unknown := sorted(set(colluders) - set(view.contributors)):
@@ -77,6 +101,7 @@ def observe(
 
 
 def _client(target: str) -> int:
+    """Reads the number of the client out of a target such as "client:3", and raises ValueError for another text."""
     kind, _, number = target.partition(":")
     if kind != "client" or not number.isdecimal():
         raise ValueError(f'target must be "aggregate" or such as "client:3", got {target!r}')
@@ -84,7 +109,7 @@ def _client(target: str) -> int:
 
 
 def _rest(view: ServerView, colluders: Mapping[int, np.ndarray]) -> np.ndarray | bytes:
-    """The residues of the sum over all but the colluders."""
+    """Returns the residues of the sum over all but the colluders, or one ciphertext where there is no sum."""
     if view.total is None:
         uploads = list(view.uploads.values())
         if uploads and isinstance(uploads[0], bytes):

@@ -1,4 +1,4 @@
-"""The control: every client sends its quantised update in the clear."""
+"""The control: a protocol in which every client sends its quantised update in the clear."""
 
 from collections.abc import Sequence
 
@@ -21,20 +21,31 @@ from gia_jax.secure_aggregation.wire import Bytes
 
 
 def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationProtocol:
-    """No protection: what the protocols are compared with. Whoever answers is in the sum.
+    """Builds the protocol without any protection, with which the others are compared. Whoever answers is in the sum.
 
     An upload that was changed on its way changes the sum unnoticed.
 
     Args:
-        num_clients: Number N of clients.
-        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        num_clients: Number N of clients, at least 1.
+        clip: Largest magnitude of an entry, positive and finite. Larger entries are clipped.
         bits: Number of bits of an entry, the sign included, from 2 to 31.
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: Arguments that `Quantizer` refuses.
+        ValueError: If `Quantizer` refuses the arguments.
+
+    Examples:
+        The server reads the update of client 1 as it is:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> updates = jnp.array([[0.5, -0.25], [0.25, 0.5]])
+        >>> view = sa.aggregate(jax.random.key(0), sa.plain_sum(2, clip=1.0), updates)
+        >>> [round(float(entry), 2) for entry in sa.observe(view, "client:1", jnp.zeros(2)).update]
+        [0.25, 0.5]
     """
     quantizer = Quantizer(clip, bits, num_clients)
 
@@ -48,7 +59,12 @@ def plain_sum(num_clients: int, *, clip: float, bits: int = 22) -> AggregationPr
 
 
 class PlainClient(Client):
-    """Sends its vector."""
+    """One client, which sends its vector as it is.
+
+    Args:
+        client: Number of the client.
+        vector: Residues that the client puts into the sum, shape (p,).
+    """
 
     def __init__(self, client: int, vector: np.ndarray) -> None:
         super().__init__(client, self.upload)
@@ -56,13 +72,18 @@ class PlainClient(Client):
 
     @client_round
     def upload(self, message: bytes) -> bytes:
-        """Round 0."""
+        """Round 0: sends the vector."""
         del message
         return to_bytes(self._vector)
 
 
 class PlainServer(Server):
-    """Adds what it is sent."""
+    """The server, which adds what it is sent.
+
+    Args:
+        length: Length p of the vectors.
+        num_clients: Number of clients.
+    """
 
     def __init__(self, length: int, num_clients: int) -> None:
         super().__init__(num_clients)
@@ -71,7 +92,7 @@ class PlainServer(Server):
 
     @server_round
     def add(self, answers: Bytes) -> Bytes:
-        """Round 0."""
+        """Round 0: adds the vectors."""
         require(len(answers), 1, "the upload")
         vectors = {client: words(data, self._length) for client, data in answers.items()}
         self.uploads, self.contributors = vectors, tuple(vectors)

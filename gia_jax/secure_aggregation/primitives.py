@@ -1,4 +1,7 @@
-"""The cryptographic primitives, all of the package `cryptography`: X25519, HKDF-SHA256, ChaCha20, ChaCha20-Poly1305."""
+"""The cryptographic primitives of the protocols: X25519, HKDF-SHA256, ChaCha20 and ChaCha20-Poly1305.
+
+All of them are of the package `cryptography`.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -23,9 +26,24 @@ NONCE = 12
 
 
 def insecure_random(seed: int, party: int) -> RandomBytes:
-    """Reproducible bytes of one party, for experiments only: whoever knows the seed knows every secret.
+    """Returns a reproducible source of bytes for one party, for experiments only.
 
-    Two runs with one seed draw the same masks, so that the difference of a client's uploads is that of its vectors.
+    Whoever knows the seed knows every secret. Two runs with one seed draw the same masks, so that the difference of a
+    client's uploads is that of its vectors.
+
+    Args:
+        seed: Seed of the run.
+        party: Number of the party.
+
+    Returns:
+        A function `(count) -> bytes`, whose every call goes on in the party's stream.
+
+    Examples:
+        >>> from gia_jax.secure_aggregation.primitives import insecure_random
+        >>> first, again = insecure_random(0, party=1)(8), insecure_random(0, party=1)(8)
+        >>> other = insecure_random(0, party=2)(8)
+        >>> first == again, first == other
+        (True, False)
     """
     key = hashlib.sha256(f"insecure {seed} {party}".encode()).digest()
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
@@ -33,13 +51,42 @@ def insecure_random(seed: int, party: int) -> RandomBytes:
 
 
 def keystream(key: bytes, count: int) -> UInt32[np.ndarray, " count"]:
-    """`count` uniform 32-bit words, the ChaCha20 keystream (RFC 8439) of a key that is used for nothing else."""
+    """Returns uniform 32-bit words, the ChaCha20 keystream (RFC 8439) of a key that is used for nothing else.
+
+    Args:
+        key: Key, 32 bytes.
+        count: Number of words.
+
+    Returns:
+        The words, shape (count,).
+
+    Examples:
+        >>> from gia_jax.secure_aggregation.primitives import keystream
+        >>> [hex(word) for word in keystream(bytes(32), 2)]
+        ['0xade0b876', '0x903df1a0']
+    """
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
     return np.frombuffer(stream, "<u4")
 
 
 def uniform(random: RandomBytes, prime: int, shape: tuple[int, ...]) -> UInt32[np.ndarray, "..."]:
-    """Uniform elements of the field of `prime` < 2^32, by rejection."""
+    """Draws uniform elements of the field of a prime, by rejection.
+
+    Args:
+        random: Source of randomness.
+        prime: Modulus of the field, below 2^32.
+        shape: Shape of the result.
+
+    Returns:
+        The residues, below `prime`.
+
+    Examples:
+        >>> import os
+        >>> from gia_jax.secure_aggregation.primitives import uniform
+        >>> drawn = uniform(os.urandom, 5, (2, 3))
+        >>> drawn.shape, bool((drawn < 5).all())
+        ((2, 3), True)
+    """
     shift = np.uint32(32 - prime.bit_length())
     count = int(np.prod(shape))
     found = np.frombuffer(random(4 * count), "<u4") >> shift
@@ -50,10 +97,27 @@ def uniform(random: RandomBytes, prime: int, shape: tuple[int, ...]) -> UInt32[n
 
 
 def agree(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    """The 32-byte key that two parties share for one purpose: X25519 (RFC 7748), then HKDF (RFC 5869).
+    """Returns the 32-byte key that two parties share for one purpose: X25519 (RFC 7748), then HKDF (RFC 5869).
+
+    Args:
+        private: Private key of this party.
+        public: Public key of the other party, 32 bytes.
+        purpose: Name of what the key is for. Other purposes give other keys.
+
+    Returns:
+        The key.
 
     Raises:
-        MalformedMessage: A public key that is not 32 bytes, or of low order: the shared secret would be known to all.
+        MalformedMessage: If the public key is not 32 bytes, or of low order: the shared secret would be known to all.
+
+    Examples:
+        >>> from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+        >>> from gia_jax.secure_aggregation.primitives import agree
+        >>> first, second = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        >>> own = agree(first, second.public_key().public_bytes_raw(), b"mask")
+        >>> theirs = agree(second, first.public_key().public_bytes_raw(), b"mask")
+        >>> own == theirs, len(own)
+        (True, 32)
     """
     pair = sorted([private.public_key().public_bytes_raw(), public])
     info = b"gia_jax secure aggregation 1, " + purpose + b"".join(pair)
@@ -67,9 +131,22 @@ def agree(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
 class Mailbox:
     """One client's end of the encrypted channels to its peers, which run through the server.
 
+    Attributes:
+        client: Number of the client that owns it.
+        public: Public key of the client, 32 bytes.
+
     Args:
-        client: The owner.
-        random: Its source of randomness.
+        client: Number of the client that owns it.
+        random: Source of randomness of the client.
+
+    Examples:
+        >>> import os
+        >>> from gia_jax.secure_aggregation.primitives import Mailbox
+        >>> first, second = Mailbox(0, os.urandom), Mailbox(1, os.urandom)
+        >>> first.connect(1, second.public)
+        >>> second.connect(0, first.public)
+        >>> second.open(0, first.seal(1, b"a share"))
+        b'a share'
     """
 
     def __init__(self, client: int, random: RandomBytes) -> None:
@@ -84,19 +161,41 @@ class Mailbox:
 
         Args:
             peer: Number of the client at the other end.
-            public: Public key of that client.
+            public: Public key of that client, 32 bytes.
             announced: What both ends must have been told alike: a box opens only for an end that was.
+
+        Raises:
+            MalformedMessage: If the public key is not 32 bytes, or of low order.
         """
         self._channels[peer] = ChaCha20Poly1305(agree(self._private, public, b"channel")), announced
 
     def seal(self, receiver: int, content: bytes) -> bytes:
-        """Encrypts to one peer; the box opens for that receiver, and as from this sender, only."""
+        """Encrypts a content to one peer. The box opens only for that receiver, and only as from this sender.
+
+        Args:
+            receiver: Number of the client that may open the box.
+            content: Bytes to encrypt.
+
+        Returns:
+            The box.
+        """
         nonce = self._random(NONCE)
         cipher, announced = self._channels[receiver]
         return nonce + cipher.encrypt(nonce, content, f"{self.client} to {receiver} ".encode() + announced)
 
     def open(self, sender: int, box: bytes) -> bytes:
-        """Decrypts what `sender` sealed; raises MalformedMessage where a bit, a name or what was announced differs."""
+        """Decrypts what a peer sealed.
+
+        Args:
+            sender: Number of the client that sealed the box.
+            box: The box, as it arrived.
+
+        Returns:
+            The content.
+
+        Raises:
+            MalformedMessage: If there is no channel to `sender`, or a bit, a name or what was announced differs.
+        """
         if sender not in self._channels:
             raise MalformedMessage(f"client {self.client} has no channel to client {sender}, and got a box from it")
         cipher, announced = self._channels[sender]

@@ -51,6 +51,27 @@ def client_round(step: Callable[[ClientType, bytes], bytes]) -> Callable[[Client
     Two answers to one round would differ by secrets, such as a single pairwise mask. So the round counts as taken
     before it runs, and a client that was asked out of order, or that raised, is finished: it raises AggregationAborted
     whatever it is asked after that.
+
+    Args:
+        step: Method `(message) -> answer` of the client.
+
+    Returns:
+        The method, which answers once and in order.
+
+    Examples:
+        A client is asked for its upload twice:
+
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation import AggregationAborted
+        >>> from gia_jax.secure_aggregation.plain import PlainClient
+        >>> client = PlainClient(0, np.array([5], np.uint32))
+        >>> client.upload(b"").hex()
+        '05000000'
+        >>> try:
+        ...     client.upload(b"")
+        ... except AggregationAborted as aborted:
+        ...     print(aborted)
+        client 0 answers each round once and in order: got upload, next is none
     """
 
     @functools.wraps(step)
@@ -75,7 +96,7 @@ class Server:
     Attributes:
         rounds: A function for each round, which makes from the answers that came the next messages, both by client.
         uploads: What carries each client's update: residues, shape (p,), or ciphertext.
-        contributors: The clients in the sum, once they are known.
+        contributors: Numbers of the clients in the sum, once they are known.
         total: The sum, shape (p,), once it is known.
 
     Args:
@@ -95,7 +116,14 @@ ServerType = TypeVar("ServerType", bound=Server)
 
 
 def server_round(step: Callable[[ServerType, Bytes], Bytes]) -> Callable[[ServerType, Bytes], Bytes]:
-    """Makes a method of a server one of its rounds: it takes answers only from the clients that it asked."""
+    """Makes a method of a server one of its rounds: it takes answers only from the clients that it asked.
+
+    Args:
+        step: Method `(answers) -> messages` of the server, both by client.
+
+    Returns:
+        The method, which raises MalformedMessage for the answer of another client.
+    """
 
     @functools.wraps(step)
     def take(self: ServerType, answers: Bytes) -> Bytes:
@@ -113,11 +141,18 @@ class AggregationProtocol(NamedTuple):
 
     Attributes:
         name: Name of the protocol, for tables.
-        quantizer: What turns floats into residues; it knows the number of clients.
+        quantizer: Quantizer that turns floats into residues. It knows the number of clients.
         collusion: Number of clients that may tell the server all they know, with the sum over the others still all it
             learns.
-        make_clients: Makes the clients from the residues of each, shape (n, p), and the randomness of each.
-        make_server: Makes the server from the length p and its randomness.
+        make_clients: Function `(residues, randoms) -> clients` that makes the clients from the residues of each, shape
+            (n, p), and the source of randomness of each.
+        make_server: Function `(length, random) -> server` that makes the server from the length p and its randomness.
+
+    Examples:
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.secagg(5, threshold=3, clip=1.0)
+        >>> protocol.name, protocol.quantizer.num_clients, protocol.collusion
+        ('secagg', 5, 2)
     """
 
     name: str
@@ -128,14 +163,24 @@ class AggregationProtocol(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message on its way; the server's number is `SERVER`.
+    """One message on its way. The number of the server is `SERVER`.
 
     Attributes:
         round: Number of the round, from 0.
-        kind: The step that made it.
-        sender: Client or server.
-        receiver: Client or server.
-        payload: All that travels.
+        kind: Name of the step that made the message.
+        sender: Number of the client or server that sent it.
+        receiver: Number of the client or server that is to get it.
+        payload: All that travels, as bytes.
+
+    Examples:
+        A client sends two residues of four bytes to the server:
+
+        >>> import numpy as np
+        >>> from gia_jax import secure_aggregation as sa
+        >>> view = sa.aggregate_residues(sa.plain_sum(2, clip=1.0), np.array([[1, 2], [3, 4]], np.uint32))
+        >>> message = view.transcript[1]
+        >>> message.kind, message.sender, message.receiver, message.payload.hex()
+        ('upload', 1, -1, '0300000004000000')
     """
 
     round: int
@@ -150,12 +195,22 @@ class ServerView(NamedTuple):
 
     Attributes:
         protocol: Name of the protocol.
-        quantizer: Public.
-        like: One client's update as `jax.ShapeDtypeStruct`s: public, the shape of the model.
-        uploads: What each client sent in place of its update: residues, shape (p,), or ciphertext bytes.
-        contributors: The clients in the sum.
-        total: The sum's residues, shape (p,); None where the server does not learn it.
+        quantizer: Quantizer of the protocol, which is public.
+        like: One client's update as `jax.ShapeDtypeStruct`s. It is public, as the shape of the model is.
+        uploads: What each client sent in place of its update, by client: residues, shape (p,), or ciphertext bytes.
+        contributors: Numbers of the clients in the sum.
+        total: Residues of the sum, shape (p,). None where the server does not learn it.
         transcript: Every message, in order.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax import secure_aggregation as sa
+        >>> residues = np.array([[1, 2], [3, 4]], np.uint32)
+        >>> view = sa.aggregate_residues(sa.secagg(2, threshold=2, clip=1.0), residues)
+        >>> view.total.tolist(), view.contributors
+        ([4, 6], (0, 1))
+        >>> bool(np.array_equal(view.uploads[0], residues[0]))
+        False
     """
 
     protocol: str
@@ -168,14 +223,21 @@ class ServerView(NamedTuple):
 
     @property
     def aggregate(self) -> Updates | None:
-        """The sum of the contributors' updates, a tree like one of them; None where the server does not learn it.
+        """The sum of the contributors' updates, a tree like one of them. None where the server does not learn it.
 
         It is in float32 also where the clients' updates are in half precision, which a sum may not fit into.
         """
         return None if self.total is None else decode(self.quantizer, self.total, self.like)
 
     def num_bytes(self, client: int) -> int:
-        """Bytes that one client sends and receives."""
+        """Counts the bytes that one client sends and receives.
+
+        Args:
+            client: Number of the client.
+
+        Returns:
+            The number of bytes of all its messages.
+        """
         return sum(len(m.payload) for m in self.transcript if client in (m.sender, m.receiver))
 
 
@@ -187,26 +249,37 @@ def aggregate(
     dropouts: Mapping[int, int] | None = None,
     insecure_seed: int | None = None,
 ) -> ServerView:
-    """Runs a protocol once, all parties in this process; each of them is given nothing but its own input and bytes.
+    """Runs a protocol once, with all parties in this process.
 
-    It cannot be traced: it is work of the host.
+    Each party is given nothing but its own input and bytes. The run cannot be traced: it is work of the host.
 
     Args:
-        key: The clients' stochastic rounding; client i draws from `fold_in(key, i)`. No secret depends on it.
-        protocol: Such as `secagg(...)`.
-        updates: A tree of floats, every leaf with a leading axis of the protocol's number of clients.
-        dropouts: By client, the first round that it does not answer.
-        insecure_seed: None draws every secret from the operating system. A number, not negative, makes a run
-            reproducible, for experiments only: whoever knows it knows every secret, and two runs with one number use
-            the same masks.
+        key: Random key of the clients' stochastic rounding: client i draws from `fold_in(key, i)`. No secret depends on
+            it.
+        protocol: Protocol to run, such as `secagg(...)`.
+        updates: Updates of all clients: a tree of floats, every leaf with a leading axis of the protocol's number of
+            clients.
+        dropouts: The first round that a client does not answer, by client. By default all clients answer every round.
+        insecure_seed: Seed of a reproducible run, an integer of at least 0, for experiments only: whoever knows it
+            knows every secret, and two runs with one seed use the same masks. None draws every secret from the
+            operating system.
 
     Returns:
         The server's view.
 
     Raises:
-        ValueError: Updates with another number of clients, or not finite; unknown clients or rounds in `dropouts`; an
-            `insecure_seed` that is no such number.
-        AggregationAborted: Too few clients answered, or a party refused a message.
+        ValueError: If the updates are of another number of clients, or not finite, `dropouts` names unknown clients or
+            rounds, or `insecure_seed` is no such number.
+        AggregationAborted: If too few clients answered, or a party refused a message.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> updates = {"w": jnp.array([[0.5, -0.25], [0.25, 0.5], [0.5, 0.5]])}
+        >>> view = sa.aggregate(jax.random.key(0), sa.secagg(3, threshold=2, clip=1.0), updates, dropouts={2: 1})
+        >>> view.contributors, [round(float(entry), 2) for entry in view.aggregate["w"]]
+        ((0, 1), [0.75, 0.25])
     """
     residues, like = quantized(key, protocol, updates)
     return aggregate_residues(protocol, residues, like=like, dropouts=dropouts, insecure_seed=insecure_seed)
@@ -220,22 +293,32 @@ def aggregate_residues(
     dropouts: Mapping[int, int] | None = None,
     insecure_seed: int | None = None,
 ) -> ServerView:
-    """`aggregate` of vectors that are residues already.
+    """Runs a protocol once, like `aggregate`, on vectors that are residues already.
 
     Args:
-        protocol: The protocol, such as `secagg(...)`.
-        residues: Residues of every client, uint32, below the quantizer's modulus.
-        like: One client's update, of p entries in all; None for a vector.
-        dropouts: By client, the first round that it does not answer.
-        insecure_seed: Seed of a reproducible and insecure run, as for `aggregate`; None for none.
+        protocol: Protocol to run, such as `secagg(...)`.
+        residues: Residues of every client, uint32, below the quantizer's modulus, shape (n, p).
+        like: One client's update, of p entries in all, as a tree of shapes. None stands for a vector.
+        dropouts: The first round that a client does not answer, by client. By default all clients answer every round.
+        insecure_seed: Seed of a reproducible run, an integer of at least 0, for experiments only: whoever knows it
+            knows every secret. None draws every secret from the operating system.
 
     Returns:
         The server's view.
 
     Raises:
-        ValueError: Residues of another type or number of clients, or out of range; a `like` of another size; unknown
-            clients or rounds in `dropouts`; an `insecure_seed` that is no number, or negative.
-        AggregationAborted: Too few clients answered, or a party refused a message.
+        ValueError: If the residues are of another type or number of clients, or out of range, `like` is of another
+            size, `dropouts` names unknown clients or rounds, or `insecure_seed` is no number, or negative.
+        AggregationAborted: If too few clients answered, or a party refused a message.
+
+    Examples:
+        The sum is exact modulo 2^32:
+
+        >>> import numpy as np
+        >>> from gia_jax import secure_aggregation as sa
+        >>> residues = np.array([[1, 2], [3, 2**32 - 1]], np.uint32)
+        >>> sa.aggregate_residues(sa.secagg(2, threshold=2, clip=1.0), residues).total.tolist()
+        [4, 1]
     """
     count = protocol.quantizer.num_clients
     if residues.ndim != 2 or residues.shape[0] != count or residues.shape[1] == 0:
@@ -281,7 +364,16 @@ def aggregate_residues(
 
 
 def exchange(clients: Sequence[Client], server: Server, dropouts: Mapping[int, int]) -> Iterator[Message]:
-    """Carries the messages of all rounds, and yields each."""
+    """Carries the messages of all rounds between the clients and the server, and yields each.
+
+    Args:
+        clients: The clients, in the order of their numbers.
+        server: The server.
+        dropouts: The first round that a client does not answer, by client.
+
+    Yields:
+        Each message, in order.
+    """
     messages: Bytes = dict.fromkeys(range(len(clients)), b"")
     for number, server_round in enumerate(server.rounds):
         answers = {}
@@ -298,18 +390,31 @@ def exchange(clients: Sequence[Client], server: Server, dropouts: Mapping[int, i
 def quantized(
     key: PRNGKeyArray, protocol: AggregationProtocol, updates: Updates
 ) -> tuple[UInt32[np.ndarray, "n p"], PyTree[jax.ShapeDtypeStruct]]:
-    """What every client puts into the protocol: its own secret, which a colluder knows of itself.
+    """Returns what every client puts into the protocol: its own secret, which a colluder knows of itself.
 
     Args:
-        key: Key of the clients' stochastic rounding, as for `aggregate`.
-        protocol: The protocol, whose quantizer is used.
-        updates: Updates of all clients, as for `aggregate`.
+        key: Random key of the clients' stochastic rounding: client i draws from `fold_in(key, i)`.
+        protocol: Protocol whose quantizer is used.
+        updates: Updates of all clients: a tree of floats, every leaf with a leading axis of the protocol's number of
+            clients.
 
     Returns:
         The residues of every client, shape (n, p), and the shapes of one update.
 
     Raises:
-        ValueError: Updates that `aggregate` refuses.
+        ValueError: If the updates are of another number of clients, have no parameter, are not floats or are not
+            finite.
+
+    Examples:
+        With two bits an entry of 1 becomes one step, and one of -1 becomes 2^32 - 1, which is -1 modulo 2^32:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.plain_sum(2, clip=1.0, bits=2)
+        >>> residues, like = sa.quantized(jax.random.key(0), protocol, jnp.array([[1.0, 0.0], [-1.0, 1.0]]))
+        >>> residues.tolist(), like.shape
+        ([[1, 0], [4294967295, 1]], (2,))
     """
     count = protocol.quantizer.num_clients
     leaves = jax.tree.leaves(updates)
@@ -328,6 +433,7 @@ def quantized(
 # Jitted here and not by the caller, as an exception: a run of a protocol cannot be traced as a whole.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(quantizer: Quantizer, key: PRNGKeyArray, updates: Updates) -> UInt32[Array, "n p"]:
+    """Turns the updates of all clients into residues, a row for each client."""
     flat = jnp.concatenate([widened(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(updates)], axis=1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(flat)))
     return jax.vmap(quantizer.encode)(keys, flat)
@@ -339,9 +445,27 @@ _decode = jax.jit(Quantizer.decode, static_argnums=0)
 def decode(
     quantizer: Quantizer, residues: UInt32[np.ndarray, " p"], like: PyTree[jax.ShapeDtypeStruct]
 ) -> PyTree[Array]:
-    """The tree of floats that a vector of residues, or a sum of such, stands for.
+    """Returns the tree of floats that a vector of residues, or a sum of such, stands for.
 
     It is in float32 where `like` is in half precision, so that a sum may be divided before it is cast.
+
+    Args:
+        quantizer: Quantizer of the protocol.
+        residues: Residues, shape (p,).
+        like: One client's update, of p entries in all, as a tree of shapes.
+
+    Returns:
+        The tree, with the shapes of `like`.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> from gia_jax.secure_aggregation.protocol import decode
+        >>> protocol = sa.plain_sum(2, clip=1.0, bits=2)
+        >>> residues, like = sa.quantized(jax.random.key(0), protocol, {"w": jnp.array([[1.0, 0.0], [-1.0, 1.0]])})
+        >>> decode(protocol.quantizer, residues[1], like)["w"].tolist()
+        [-1.0, 1.0]
     """
     leaves, treedef = jax.tree.flatten(like)
     values = np.asarray(_decode(quantizer, residues))
@@ -352,12 +476,30 @@ def decode(
 
 
 def divided(tree: PyTree[Array], count: int, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
-    """A sum divided by a number, and only then in the types of `like`."""
+    """Divides a sum by a number, and only then casts it to the types of `like`.
+
+    Args:
+        tree: The sum, a tree.
+        count: The number.
+        like: One client's update, as a tree of shapes and types.
+
+    Returns:
+        The quotient, in the types of `like`.
+    """
     return jax.tree.map(lambda leaf, one: (leaf / count).astype(one.dtype), tree, like)
 
 
 def require_residues(name: str, residues: np.ndarray, modulus: int) -> None:
-    """Raises ValueError where an array is not of residues below `modulus`, as uint32."""
+    """Checks that an array is of residues below `modulus`, as uint32.
+
+    Args:
+        name: Name of the array, for the error.
+        residues: The array.
+        modulus: Modulus of the residues.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if residues.dtype != np.uint32:
         raise ValueError(f"{name} must be of uint32, got {residues.dtype}")
     if residues.size and int(residues.max()) >= modulus:
@@ -365,7 +507,24 @@ def require_residues(name: str, residues: np.ndarray, modulus: int) -> None:
 
 
 def words(data: bytes, count: int, modulus: int = 2**32) -> UInt32[np.ndarray, " count"]:
-    """`count` residues that travelled as bytes; raises MalformedMessage where the bytes are none."""
+    """Reads residues that travelled as bytes.
+
+    Args:
+        data: The bytes, four for each residue, little-endian.
+        count: Number of residues that must be there.
+        modulus: Modulus of the residues.
+
+    Returns:
+        The residues, shape (count,).
+
+    Raises:
+        MalformedMessage: If the bytes are of another number, or not of residues.
+
+    Examples:
+        >>> from gia_jax.secure_aggregation.protocol import words
+        >>> words(bytes([1, 0, 0, 0, 0, 1, 0, 0]), 2).tolist()
+        [1, 256]
+    """
     if len(data) != 4 * count:
         raise MalformedMessage(f"a vector must have {4 * count} bytes, got {len(data)}")
     found = np.frombuffer(data, "<u4")
@@ -375,25 +534,71 @@ def words(data: bytes, count: int, modulus: int = 2**32) -> UInt32[np.ndarray, "
 
 
 def to_bytes(vector: UInt32[np.ndarray, "..."]) -> bytes:
-    """Residues as they travel, little-endian."""
+    """Writes residues as they travel, as four bytes each, little-endian.
+
+    Args:
+        vector: Residues, of any shape.
+
+    Returns:
+        The bytes.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation.protocol import to_bytes
+        >>> to_bytes(np.array([1, 256], np.uint32)).hex()
+        '0100000000010000'
+    """
     return np.ascontiguousarray(vector, "<u4").tobytes()
 
 
 def require(found: int, threshold: int, step: str) -> None:
-    """Raises AggregationAborted where fewer than `threshold` clients answered."""
+    """Checks that enough clients answered a step.
+
+    Args:
+        found: Number of clients that answered.
+        threshold: Number of clients that must answer.
+        step: Name of the step, for the error.
+
+    Raises:
+        AggregationAborted: If fewer than `threshold` clients answered.
+    """
     if found < threshold:
         raise AggregationAborted(f"only {found} clients answered {step}, threshold {threshold}")
 
 
 def require_own_keys(client: int, own: bytes, keys: Bytes, publics: Iterable[bytes]) -> None:
-    """Raises MalformedMessage where the keys sent to a client do not hold its own, or two public keys are equal."""
+    """Checks the keys that the server sent to a client.
+
+    Args:
+        client: Number of the client.
+        own: The keys that the client itself advertised.
+        keys: The keys that it was sent, by client.
+        publics: All public keys in them.
+
+    Raises:
+        MalformedMessage: If the keys do not hold the client's own, or two public keys are equal.
+    """
     publics = list(publics)
     if keys.get(client) != own or len(set(publics)) < len(publics):
         raise MalformedMessage(f"client {client} got keys that are not its own, or not distinct")
 
 
 def modular_sum(vectors: Sequence[np.ndarray], modulus: int) -> UInt32[np.ndarray, " p"]:
-    """The sum of vectors of residues."""
+    """Adds vectors of residues.
+
+    Args:
+        vectors: The vectors, at least one, all of the same shape.
+        modulus: Modulus of the residues.
+
+    Returns:
+        The sum modulo `modulus`, in the shape of a vector.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation.protocol import modular_sum
+        >>> modular_sum([np.array([5, 1], np.uint32), np.array([4, 1], np.uint32)], 7).tolist()
+        [2, 2]
+    """
     total = np.zeros(vectors[0].shape, np.uint64)
     for vector in vectors:
         total += vector

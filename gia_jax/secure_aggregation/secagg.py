@@ -1,10 +1,10 @@
-"""SecAgg: pairwise masks that cancel in the sum.
+"""SecAgg: the clients add pairwise masks, which cancel in the sum.
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, figure 4; with
 `neighbours`, Bell et al., Secure Single-Server Aggregation with (Poly)Logarithmic Overhead, CCS 2020, algorithm 2.
 
 Departures: a commitment to every self-mask seed and a comparison with the advertised mask key, so that wrong shares end
-the run instead of giving a wrong sum; the server names survivors and dropped clients in two lists, and a client refuses
+the run instead of giving a wrong sum. The server names survivors and dropped clients in two lists, and a client refuses
 where they overlap. Boxes are bound to all public keys of their two ends, and a client opens those for it before it
 masks: where the server told two clients different keys, they stop instead of adding masks that do not cancel.
 """
@@ -47,11 +47,12 @@ def secagg(
     consistency: bool = False,
     model_hashes: Sequence[bytes] | None = None,
 ) -> AggregationProtocol:
-    """The sum over the clients that sent a masked input, modulo 2^32; at least `threshold` clients must answer each
-    round, so up to num_clients - threshold may drop out.
+    """Builds the protocol SecAgg, which gives the sum over the clients that sent a masked input, modulo 2^32.
+
+    At least `threshold` clients must answer each round, so up to num_clients - threshold may drop out.
 
     Threat model: an honest-but-curious server and up to threshold - 1 clients that collude with it learn the sum over
-    the other contributors, and nothing else; with threshold colluders they learn everything, and a sum over one honest
+    the other contributors, and nothing else. With threshold colluders they learn everything, and a sum over one honest
     client is that client's update. With `consistency` this holds also for a server that lies about who dropped out,
     where 2 threshold > num_clients + colluders and the clients' identity keys come from a source it cannot forge. A
     client answers every round once, so that no server gets two masked inputs, whose difference is masks, or two sets of
@@ -61,26 +62,39 @@ def secagg(
     changed message ends the run or leaves the sum right.
 
     Args:
-        num_clients: Number N of clients.
-        threshold: Number t of clients that must answer, from 2 (1 for a single client) to N; with `neighbours`, out of
-            a client and its neighbours.
-        clip: Largest magnitude of an entry, > 0 and finite; larger ones are clipped.
+        num_clients: Number N of clients, at least 1.
+        threshold: Number t of clients that must answer, from 2 (1 for a single client) to N. With `neighbours` they
+            are counted among a client and its neighbours.
+        clip: Largest magnitude of an entry, positive and finite. Larger entries are clipped.
         bits: Number of bits of an entry, the sign included, from 2 to 31.
-        neighbours: None masks and shares with every other client. An even number k < N does so with k others, on a
-            circle in random order (SecAgg+); every client then needs `threshold` answers from among its own k + 1.
-            Colluders and dropouts that cut the circle in two give the server two sums: fewer than k of them together
-            never do, and more hardly ever, because the order is random. The server draws it, and must be honest.
-        consistency: Adds signed keys and the consistency round.
+        neighbours: Number of other clients with which a client masks and shares. None stands for every other client. An
+            even number k < N stands for k others, on a circle in random order (SecAgg+). Every client then needs
+            `threshold` answers from among its own k + 1. Colluders and dropouts that cut the circle in two give the
+            server two sums: fewer than k of them together never do, and more hardly ever, because the order is random.
+            The server draws it, and must be honest.
+        consistency: Whether signed keys and the consistency round are added.
         model_hashes: Hash of the model that each client received, such as `limits.model_hash` of it. Masks are then
-            derived from it: between clients with different models they do not cancel, and the sum is noise. (A proposal
-            of this library, without a paper.)
+            derived from it: between clients with different models they do not cancel, and the sum is noise. (This is a
+            proposal of this library, without a paper.) By default masks depend on no model.
 
     Returns:
         The protocol.
 
     Raises:
-        ValueError: Arguments that `Quantizer` refuses; `threshold` or `neighbours` out of range or no integer;
-            `consistency` with neighbours; or not one hash, of bytes, for each client.
+        ValueError: If `Quantizer` refuses the arguments, `threshold` or `neighbours` is out of range or no integer,
+            `consistency` is used with neighbours, or there is not one hash, of bytes, for each client.
+
+    Examples:
+        A client drops out before it sends its masked input, and the sum is that of the others:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.secagg(3, threshold=2, clip=1.0)
+        >>> updates = jnp.array([[0.1, 0.2], [0.3, 0.4], [0.9, 0.9]])
+        >>> view = sa.aggregate(jax.random.key(0), protocol, updates, dropouts={2: 2})
+        >>> view.contributors, [round(float(entry), 2) for entry in view.aggregate]
+        ((0, 1), [0.4, 0.6])
     """
     quantizer = Quantizer(clip, bits, num_clients)
     if neighbours is not None:
@@ -116,7 +130,13 @@ def secagg(
 
 @dataclass(frozen=True)
 class Keys(Wire):
-    """Round 0: the client's public keys, and its signature of both (empty without the consistency round)."""
+    """The message of a client in round 0, with its public keys.
+
+    Attributes:
+        channel: Public key of its channels.
+        mask: Public key from which pairwise masks are derived.
+        signature: Signature of both by its identity key, empty without the consistency round.
+    """
 
     channel: bytes
     mask: bytes
@@ -125,7 +145,12 @@ class Keys(Wire):
 
 @dataclass(frozen=True)
 class Shares(Wire):
-    """Round 1: a box for every peer, and the hash of the self-mask seed."""
+    """The message of a client in round 1.
+
+    Attributes:
+        boxes: A box for every peer, with the shares for it.
+        commitment: Hash of the self-mask seed.
+    """
 
     boxes: Bytes
     commitment: bytes
@@ -133,7 +158,13 @@ class Shares(Wire):
 
 @dataclass(frozen=True)
 class UnmaskRequest(Wire):
-    """Who is in the sum and who dropped out, among a client's peers; signatures of the survivors by client."""
+    """The message of the server that asks a client for shares.
+
+    Attributes:
+        survivors: Clients that are in the sum, among the client's peers.
+        dropped: Clients that dropped out, among the client's peers.
+        signatures: Signatures of the survivors by client, empty without the consistency round.
+    """
 
     survivors: tuple[int, ...]
     dropped: tuple[int, ...]
@@ -142,7 +173,12 @@ class UnmaskRequest(Wire):
 
 @dataclass(frozen=True)
 class UnmaskAnswer(Wire):
-    """The shares of the survivors' self-mask seeds and of the dropped clients' mask keys."""
+    """The message of a client in the last round.
+
+    Attributes:
+        seeds: Shares of the survivors' self-mask seeds, by client.
+        keys: Shares of the dropped clients' mask keys, by client.
+    """
 
     seeds: Bytes
     keys: Bytes
@@ -150,14 +186,20 @@ class UnmaskAnswer(Wire):
 
 @dataclass(frozen=True)
 class Signer:
-    """One client's identity key, and everybody's public one, from a source that the server cannot forge."""
+    """One client's identity key, and everybody's public one, from a source that the server cannot forge.
+
+    Attributes:
+        client: Number of the client.
+        identity: Private identity key of the client.
+        directory: Public identity key of everybody, by client.
+    """
 
     client: int
     identity: Ed25519PrivateKey
     directory: dict[int, bytes]
 
     def sign(self, content: bytes) -> bytes:
-        """A signature of this client under `content`, which must say what it is."""
+        """Signs `content`, which must say what it is, as this client."""
         return self.identity.sign(f"{self.client} ".encode() + content)
 
     def verify(self, client: int, content: bytes, signature: bytes) -> None:
@@ -172,21 +214,22 @@ class Signer:
 
 
 def _signers(randoms: Sequence[RandomBytes]) -> list[Signer]:
+    """Draws an identity key for each client, and makes the directory of the public ones."""
     identities = [Ed25519PrivateKey.from_private_bytes(random(32)) for random in randoms]
     publics = [identity.public_key().public_bytes_raw() for identity in identities]
     return [Signer(i, identity, dict(enumerate(publics))) for i, identity in enumerate(identities)]
 
 
 class SecAggClient(Client):
-    """One client.
+    """One client of SecAgg.
 
     Args:
-        client: Its number.
-        vector: Its residues, shape (p,).
-        random: Its source of randomness.
-        model: The hash of the model that it received, or nothing.
-        signer: Its identity, for the consistency round.
-        threshold: t.
+        client: Number of the client.
+        vector: Residues that the client puts into the sum, shape (p,).
+        random: Source of randomness of the client.
+        model: Hash of the model that the client received, or nothing.
+        signer: Identity of the client for the consistency round. None leaves that round out.
+        threshold: Number t of clients that must answer.
     """
 
     def __init__(
@@ -210,7 +253,7 @@ class SecAggClient(Client):
 
     @client_round
     def advertise_keys(self, message: bytes) -> bytes:
-        """Round 0."""
+        """Round 0: sends the public keys of the client."""
         del message
         channel, mask = self._mailbox.public, self._mask_key.public_key().public_bytes_raw()
         signature = b"" if self._signer is None else self._signer.sign(_keys(channel, mask))
@@ -219,7 +262,7 @@ class SecAggClient(Client):
 
     @client_round
     def share_keys(self, message: bytes) -> bytes:
-        """Round 1: the mask key and the self-mask seed, shared among the peers."""
+        """Round 1: shares the mask key and the self-mask seed among the peers."""
         received = ByClient.from_bytes(message).contents
         keys = {client: Keys.from_bytes(data) for client, data in received.items()}
         if len(keys) < self._threshold:
@@ -241,7 +284,10 @@ class SecAggClient(Client):
 
     @client_round
     def mask_input(self, message: bytes) -> bytes:
-        """Round 2: the vector, a mask of its own, and one for every peer: one side adds it, the other subtracts it."""
+        """Round 2: sends the vector under a mask of its own, and one for every peer.
+
+        Of two peers one side adds their mask, the other subtracts it.
+        """
         boxes = ByClient.from_bytes(message).contents
         if len(boxes) + 1 < self._threshold:
             raise AggregationAborted(f"client {self._client} got {len(boxes)} boxes, threshold {self._threshold}")
@@ -264,7 +310,7 @@ class SecAggClient(Client):
 
     @client_round
     def unmask(self, message: bytes) -> bytes:
-        """Last round: of every peer either the share of its seed or that of its mask key, never of both."""
+        """Last round: gives of every peer either the share of its seed or that of its mask key, never of both."""
         request = self._checked(message)
         if self._signer is not None:
             self._check_signatures(request)
@@ -273,6 +319,7 @@ class SecAggClient(Client):
         return UnmaskAnswer({**seeds, self._client: self._own_share}, keys).to_bytes()
 
     def _checked(self, message: bytes) -> UnmaskRequest:
+        """Reads the server's request; refuses one with unknown or contradictory clients or too few survivors."""
         request = UnmaskRequest.from_bytes(message)
         survivors, dropped = set(request.survivors), set(request.dropped)
         if both := survivors & dropped:
@@ -284,6 +331,7 @@ class SecAggClient(Client):
         return request
 
     def _check_signatures(self, request: UnmaskRequest) -> None:
+        """Refuses a request whose survivors the client did not sign, or that too few survivors signed."""
         assert self._signer is not None
         if request.survivors != self._signed or len(request.signatures) < self._threshold:
             raise AggregationAborted(f"client {self._client} signed other survivors, or too few signed")
@@ -295,15 +343,29 @@ class SecAggClient(Client):
 
 # What an identity key signs begins with what it is, so that a signature of keys is never one of survivors.
 def _keys(channel: bytes, mask: bytes) -> bytes:
+    """Returns what an identity key signs to vouch for two public keys."""
     return b"keys " + channel + mask
 
 
 def _survivors(clients: tuple[int, ...]) -> bytes:
+    """Returns what an identity key signs to vouch for who is in the sum."""
     return b"survivors " + ",".join(map(str, clients)).encode()
 
 
 class SecAggServer(Server):
-    """The server. `_peers` says among whom each client masks and shares, itself included; `_models`, what it sent."""
+    """The server of SecAgg, which takes the masks off the sum.
+
+    `_peers` says among whom each client masks and shares, itself included. `_models` holds the hash of the model that
+    each client was sent.
+
+    Args:
+        length: Length p of the vectors.
+        random: Source of randomness, which orders the circle of neighbours.
+        threshold: Number t of clients that must answer.
+        neighbours: Number of other clients with which a client masks and shares, or None for every other client.
+        consistency: Whether there is a consistency round.
+        models: Hash of the model that each client received, or nothing.
+    """
 
     def __init__(
         self,
@@ -322,7 +384,7 @@ class SecAggServer(Server):
 
     @server_round
     def send_keys(self, answers: Bytes) -> Bytes:
-        """Round 0."""
+        """Round 0: sends each client the public keys of its peers."""
         self._keys = {client: Keys.from_bytes(data) for client, data in answers.items()}
         self._peers = graph(self._random, sorted(answers), self._neighbours)
         self._check(set(answers), set(answers), "with keys")
@@ -333,7 +395,7 @@ class SecAggServer(Server):
 
     @server_round
     def send_boxes(self, answers: Bytes) -> Bytes:
-        """Round 1."""
+        """Round 1: sends each client the boxes for it."""
         self._shares = {client: Shares.from_bytes(data) for client, data in answers.items()}
         for client, shares in self._shares.items():
             if set(shares.boxes) != self._peers[client] - {client}:
@@ -348,7 +410,7 @@ class SecAggServer(Server):
 
     @server_round
     def send_survivors(self, answers: Bytes) -> Bytes:
-        """Round 2."""
+        """Round 2: tells each client who of its peers is in the sum, and who dropped out."""
         self._masked = {client: words(data, self._length) for client, data in answers.items()}
         self.uploads, self.contributors = self._masked, tuple(answers)
         self._check(set(answers), set(answers), "with a masked input")
@@ -356,7 +418,7 @@ class SecAggServer(Server):
 
     @server_round
     def forward_signatures(self, answers: Bytes) -> Bytes:
-        """Round 3, where there is one."""
+        """Round 3, where there is one: sends each client the signatures of the survivors."""
         self._check(set(answers), set(answers), "with a signature")
         return {client: self._request(client, answers).to_bytes() for client in answers}
 
@@ -381,29 +443,33 @@ class SecAggServer(Server):
         return {}
 
     def _seed_of(self, client: int, shares: dict[int, Bytes]) -> bytes:
+        """Recombines the self-mask seed of a client; raises AggregationAborted where it breaks the commitment."""
         seed = self._recombine(client, shares)
         if hashlib.sha256(seed).digest() != self._shares[client].commitment:
             raise AggregationAborted(f"the shares of client {client}'s seed do not fit its commitment")
         return seed
 
     def _mask_key_of(self, client: int, shares: dict[int, Bytes]) -> X25519PrivateKey:
+        """Recombines the mask key of a client; raises AggregationAborted where its public key is another."""
         mask_key = X25519PrivateKey.from_private_bytes(self._recombine(client, shares))
         if mask_key.public_key().public_bytes_raw() != self._keys[client].mask:
             raise AggregationAborted(f"the shares of client {client}'s mask key do not fit its public key")
         return mask_key
 
     def _check(self, whose: set[int], answered: set[int], step: str) -> None:
-        """Every client of `whose` needs `threshold` answers from among its peers and itself."""
+        """Checks that every client of `whose` has `threshold` answers from among its peers and itself."""
         require(len(answered), self._threshold, step)
         for client in whose:
             require(len(self._peers[client] & answered), self._threshold, f"{step} among the peers of client {client}")
 
     def _request(self, client: int, signatures: Bytes) -> UnmaskRequest:
+        """Makes the request to one client: who of its peers survived, who dropped out, and who signed."""
         shared = self._peers[client] & set(self._shares)
         survivors = sorted(shared & set(self._masked))
         return UnmaskRequest(tuple(survivors), tuple(sorted(shared - set(self._masked))), signatures)
 
     def _recombine(self, client: int, shares: dict[int, Bytes]) -> bytes:
+        """Recombines a secret of one client from the shares of its peers; raises AggregationAborted where it fails."""
         try:
             return shamir.recombine(
                 {holder: held[client] for holder, held in shares.items() if client in held}, self._threshold
@@ -413,12 +479,22 @@ class SecAggServer(Server):
 
 
 def graph(random: RandomBytes, clients: Sequence[int], neighbours: int | None) -> dict[int, set[int]]:
-    """Who masks and shares with whom, each client among its own peers.
+    """Finds out who masks and shares with whom, each client among its own peers.
 
     Args:
-        random: Orders the circle.
-        clients: Those that advertised keys.
-        neighbours: None for everybody, or an even number: half of them on each side of the circle.
+        random: Source of randomness, which orders the circle.
+        clients: Numbers of the clients that advertised keys.
+        neighbours: Number of neighbours, an even number: half of them are on each side of the circle. None stands for
+            everybody.
+
+    Returns:
+        The set of peers of each client, itself included.
+
+    Examples:
+        >>> import os
+        >>> from gia_jax.secure_aggregation.secagg import graph
+        >>> [len(peers) for peers in graph(os.urandom, range(6), neighbours=2).values()]
+        [3, 3, 3, 3, 3, 3]
     """
     if neighbours is None or neighbours >= len(clients):
         return {client: set(clients) for client in clients}

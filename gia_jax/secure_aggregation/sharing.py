@@ -39,16 +39,29 @@ MATRIX = 2**22  # most entries of a code's matrix: Python computes each, which t
 
 
 class Sharing(NamedTuple):
-    """A linear scheme: sums of shares are shares of sums.
+    """A linear secret sharing scheme of blocks of secrets: sums of shares are shares of sums.
 
     Attributes:
         prime: Modulus of the field.
         num_shares: Number of shares, one for every client.
         num_secrets: Number of secrets in one block.
         privacy: Number of shares that together say nothing of the secrets.
-        share: Makes from randomness and blocks of secrets, shape (num_secrets, m), the shares, (num_shares, m).
-        recover: Finds the secrets from shares by client, shape (m,) each; raises AggregationAborted where they are too
-            few.
+        share: Function `(random, blocks) -> shares` that makes from randomness and blocks of secrets, shape
+            (num_secrets, m), the shares, shape (num_shares, m).
+        recover: Function `(shares) -> blocks` that finds the secrets from shares by client, shape (m,) each. It raises
+            AggregationAborted where they are too few.
+
+    Examples:
+        The sum of the shares of 7 and of 8 gives 15:
+
+        >>> import os
+        >>> import numpy as np
+        >>> from gia_jax import secure_aggregation as sa
+        >>> sharing = sa.packed_shamir(3, num_secrets=1, privacy=1)
+        >>> first, second = (sharing.share(os.urandom, np.array([[one]], np.uint32)) for one in (7, 8))
+        >>> total = ((first.astype(np.uint64) + second) % sharing.prime).astype(np.uint32)
+        >>> sharing.recover({0: total[0], 2: total[2]}).tolist()
+        [[15]]
     """
 
     prime: int
@@ -60,19 +73,32 @@ class Sharing(NamedTuple):
 
 
 def packed_shamir(num_shares: int, *, num_secrets: int, privacy: int, prime: int = 2**31 - 1) -> Sharing:
-    """A polynomial through the secrets and `privacy` random values: any num_secrets + privacy shares determine it.
+    """Builds packed Shamir sharing: a polynomial through the secrets and `privacy` random values.
+
+    Any num_secrets + privacy shares determine the polynomial.
 
     Args:
-        num_shares: Number N of shares, so that N (S + T) is at most 2^22.
+        num_shares: Number N of shares, such that N (S + T) is at most 2^22.
         num_secrets: Number S of secrets in a block, at least 1.
-        privacy: Number T of shares that say nothing, not negative; S + T is at most N and 2,048.
+        privacy: Number T of shares that say nothing of the secrets, at least 0. S + T is at most N and at most 2,048.
         prime: Modulus of the field, a prime above N + S + T and below 2^31.
 
     Returns:
         The scheme.
 
     Raises:
-        ValueError: An argument out of range, or no integer.
+        ValueError: If an argument is out of range, or no integer.
+
+    Examples:
+        Two secrets are shared among five clients, and any three shares give them:
+
+        >>> import os
+        >>> import numpy as np
+        >>> from gia_jax import secure_aggregation as sa
+        >>> sharing = sa.packed_shamir(5, num_secrets=2, privacy=1)
+        >>> shares = sharing.share(os.urandom, np.array([[7], [8]], np.uint32))
+        >>> sharing.recover({client: shares[client] for client in (0, 2, 4)}).tolist()
+        [[7], [8]]
     """
     _check.integer(num_shares=num_shares, num_secrets=num_secrets, prime=prime)
     _check.integer(0, privacy=privacy)
@@ -105,12 +131,26 @@ def packed_shamir(num_shares: int, *, num_secrets: int, privacy: int, prime: int
 
 
 def to_blocks(vector: UInt32[np.ndarray, " p"], num_secrets: int) -> UInt32[np.ndarray, "s m"]:
-    """A vector, padded with zeros, as blocks: the columns."""
+    """Arranges a vector, padded with zeros, in blocks: the columns of the result.
+
+    Args:
+        vector: Residues, shape (p,).
+        num_secrets: Number of secrets in a block.
+
+    Returns:
+        The blocks, shape (num_secrets, m) with the least m for which they hold the vector.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.secure_aggregation.sharing import to_blocks
+        >>> to_blocks(np.array([1, 2, 3], np.uint32), 2).tolist()
+        [[1, 2], [3, 0]]
+    """
     return np.pad(vector, (0, -vector.size % num_secrets)).reshape(num_secrets, -1)
 
 
 def _combination(vector: np.ndarray, prime: int) -> UInt32[np.ndarray, " 1"]:
-    """The linear combination of a vector of residues that verifies it."""
+    """Returns the linear combination of a vector of residues that verifies it, as a vector of one entry."""
     stream = keystream(hashlib.sha256(b"gia_jax secure aggregation 1, sum of a shared vector").digest(), vector.size)
     coefficients = 1 + stream.astype(np.uint64) % np.uint64(prime - 1)
     return np.array([np.sum(coefficients * vector % np.uint64(prime)) % np.uint64(prime)], np.uint32)
@@ -121,10 +161,10 @@ class ShareClient(Client):
 
     Args:
         client: Number of the client.
-        secret: The vector of residues that it shares, shape (p,).
+        secret: Vector of residues that the client shares, shape (p,).
         random: Source of randomness of the client.
-        sharing: The scheme.
-        minimum: Least number of clients in a sum that it takes part in.
+        sharing: Sharing scheme of the protocol.
+        minimum: Least number of clients in a sum that the client takes part in.
         rounds: Rounds of the protocol that come after the exchange of shares.
     """
 
@@ -144,13 +184,13 @@ class ShareClient(Client):
 
     @client_round
     def advertise_keys(self, message: bytes) -> bytes:
-        """The public key of its channels."""
+        """Round 0: sends the public key of its channels."""
         del message
         return self._mailbox.public
 
     @client_round
     def share(self, message: bytes) -> bytes:
-        """A box for every peer, with its share of the vector."""
+        """Round 1: sends a box for every peer, with its share of the vector."""
         keys = ByClient.from_bytes(message).contents
         require_own_keys(self._client, self._mailbox.public, keys, keys.values())
         if unknown := [peer for peer in keys if peer >= self._sharing.num_shares]:
@@ -168,18 +208,36 @@ class ShareClient(Client):
         return ByClient(boxes).to_bytes()
 
     def receive(self, message: bytes) -> None:
-        """Opens the boxes for it, and keeps the shares."""
+        """Opens the boxes for this client, and keeps the shares in them.
+
+        Args:
+            message: Boxes by sender, as the server sent them.
+
+        Raises:
+            MalformedMessage: If a box does not open, or holds no share.
+        """
         blocks, prime = self._held[self._client].size, self._sharing.prime
         for sender, box in ByClient.from_bytes(message).contents.items():
             self._held[sender] = words(self._mailbox.open(sender, box), blocks, prime)
 
     @property
     def senders(self) -> tuple[int, ...]:
-        """The clients whose shares it holds, itself included."""
+        """The numbers of the clients whose shares this client holds, itself included."""
         return tuple(sorted(self._held))
 
     def sum_of(self, contributors: tuple[int, ...]) -> bytes:
-        """The sum of the contributors' shares."""
+        """Adds the contributors' shares.
+
+        Args:
+            contributors: Numbers of the clients in the sum.
+
+        Returns:
+            The sum of their shares, as it travels.
+
+        Raises:
+            MalformedMessage: If one of them shared nothing with this client.
+            AggregationAborted: If they are too few.
+        """
         if unknown := set(contributors) - set(self._held):
             raise MalformedMessage(f"client {min(unknown)} shared nothing with client {self._client}")
         require(len(contributors), self._minimum, "and are to be summed")
@@ -187,11 +245,11 @@ class ShareClient(Client):
 
 
 class ShareServer(Server):
-    """The server of such an exchange: it forwards keys and boxes, and recovers the sum of the vectors.
+    """The server of such an exchange, which forwards keys and boxes, and recovers the sum of the vectors.
 
     Args:
         length: Length p of the vectors.
-        sharing: The scheme.
+        sharing: Sharing scheme of the protocol.
         minimum: Least number of clients that must answer.
     """
 
@@ -220,7 +278,18 @@ class ShareServer(Server):
         }
 
     def recover(self, answers: Bytes) -> UInt32[np.ndarray, " p"]:
-        """The sum of the contributors' vectors, from the clients' sums of shares, verified."""
+        """Recovers the sum of the contributors' vectors from the clients' sums of shares, and verifies it.
+
+        Args:
+            answers: Sums of shares, by client.
+
+        Returns:
+            The sum, shape (p,).
+
+        Raises:
+            MalformedMessage: If a sum of shares is of another length, or not of residues.
+            AggregationAborted: If there are too few of them, or they are not of one sum of vectors.
+        """
         blocks, prime = -(-(self._length + 1) // self._sharing.num_secrets), self._sharing.prime
         shares = {client: words(data, blocks, prime) for client, data in answers.items()}
         found = self._sharing.recover(shares).reshape(-1)

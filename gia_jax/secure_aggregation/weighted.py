@@ -26,14 +26,25 @@ from gia_jax.secure_aggregation.protocol import (
 
 
 class WeightedMean(NamedTuple):
-    """What the server learns.
+    """What the server learns from a weighted run.
 
     Attributes:
-        mean: The contributors' updates, weighted; a tree like one of them. For gradients of the mean loss, weighted by
-            numbers of examples, it is the gradient of the union of their batches.
-        total: The sum of the contributors' weights.
+        mean: Weighted mean of the contributors' updates, a tree like one of them. For gradients of the mean loss,
+            weighted by numbers of examples, it is the gradient of the union of their batches.
+        total: Sum of the contributors' weights.
         view: The server's view of the run, whose vectors begin with the weight: what an attack observes of the sum is
             `mean`, not `observe(view, "aggregate", ...)`.
+
+    Examples:
+        The view's sum begins with the total of the weights:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.plain_sum(2, clip=1.0)
+        >>> found = sa.weighted_mean(jax.random.key(0), protocol, jnp.array([[0.0], [0.4]]), [1, 3], max_weight=3)
+        >>> found.total, int(found.view.total[0]), found.mean.shape
+        (4, 4, (1,))
     """
 
     mean: Updates
@@ -57,22 +68,35 @@ def weighted_mean(
     The total tells the server the size of the joint batch, all that `labels.bias_counts` needs beside the mean.
 
     Args:
-        key: Key of the clients' stochastic rounding, as for `aggregate`.
-        protocol: One that gives the server the sum, with `bits` small enough for num_clients times `max_weight`.
-        updates: Updates of all clients, as for `aggregate`; they are clipped and rounded before they are weighted.
-        weights: Weight of every client, each known to that client alone.
-        max_weight: The largest weight that a client may have; public.
-        dropouts: By client, the first round that it does not answer.
-        insecure_seed: Seed of a reproducible and insecure run, as for `aggregate`; None for none.
+        key: Random key of the clients' stochastic rounding: client i draws from `fold_in(key, i)`.
+        protocol: Protocol that gives the server the sum, with `bits` small enough for num_clients times `max_weight`.
+        updates: Updates of all clients: a tree of floats, every leaf with a leading axis of the protocol's number of
+            clients. They are clipped and rounded before they are weighted.
+        weights: Weight of every client, each known to that client alone, from 1 to `max_weight`.
+        max_weight: Largest weight that a client may have, at least 1. It is public.
+        dropouts: The first round that a client does not answer, by client. By default all clients answer every round.
+        insecure_seed: Seed of a reproducible run, an integer of at least 0, for experiments only: whoever knows it
+            knows every secret. None draws every secret from the operating system.
 
     Returns:
         The mean, the total and the view.
 
     Raises:
-        ValueError: A `max_weight` that is no integer of at least 1; weights that are not one integer from 1 to
-            `max_weight` for each client; a sum that could wrap around; a protocol whose server does not learn it; and
-            as `aggregate`.
-        AggregationAborted: Too few clients answered.
+        ValueError: If `max_weight` is no integer of at least 1, the weights are not one integer from 1 to `max_weight`
+            for each client, the sum could wrap around, the server does not learn it from this protocol, or `aggregate`
+            refuses the other arguments.
+        AggregationAborted: If too few clients answered, or a party refused a message.
+
+    Examples:
+        The client of weight 3 counts three times, and the server learns only the mean and the total:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import secure_aggregation as sa
+        >>> protocol = sa.secagg(2, threshold=2, clip=1.0)
+        >>> found = sa.weighted_mean(jax.random.key(0), protocol, jnp.array([[0.0], [0.4]]), [1, 3], max_weight=3)
+        >>> found.total, round(float(found.mean[0]), 2)
+        (4, 0.3)
     """
     count = protocol.quantizer.num_clients
     if len(weights) != count:
