@@ -28,7 +28,20 @@ from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
-from gia_jax import Observation, attacks, clients, data, interop, keep_best, labels, metrics, models, restarts, run
+from gia_jax import (
+    Observation,
+    attacks,
+    clients,
+    data,
+    interop,
+    keep_best,
+    labels,
+    metrics,
+    models,
+    observed,
+    restarts,
+    run,
+)
 
 LEARNING_RATE = 0.1
 SIDE, CLASSES = 32, 8
@@ -123,7 +136,7 @@ def observations(sent: list[np.ndarray], log: Log) -> tuple[Any, Observation]:
     seen = []
     for received in log.values():
         update = interop.pseudo_gradient(before, interop.from_torch(received, like), LEARNING_RATE, local_steps=1)
-        seen.append(Observation(before, update, {"inputs_like": jnp.zeros((1, SIDE, SIDE, 3))}))
+        seen.append(observed(before, update, inputs_like=jnp.zeros((1, SIDE, SIDE, 3)), apply_fn=apply_fn))
     return apply_fn, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
 
 

@@ -1,6 +1,6 @@
 """Gradient inversion attacks in JAX: what does a shared gradient give away, and which defense stops it?"""
 
-from gia_jax import attacks, clients, data, decoding, defenses, labels, matching, metrics, models
+from gia_jax import attacks, clients, data, decoding, defenses, interop, labels, matching, metrics, models
 from gia_jax.base import (
     Attack,
     AttackInfo,
@@ -21,7 +21,7 @@ from gia_jax.base import (
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
 from gia_jax.sharding import map_sharded
-from gia_jax.threat import ThreatModel, granted, granted_labels, grants, observe
+from gia_jax.threat import ThreatModel, granted, granted_labels, grants, observe, observed
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "granted",
     "granted_labels",
     "grants",
+    "interop",
     "keep_best",
     "labels",
     "map_sharded",
@@ -62,6 +63,7 @@ __all__ = [
     "metrics",
     "models",
     "observe",
+    "observed",
     "restarts",
     "run",
 ]

@@ -29,7 +29,7 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else type(leaf), jnp.inexact)
 
 
-def same_structure(name: str, tree: PyTree[Array], like_name: str, like: PyTree[Array | jax.ShapeDtypeStruct]) -> None:
+def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
     """Raises ValueError naming the first place where `tree` has not the structure and shapes of `like`."""
     got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     want = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(like)}

@@ -25,7 +25,10 @@ class Batch(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """All that an attack receives. Made by `gia_jax.observe` or `gia_jax.secure_aggregation.observe`, by nothing else.
+    """All that an attack receives.
+
+    `gia_jax.observe` makes it of a simulated client, `gia_jax.observed` of an update on record, and
+    `gia_jax.secure_aggregation.observe` of what a protocol lets the server see; nothing else does.
 
     Attributes:
         params: The parameters the server sent.

@@ -1,13 +1,14 @@
 """What reaches the adversary: what is granted, and nothing of the truth beside it."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, observe
+from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, observe, observed
 
 PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
 BATCH = Batch(jax.random.normal(jax.random.key(0), (8, 4)), jnp.array([0, 1, 2, 0, 1, 2, 2, 2]))
@@ -173,3 +174,73 @@ def test_refusals_name_argument_and_value(arguments, message):
     given = {"client_fn": CLIENT, "params": PARAMS, "batch": BATCH, **arguments}
     with pytest.raises(ValueError, match=message):
         observe(jax.random.key(0), ThreatModel(), **given, num_classes=3)
+
+
+UPDATE = CLIENT(PARAMS, BATCH)
+
+
+def test_a_recorded_update_is_seen_like_that_of_a_simulated_client():
+    threat = ThreatModel(labels=True, statistics=True)
+    seen = observed(PARAMS, UPDATE, inputs_like=BATCH.inputs, labels=BATCH.labels, statistics=STATISTICS)
+    simulated = see(threat)
+    assert equal(seen._replace(extra={}), simulated._replace(extra={}))
+    assert seen.extra.keys() == simulated.extra.keys()
+    assert not np.any(seen.extra["inputs_like"])
+    assert ThreatModel.of(seen) == threat
+    assert observed(PARAMS, UPDATE).extra == {}
+
+
+def test_a_recorded_update_takes_the_types_of_the_parameters():
+    double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), UPDATE)
+    seen = observed(PARAMS, double, inputs_like=jax.ShapeDtypeStruct((8, 4), jnp.float32), labels=[2] * 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(seen.update)} == {jnp.dtype(jnp.float32)}
+    assert seen.extra["labels"].tolist() == [2] * 8
+
+
+def image_model(params, images):
+    return jax.lax.conv_general_dilated(
+        images, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ).mean((1, 2))
+
+
+IMAGES = {"conv": jnp.ones((3, 3, 3, 5))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update": {"kernel": UPDATE["kernel"]}}, r"update\['bias'\] is missing"),
+        ({"update": list(UPDATE.values())}, r"update\['bias'\] is missing"),
+        (
+            {"update": UPDATE | {"kernel": UPDATE["kernel"].T}},
+            r"\['kernel'\] has shape \(3, 4\), expected \(4, 3\)",
+        ),
+        ({"update": UPDATE | {"bias": UPDATE["bias"].at[1].set(jnp.nan)}}, "update must be finite, got nan"),
+        ({"update": UPDATE | {"bias": jnp.arange(3)}}, "must be of a floating type, got int32: leave out counters"),
+        ({"update": jax.tree.map(jnp.zeros_like, UPDATE)}, "update must not be zero everywhere"),
+        ({"inputs_like": jnp.zeros(4)}, r"got \(4,\): is the batch axis missing"),
+        ({"inputs_like": jnp.zeros((8, 5)), "apply_fn": lambda p, x: x @ p["kernel"]}, r"got shape \(8, 5\)"),
+        ({"inputs_like": np.zeros((1, 4), np.uint8)}, "got uint8 pixels: divide them by 255"),
+        ({"labels": [0, 1]}, "batch.labels must have a first axis of 8 examples"),
+        ({"labels": [3] * 8, "num_classes": 3}, "batch.labels must be at least 0 and below 3, got 3"),
+        ({"labels": [3] * 8, "apply_fn": lambda p, x: x @ p["kernel"]}, "must be at least 0 and below 3, got 3"),
+    ],
+)
+def test_what_was_not_recorded_of_such_a_client_is_refused(change, message):
+    arguments = {"params": PARAMS, "update": UPDATE, "inputs_like": BATCH.inputs} | change
+    with pytest.raises(ValueError, match=message):
+        observed(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((2, 3, 8, 8), "the channels are first (NCHW), and the model takes (2, 8, 8, 3)"),
+        ((8, 8, 3), "the batch axis is missing, and the model takes (1, 8, 8, 3)"),
+    ],
+)
+def test_images_of_another_layout_are_named_as_such(shape, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        observed(IMAGES, IMAGES, inputs_like=jnp.zeros(shape), apply_fn=image_model)
+    good = observed(IMAGES, IMAGES, inputs_like=jnp.zeros((2, 8, 8, 3)), apply_fn=image_model)
+    assert good.extra["inputs_like"].shape == (2, 8, 8, 3)

@@ -41,9 +41,9 @@ def photos(*, size: int = 32) -> ImageData:
 
     Examples:
         >>> from gia_jax import data
-        >>> photos = data.photos(size=32)
+        >>> photos = data.photos(size=128)
         >>> photos.images.shape, photos.class_names[0], photos.ids[8]
-        ((40, 32, 32, 3), 'astronaut', 'astronaut_ul')
+        ((40, 128, 128, 3), 'astronaut', 'astronaut_ul')
     """
     _check.integer(size=size)
     _check.fits(3 * 5 * len(PHOTOGRAPHS) * size**2 * 3, size=size)  # in float64, before they are in float32

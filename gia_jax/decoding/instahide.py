@@ -34,10 +34,10 @@ class InstaHideDecoding(NamedTuple):
     Examples:
         >>> import jax.numpy as jnp
         >>> from gia_jax import decoding
-        >>> residuals = jnp.array([0.0, 0.2, 0.0, 0.0])
-        >>> found = decoding.InstaHideDecoding(jnp.zeros((2, 4)), residuals, solved=residuals < 1e-3)
-        >>> print(f"{found.solved.mean():.2f} of the pixels are solved")
-        0.75 of the pixels are solved
+        >>> residuals, solved = jnp.array([0.0, 0.2, 0.0, 0.0]), jnp.array([True, False, True, True])
+        >>> found = decoding.InstaHideDecoding(jnp.zeros((2, 4)), residuals, solved)
+        >>> int(found.solved.sum())
+        3
     """
 
     images: Float[Array, "n *d"]
@@ -86,14 +86,15 @@ def decode_instahide(
             out of its range.
 
     Examples:
-        Four encodings of two images, with random signs, give both images away:
+        Four encodings of two images give both images away, although their signs were changed:
 
         >>> import jax, jax.numpy as jnp
         >>> from gia_jax import decoding, defenses
         >>> images = jnp.array([[1.0, 0.8, 0.6], [-0.5, 0.4, 0.9]])
         >>> coefficients = jnp.array([[0.75, 0.25], [0.75, 0.25], [0.6, 0.4], [0.55, 0.45]])
         >>> mixing = defenses.Mixing(jnp.array([[0, 1], [1, 0], [0, 1], [1, 0]]), coefficients)
-        >>> encodings = jax.random.rademacher(jax.random.key(0), (4, 3)) * defenses.mix(mixing, images)
+        >>> signs = jnp.array([[1, -1, 1], [-1, 1, 1], [1, 1, -1], [-1, -1, 1]])
+        >>> encodings = signs * defenses.mix(mixing, images)
         >>> found = decoding.decode_instahide(jax.random.key(1), mixing, encodings, num_images=2)
         >>> bool(jnp.allclose(found.images, images, atol=0.02))
         True

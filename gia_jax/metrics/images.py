@@ -33,14 +33,14 @@ class ImageScores(NamedTuple):
         assignment: Index of the reconstruction that was compared with each true image, shape (b,).
 
     Examples:
-        An error of 0.1 in every pixel is a PSNR of 20 dB:
+        One of two images is reconstructed at 20 dB or better:
 
         >>> import jax.numpy as jnp
         >>> from gia_jax import metrics
-        >>> truth = jnp.full((1, 4, 4, 1), 0.5)
-        >>> scores = metrics.image_scores(truth + 0.1, truth)
-        >>> print(f"{scores.psnr[0]:.1f} dB, mean squared error {scores.mse[0]:.3f}")
-        20.0 dB, mean squared error 0.010
+        >>> mse, psnr = jnp.array([0.001, 0.1]), jnp.array([30.0, 10.0])
+        >>> scores = metrics.ImageScores(mse, psnr, ssim=jnp.array([0.9, 0.2]), assignment=jnp.array([1, 0]))
+        >>> float(metrics.success_share(scores.psnr))
+        0.5
     """
 
     mse: Float[Array, " b"]
