@@ -51,7 +51,6 @@ from gia_jax.threat import granted, granted_labels
 NUM_RECORDS = 800
 BATCH_SIZE = 40
 NUM_ROUNDS = 1_200
-NUM_STEPS = 20_000  # steps of `cafe_descent`
 
 
 class LayerRounds(NamedTuple):
@@ -278,8 +277,8 @@ class Guess(NamedTuple):
         logits: Logits of the labels, shape (n, c).
     """
 
-    gradients: Sequence[Float[Array, "n r"]]
-    features: Sequence[Float[Array, "n d"]]
+    gradients: Sequence[Float[Array, "n _"]]
+    features: Sequence[Float[Array, "n _"]]
     inputs: Float[Array, "n *d"]
     logits: Float[Array, "n c"]
 
@@ -612,7 +611,7 @@ def record_features(
     return jax.lax.map(of_one, (inverse, gradients, lengths), batch_size=64), gradients
 
 
-def joined(features: Sequence[Float[Array, "n d"]], split_fn: SplitFn, like: Float[Array, "n *d"]) -> Array:
+def joined(features: Sequence[Float[Array, "n _"]], split_fn: SplitFn, like: Float[Array, "n *d"]) -> Array:
     """Puts the workers' features together to inputs whose slices they are.
 
     Args:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gia_jax import Batch, ThreatModel, attacks, clients, observe, run
-from gia_jax.attacks.cafe import batch_rank, feature_matching
+from gia_jax.attacks.cafe import batch_rank, feature_matching, joined
 from gia_jax.labels import Dense, dense
 
 RECORDS, SHAPE, WIDTH, CLASSES = 12, (4, 6, 1), 5, 4
@@ -275,3 +275,9 @@ def test_wrong_shapes_and_grants_are_named():
         attacks.cafe(first_layers, dense("server"), split_fn=lambda x: [x])(key, observation)
     with pytest.raises(ValueError, match=r"the layer must see the slice \(4, 6, 1\), got 6 inputs"):
         attacks.cafe(lambda t: first_layers(t)[:1], dense("server"), split_fn=lambda x: [x])(key, observation)
+
+
+def test_workers_may_hold_slices_of_different_widths():
+    inputs = jnp.arange(6.0).reshape(2, 3)
+    features = [inputs[:, 1:], inputs[:, :1]]
+    np.testing.assert_array_equal(joined(features, lambda x: [x[:, 1:], x[:, :1]], inputs), inputs)
