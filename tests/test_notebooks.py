@@ -29,7 +29,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     committed = _pictures(notebook)
     for cell in notebook.cells:  # the committed outputs are of all steps; that every cell runs shows in a few
-        cell.source = re.sub(r"(NUM_STEPS\b[^=\n]* = |num_(?:latent_)?steps=)[\d_]+", r"\g<1>20", cell.source)
+        cell.source = re.sub(r"(NUM_STEPS\b[^=\n]* = |num_(?:latent_)?steps=)[\d_]+", r"\g<1>60", cell.source)
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()  # raises where a cell does
