@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import jax
 
 import gia_jax
-from gia_jax import Observation, _check, console, data, demonstration, labels, models, report, vertical
+from gia_jax import Observation, _check, console, data, demonstration, labels, metrics, models, report, vertical
 from gia_jax.aggregation import AGGREGATIONS, make_protocol
 from gia_jax.aggregation import TARGETS as AGGREGATED_TARGETS
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
-from gia_jax.attacks.named import ATTACKS, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
+from gia_jax.attacks.named import ATTACKS, FIRST_LAYER, INVERTIBLE, LEVENBERG_MARQUARDT_STEPS, SOLVERS
 from gia_jax.cases import NUM_OTHERS, PRIOR_ONLY, Case, attack, load_case, see
 from gia_jax.protection import (
     COMBINATIONS,
@@ -164,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument(
         "--no-prior-only", action="store_true", default=None, help="leave out the same attack on random updates"
     )
+    single.add_argument(
+        "--diagnose",
+        action="store_true",
+        default=None,
+        help="say before the attack what was done to the first victim's update, as far as it shows, and which attacks "
+        "can work on it",
+    )
     # The same options after the command; without a default here, those before it are kept.
     single.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")
     single.add_argument("--out", default=argparse.SUPPRESS, help="as before the command")
@@ -217,7 +224,7 @@ def _options(args: argparse.Namespace) -> tuple[str, ...]:
         taken += ("local_learning_rate",)
     given = [name for name, value in vars(args).items() if value is not None]
     for name in given:
-        if name not in (*taken, "attack", "command", "out", "seed"):
+        if name not in (*taken, "attack", "command", "out", "seed", *(() if cafe else ("diagnose",))):
             reason = f"needs {NEEDS[name]}" if name in NEEDS and not cafe else f"is not for --attack {args.attack}"
             raise ValueError(f"{_flag(name)} {reason}, got {getattr(args, name)!r}")
     for name in set(given).intersection(COUNTS):
@@ -363,6 +370,8 @@ def _attack(args: argparse.Namespace) -> None:
         threat += f"; {args.aggregation} of {clients} clients"
         said = []  # a case has the images of all clients in one batch
     print("\n".join([f"threat model: {threat}", *promises(parts, **case.bounds_of(parts)), *said]) + "\n")
+    if args.diagnose:
+        _diagnose(args.model, case, parts, targets)
     settings = {name: getattr(args, name) for name in ("attack", *taken, "seed")}
     # The parameters that the server sent tell every attacker the model, with or without a bottleneck.
     assumed = protected if args.adaptive else case.protect([part for part in parts if part.acts_on == "model"])
@@ -409,6 +418,26 @@ def _attack(args: argparse.Namespace) -> None:
         title = f"{args.attack} on {args.model}" + (f", {defense}" if parts else "") + (f", {target}" if target else "")
         console.picture(out / _picture_name(target), seen_case.pixels, {args.attack: outcome}, title, began)
     console.forget(out, attacked)
+
+
+def _diagnose(model: str, case: Case, parts: tuple[Part, ...], targets: dict[str, Any]) -> None:
+    """Prints what the update of the first victim tells an attacker that knows of no defense but those of the model."""
+    plain = case.protect([part for part in parts if part.acts_on == "model"])
+    first_layer = FIRST_LAYER.get(model)
+    for target, (_, seen) in targets.items():
+        if isinstance(seen, Observation):
+            update, extra = jax.tree.map(lambda leaf: leaf[0], (seen.update, seen.extra))
+            found = metrics.diagnose(
+                Observation(seen.params, update, extra),
+                plain.assumed_fn,
+                key=jax.random.key(0),
+                classifier_fn=labels.dense("head"),
+                apply_fn=plain.apply_fn,
+                first_layer_fn=None if first_layer is None else labels.dense(first_layer),
+                module=case.module,
+                num_classes=case.num_classes,
+            )
+            print("\n".join([f"the first victim's update{f', {target}' if target else ''}:", *found.lines()]) + "\n")
 
 
 def _picture_name(target: str) -> str:

@@ -296,6 +296,16 @@ def test_the_linear_attack_is_exact_and_says_what_it_knew(tmp_path: Path) -> Non
     assert "prior_only_psnr" not in read
 
 
+def test_a_diagnosis_comes_before_the_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--attack", "linear", "--diagnose", "--defense", "prune:ratio=0.5", "--out", str(tmp_path)]
+    assert main([*QUICK, *options]) == 0
+    before, said, after = capsys.readouterr().out.partition("the first victim's update:\n")
+    assert said
+    assert "threat model:" in before
+    assert "prune" in after.split("wrote")[0]
+    assert "diagnose" not in _read(tmp_path)["settings"]
+
+
 def test_defenses_act_in_order_and_the_threat_model_names_them(tmp_path: Path) -> None:
     defenses = ["--defense", "clip:norm=0.5", "--defense", "prune:ratio=0.5"]
     quick = [*QUICK, "--steps", "20", "--solver", "adam"]
