@@ -12,12 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import _check, clients, defenses, metrics, models
-from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Params
+from gia_jax.base import Batch, ClientFn, LossFn, ObjectiveFn, Observation, Params, Updates
 from gia_jax.defenses.mixing import InputDefenseFn
 from gia_jax.labels import dense
 from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import euclidean, l1, selected
 from gia_jax.models.functional import ApplyFn, BatchNormMode
+from gia_jax.threat import ThreatModel, observe
 
 
 class Part(NamedTuple):
@@ -85,7 +86,8 @@ class Protected(NamedTuple):
         apply_fn: `(params, inputs) -> logits`.
         params: The initial parameters; PRECODE has more of them than the module.
         encode_fn: `(key, batch) -> batch`, before the client sees it.
-        client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key.
+        client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key. Behind MixUp or InstaHide it
+            refuses class indices, which no encoded batch has: `observe` encodes, and is the way to use a client.
         assumed_fn: The client that an attacker assumes who knows the defenses but not the key.
         adapt_fn: Makes from the objective of an attacker that does not know the defenses that of one that does.
         modelled: Whether the attacker makes use of what it knows of the defenses of the update: see `protect`.
@@ -98,6 +100,42 @@ class Protected(NamedTuple):
     assumed_fn: ClientFn
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]
     modelled: bool
+
+    def observe(
+        self, key: PRNGKeyArray, threat: ThreatModel, batch: Batch, others: Batch | None = None, **granted: Any
+    ) -> Observation:
+        """Lets the client work on its batch behind its defenses, and keeps of it what the threat model grants.
+
+        Args:
+            key: Key of this client and this round: of its encoding, of its defenses, and of the threat model. Never
+                pass it on to an attack.
+            threat: What the adversary is granted.
+            batch: The client's examples of this round, labels (b,) or (b, c).
+            others: The client's other examples, which MixUp and InstaHide may mix in. None if it has none.
+            **granted: `num_classes`, `statistics`, `batch_indices` and `draws` of `gia_jax.observe`.
+
+        Returns:
+            The observation. Granted labels are those that the client trained on: mixed, where images were.
+
+        Raises:
+            ValueError: If the examples do not fit each other, and what `gia_jax.observe` refuses.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from gia_jax import Batch, ThreatModel, models
+            >>> from gia_jax.protection import parse, protect
+            >>> module = models.MLP((3,), 2, hidden=(), rngs=nnx.Rngs(0))
+            >>> protected = protect(parse("mixup:k=2"), module, num_classes=2)
+            >>> batch = Batch(jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([0, 1]))
+            >>> seen = protected.observe(jax.random.key(0), ThreatModel(labels=True), batch)
+            >>> seen.extra["labels"].shape  # mixed labels are probabilities
+            (2, 2)
+        """
+        key_encode, key_client, key_threat = jax.random.split(key, 3)
+        others = jax.tree.map(lambda leaf: leaf[:0], batch) if others is None else others
+        encoding = encoded(self.encode_fn, key_encode, batch, others)
+        return observe(key_threat, threat, self.client_fn(key_client), self.params, encoding, **granted)
 
 
 def parse(text: str) -> tuple[Part, ...]:
@@ -278,7 +316,9 @@ def protect(
         if "soteria" in settings:
             inner = defenses.soteria(inner, apply_fn, classifier_fn, **settings["soteria"], **options)
         chain = [_transformation(part, own) for part, own in drawn if part.acts_on == "update"]
-        return defenses.defended(inner, optax.chain(*chain)) if chain else inner
+        inner = defenses.defended(inner, optax.chain(*chain)) if chain else inner
+        encoding = next((part.name for part in parts if part.acts_on == "input"), None)
+        return inner if encoding is None else _of_encodings(encoding, inner)
 
     client_fn(jax.random.key(0))  # refuses bad settings here, and not in the middle of a trace
     assumed_fn = make_client(loss_of(None))
@@ -294,6 +334,20 @@ def protect(
     adapt_fn = functools.partial(_adapted, acting, reading, head)
     encode_fn = _encoding(settings, num_classes)
     return Protected(apply_fn, params, encode_fn, client_fn, assumed_fn, adapt_fn, reading is not None)
+
+
+def _of_encodings(name: str, client_fn: ClientFn) -> ClientFn:
+    """The client, which refuses a batch that was not encoded: it would share it undefended."""
+
+    def of_encodings(params: Params, batch: Batch) -> Updates:
+        if jnp.ndim(batch.labels) == 1:
+            raise ValueError(
+                f"batch must be encoded by {name} before the client sees it, got class indices: "
+                "`Protected.observe` encodes it"
+            )
+        return client_fn(params, batch)
+
+    return of_encodings
 
 
 def _transformation(part: Part, key: PRNGKeyArray) -> optax.GradientTransformation:

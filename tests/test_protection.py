@@ -599,3 +599,22 @@ def test_dp_sgd_refuses_batch_normalisation_that_mixes_examples():
     protected = protect(parse("dpsgd"), module, num_classes=4, batch_norm="training")
     with pytest.raises(ValueError, match="dp_sgd"):
         jax.eval_shape(protected.client_fn(KEYS[0]), protected.params, BATCH)
+
+
+@pytest.mark.parametrize("text", ["mixup:k=2", "instahide:k=2", "prune_mixup"])
+def test_a_client_is_never_observed_without_its_encoding(text):
+    protected, threat = protected_by(text), ThreatModel(labels=True)
+    with pytest.raises(ValueError, match=r"batch must be encoded by .* before the client sees it, got class indices"):
+        observe(KEYS[0], threat, protected.client_fn(KEYS[1]), protected.params, BATCH)
+    seen = protected.observe(KEYS[0], threat, BATCH)
+    key_encode, key_client, _ = jax.random.split(KEYS[0], 3)
+    encoding = protected.encode_fn(key_encode, BATCH)
+    assert distance(seen.update, protected.client_fn(key_client)(protected.params, encoding)) < 1e-5
+    np.testing.assert_allclose(np.sort(seen.extra["labels"], 0), np.sort(encoding.labels, 0))
+
+
+def test_a_client_without_an_encoding_is_observed_as_it_is():
+    protected = protected_by("prune:ratio=0.5")
+    seen = protected.observe(KEYS[0], ThreatModel(labels=True), BATCH, num_classes=4)
+    assert distance(seen.update, update_of(protected, KEYS[1])) < 1e-6
+    assert sorted(seen.extra["labels"].tolist()) == sorted(BATCH.labels.tolist())
