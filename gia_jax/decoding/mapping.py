@@ -249,17 +249,17 @@ def refine_mixing(
         ValueError: If lengths differ, or a count is no positive integer.
 
     Examples:
-        Encodings of two images, some of them mapped with the wrong coefficients, give the coefficients:
+        The refined mixing has the form of the rough one, and its coefficients add up to 1:
 
         >>> import jax, jax.numpy as jnp
         >>> from gia_jax import decoding, defenses
         >>> images = jax.random.normal(jax.random.key(0), (2, 8))
         >>> sources = jnp.array([[0, 1], [1, 0], [0, 1], [1, 0]])
         >>> true = defenses.Mixing(sources, jnp.array([[0.75, 0.25], [0.75, 0.25], [0.6, 0.4], [0.55, 0.45]]))
-        >>> rough = true._replace(coefficients=true.coefficients.at[0].set(jnp.array([0.7, 0.3])))
-        >>> found = decoding.refine_mixing(jax.random.key(1), rough, defenses.mix(true, images), 2, num_rounds=2)
-        >>> bool(jnp.allclose(found.coefficients.sum(1), 1))
-        True
+        >>> rough = true._replace(coefficients=jnp.array([[0.7, 0.3]] * 4))
+        >>> found = decoding.refine_mixing(jax.random.key(1), rough, defenses.mix(true, images), 2, num_rounds=1)
+        >>> found.sources.shape, bool(jnp.allclose(found.coefficients.sum(1), 1))
+        ((4, 2), True)
     """
     _check.integer(num_rounds=num_rounds, num_pixels=num_pixels)
     _check.fits(2 * num_rounds, num_rounds=num_rounds)
