@@ -8,14 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from networks import Tiny
 from scipy import stats
 
-from gia_jax import Batch, ThreatModel, attacks, keep_best, observe, run
+from gia_jax import Batch, ThreatModel, attacks, keep_best, models, observe, run
 from gia_jax.matching.objectives import cosine
 from gia_jax.protection import parse, protect
 
-MODULE = Tiny((8, 8, 1), 4, rngs=nnx.Rngs(0))
+MODULE = models.MLP((8, 8, 1), 4, hidden=(48,), activation=jax.nn.sigmoid, rngs=nnx.Rngs(0))
 BATCH = Batch(jnp.tanh(2 * jax.random.normal(jax.random.key(0), (1, 8, 8, 1))), jnp.array([2]))
 STEPS, CLIENTS = 80, 24
 THREAT = ThreatModel(labels=True)

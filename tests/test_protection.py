@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from networks import Tiny
 
 from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, observe, run
 from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_attack
@@ -20,7 +19,7 @@ from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.protection import COMBINATIONS, DEFENSES, Part, encoded, live_shares, parse, promises, protect
 
-MODULE = Tiny((8, 8, 3), 4, rngs=nnx.Rngs(0))
+MODULE = models.MLP((8, 8, 3), 4, hidden=(48,), activation=jax.nn.sigmoid, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))
 KEYS = jax.random.split(jax.random.key(1), 2)
 RANDOM = ("gaussian", "laplace", "ternary", "quantize", "dpsgd", "precode")
@@ -125,7 +124,7 @@ def test_dp_sgd_gives_every_example_of_precode_a_draw_of_its_own():
 
 
 def test_shares_of_live_features_are_those_of_each_victim():
-    module = Tiny((8, 8, 3), 4, activation=jax.nn.relu, rngs=nnx.Rngs(0))  # it has features that are 0
+    module = models.MLP((8, 8, 3), 4, hidden=(48,), rngs=nnx.Rngs(0))  # it has features that are 0
     apply_fn, params = models.functional(module)
     inputs = jnp.stack([BATCH.inputs[1:2], BATCH.inputs[2:3]])
     shares = live_shares(parse("soteria:ratio=0.9"), apply_fn, params, inputs)

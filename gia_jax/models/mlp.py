@@ -1,6 +1,6 @@
 """Fully connected networks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -10,12 +10,13 @@ from gia_jax.models.layers import flatten, linear
 
 
 class MLP(nnx.Module):
-    """A network of dense layers with ReLU between them. Without a hidden layer it is a linear classifier.
+    """A network of dense layers with an activation between them. Without a hidden layer it is a linear classifier.
 
     Args:
         input_shape: Shape (*d) of an example.
         num_classes: Number of classes, and so of logits.
         hidden: Widths of the hidden layers, from the input on.
+        activation: Function applied to every entry after each hidden layer. The default is ReLU.
         rngs: Random streams of the initial weights (`nnx.Rngs`).
 
     Examples:
@@ -34,11 +35,13 @@ class MLP(nnx.Module):
         num_classes: int = 10,
         *,
         hidden: Sequence[int] = (1024, 1024, 1024),
+        activation: Callable[[Array], Array] = jax.nn.relu,
         rngs: nnx.Rngs,
     ) -> None:
         features = 1
         for n in input_shape:
             features *= n
+        self.activation = activation
         self.depth = len(hidden)
         for i, width in enumerate(hidden):
             setattr(self, f"dense{i}", linear(features, width, rngs=rngs))
@@ -48,5 +51,5 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b classes"]:
         x = flatten(x)
         for i in range(self.depth):
-            x = jax.nn.relu(getattr(self, f"dense{i}")(x))
+            x = self.activation(getattr(self, f"dense{i}")(x))
         return self.head(x)

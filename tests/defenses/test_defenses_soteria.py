@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import Tiny
 
 from gia_jax import Batch, clients, labels, models
 from gia_jax.defenses import kept_features, live_share_pruned, soteria
@@ -13,7 +12,7 @@ from gia_jax.matching.objectives import masked_cosine
 
 HEAD = labels.dense("head")
 LENET = models.functional(models.LeNet((8, 8, 3), 4, rngs=nnx.Rngs(0)))
-TINY = models.functional(Tiny((8, 8, 3), 4, rngs=nnx.Rngs(0)))
+MLP = models.functional(models.MLP((8, 8, 3), 4, hidden=(48,), activation=jax.nn.sigmoid, rngs=nnx.Rngs(0)))
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 BATCH = Batch(IMAGES, jnp.array([1, 3]))
 
@@ -118,7 +117,7 @@ def test_dead_features_go_first_and_live_ones_are_counted():
 
 
 def test_jit_and_vmap_keep_the_update():
-    model_fn, params = TINY
+    model_fn, params = MLP
     client_fn = soteria(clients.federated_sgd(clients.cross_entropy(model_fn)), model_fn, HEAD, ratio=0.5)
     batches = Batch(IMAGES[:, None], BATCH.labels[:, None])
     together = jax.jit(jax.vmap(client_fn, (None, 0)))(params, batches)
@@ -130,7 +129,7 @@ def test_jit_and_vmap_keep_the_update():
 
 def test_masked_matching_is_blind_to_what_soteria_hides():
     """At the truth the masked objective is 0, although half of the last layer is missing."""
-    model_fn, params = TINY
+    model_fn, params = MLP
     plain = clients.federated_sgd(clients.cross_entropy(model_fn))
     shared = soteria(plain, model_fn, HEAD, ratio=0.5)(params, BATCH)
     assert masked_cosine(plain(params, BATCH), shared, threshold=0.0) == pytest.approx(0, abs=1e-5)
@@ -140,7 +139,7 @@ def test_masked_matching_is_blind_to_what_soteria_hides():
 
 def test_a_kernel_that_is_no_leaf_of_the_update_is_refused():
     """Masking an array of its own would leave the update undefended."""
-    model_fn, params = TINY
+    model_fn, params = MLP
 
     def turned(tree):
         return HEAD(tree)._replace(kernel=HEAD(tree).kernel.T.T)
