@@ -370,11 +370,12 @@ def _attack(args: argparse.Namespace) -> None:
         threat += f"; {args.aggregation} of {clients} clients"
         said = []  # a case has the images of all clients in one batch
     print("\n".join([f"threat model: {threat}", *promises(parts, **case.bounds_of(parts)), *said]) + "\n")
-    if args.diagnose:
-        _diagnose(args.model, case, parts, targets)
-    settings = {name: getattr(args, name) for name in ("attack", *taken, "seed")}
     # The parameters that the server sent tell every attacker the model, with or without a bottleneck.
-    assumed = protected if args.adaptive else case.protect([part for part in parts if part.acts_on == "model"])
+    plain = case.protect([part for part in parts if part.acts_on == "model"])
+    if args.diagnose:
+        _diagnose(args.model, case, plain, targets)
+    settings = {name: getattr(args, name) for name in ("attack", *taken, "seed")}
+    assumed = protected if args.adaptive else plain
     guesses = report.baselines(case.pixels, case.gallery)
     rows, found, content = [], {}, {}
     for target, (seen_case, observations) in targets.items():
@@ -420,9 +421,8 @@ def _attack(args: argparse.Namespace) -> None:
     console.forget(out, attacked)
 
 
-def _diagnose(model: str, case: Case, parts: tuple[Part, ...], targets: dict[str, Any]) -> None:
+def _diagnose(model: str, case: Case, plain: Protected, targets: dict[str, Any]) -> None:
     """Prints what the update of the first victim tells an attacker that knows of no defense but those of the model."""
-    plain = case.protect([part for part in parts if part.acts_on == "model"])
     first_layer = FIRST_LAYER.get(model)
     for target, (_, seen) in targets.items():
         if isinstance(seen, Observation):

@@ -15,6 +15,7 @@ from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.attacks.named import INVERTIBLE, Generator, Target, make_analytic, make_attack
 from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.models.functional import has_batch_norm
 from gia_jax.protection import Part, Protected, encoded, protect
 from gia_jax.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
 from gia_jax.threat import ThreatModel, observe
@@ -55,8 +56,7 @@ class Case(NamedTuple):
     @property
     def statistics_fn(self) -> Callable[..., Statistics] | None:
         """Statistics of the features of the model, as a function; None without batch normalisation."""
-        has_any = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(self.module))
-        return models.batch_norm_inputs(self.module) if has_any else None
+        return models.batch_norm_inputs(self.module) if has_batch_norm(self.module) else None
 
     def running_statistics(self, observation: Observation) -> Statistics:
         """The running statistics of the model; those of an untrained one say nothing about any data."""

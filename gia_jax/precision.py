@@ -10,7 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+
+def is_floating(leaf: Array | np.ndarray) -> bool:
+    """Tells whether an array is of floating-point numbers, of JAX's own types too, such as bfloat16."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def widened(leaf: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -25,7 +31,7 @@ def wide_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 def widened_tree(tree: PyTree[Array]) -> PyTree[Array]:
     """Widens the floating-point leaves of a tree; integers, booleans and keys are left as they are."""
-    return jax.tree.map(lambda leaf: widened(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+    return jax.tree.map(lambda leaf: widened(leaf) if is_floating(leaf) else leaf, tree)
 
 
 def cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:

@@ -207,8 +207,7 @@ def observed(
         sizes = extra["inputs_like"] if inputs_like is not None else jnp.zeros((len(jax.tree.leaves(labels)[0]), 1))
         _check.batch(sizes, labels, num_classes)
         extra["labels"] = labels
-    given = {"statistics": statistics, "batch_indices": batch_indices, "draws": draws}
-    extra |= {name: value for name, value in given.items() if value is not None}
+    extra |= _beside(statistics, batch_indices, draws)
     return Observation(jax.tree.map(jnp.asarray, params), cast, extra)
 
 
@@ -278,13 +277,24 @@ def grants(
         size = batch.inputs.shape[0]
         order = jnp.arange(size) if threat.label_order else jax.random.permutation(key, size)
         extra["labels"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], batch.labels)
-    given = {"statistics": statistics, "batch_indices": batch_indices, "draws": draws}
-    for name, value in given.items():
+    given = _beside(statistics, batch_indices, draws)
+    for name in ("statistics", "batch_indices", "draws"):
         if getattr(threat, name):
-            if value is None:
+            if name not in given:
                 raise ValueError(f"{name} must be given where the threat model grants them, got None")
-            extra[name] = jnp.asarray(value) if name == "batch_indices" else value
+            extra[name] = given[name]
     return extra
+
+
+def _beside(
+    statistics: PyTree[Array] | None,
+    batch_indices: Int[Array | np.ndarray, "t b"] | None,
+    draws: PRNGKeyArray | None,
+) -> dict[str, Any]:
+    """Returns what is known beside the shape of the batch and its labels, as entries of `Observation.extra`."""
+    indices = None if batch_indices is None else jnp.asarray(batch_indices)
+    every = {"statistics": statistics, "batch_indices": indices, "draws": draws}
+    return {name: value for name, value in every.items() if value is not None}
 
 
 def _first_round(update: Updates, num_rounds: int) -> Updates:

@@ -7,6 +7,7 @@ from jaxtyping import Array, PyTree
 
 from gia_jax import _check
 from gia_jax.interop.tensors import Tensor, as_numpy, leaves_by_name, must_fit
+from gia_jax.precision import is_floating
 
 
 def pseudo_gradient(
@@ -55,7 +56,7 @@ def pseudo_gradient(
     total = _total(learning_rate, local_steps)
     start, end = _by_name("before", before), _by_name("after", after)
     must_fit("after", end, "before", start)
-    floating = [name for name, array in start.items() if _is_floating(array)]
+    floating = [name for name, array in start.items() if is_floating(array)]
     if not floating:
         raise ValueError("before must hold arrays of floating-point numbers, got none")
     changes = {name: _change(name, array, end[name]) for name, array in start.items()}
@@ -87,15 +88,11 @@ def _by_name(argument: str, tree: PyTree[Tensor]) -> dict[str, np.ndarray]:
     return {name: as_numpy(f"{argument}[{name!r}]", leaf) for name, leaf in leaves_by_name(tree)}
 
 
-def _is_floating(array: np.ndarray) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
-
-
 def _change(name: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Returns old - new in float64, or `new` itself where it is no parameter."""
-    if _is_floating(old) != _is_floating(new):
+    if is_floating(old) != is_floating(new):
         raise ValueError(f"after does not fit before: {name!r} is of type {new.dtype}, expected {old.dtype}")
-    if not _is_floating(old):
+    if not is_floating(old):
         return new
     for argument, array in (("before", old), ("after", new)):
         _check.finite(f"{argument}[{name!r}]", array)

@@ -31,8 +31,9 @@ from gia_jax.base import Batch, ClientFn, LabelFn, Observation, Params, Updates
 from gia_jax.labels import ClassifierFn, Dense, bias_counts, column_minimum, idlg, ilrg, llg
 from gia_jax.labels.classifier import MARGIN
 from gia_jax.matching.adaptive import zeroed_features
-from gia_jax.models.functional import ApplyFn
+from gia_jax.models.functional import ApplyFn, has_batch_norm
 from gia_jax.models.network import Network
+from gia_jax.precision import is_floating
 from gia_jax.study import RUN_ONCE
 
 NUM_GUESSES = 4
@@ -397,7 +398,7 @@ def _guesses(
     like, what = observation.extra.get("inputs_like"), "the assumed client at guesses"
     if like is None:
         return [], f"{what}: the shape of the batch is not granted"
-    if not jnp.issubdtype(like.dtype, jnp.floating):
+    if not is_floating(like):
         return [], f"{what}: the inputs are {like.dtype}"
     labels = observation.extra.get("labels")
     if labels is None and num_classes is None:
@@ -505,15 +506,11 @@ def _host(layer: Dense) -> _Layer:
 
 def _rounding(update: Updates, half: Sequence[Treatment]) -> float:
     """Returns the unit of rounding of the coarsest type that the update has, or had before it was widened."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(update) if _is_floating(leaf)]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(update) if is_floating(leaf)]
     units = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
     if all(np.array_equal(leaf.astype(np.float32), leaf) for leaf in leaves):
         units.append(float(np.finfo(np.float32).eps))
     return max([*units, *(treatment.value for treatment in half)])
-
-
-def _is_floating(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _levels(leaves: Leaves, natural: dict[str, float]) -> list[Treatment]:
@@ -779,7 +776,7 @@ def _label_facts(
     if factor != 1:
         update = jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), update)
     head = _host(classifier_fn(update))
-    is_drawable = _is_floating(observation.extra["inputs_like"])
+    is_drawable = is_floating(observation.extra["inputs_like"])
     counting = bias_counts(classifier_fn, apply_fn=apply_fn if is_drawable else None, key=key)
     rules: dict[str, LabelFn] = {"idlg": idlg(classifier_fn), "bias_counts": counting}
     if size > 1:
@@ -831,7 +828,7 @@ def _normalization_facts(
     of_guesses = [set(_orthogonal(_named(guess), params)) for guess in guesses]
     assumed = set.intersection(*of_guesses) if of_guesses else set()
     blurred = [found.name for found in facts.treatments if found.name not in ("clip", "half_precision")]
-    has_layers = module is not None and any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(module))
+    has_layers = module is not None and has_batch_norm(module)
     facts = facts._replace(normalized=tuple(seen))
     if seen:
         text = "it is made with the statistics of the batch, and those of the assumed client are not"

@@ -169,6 +169,11 @@ class _Identity(nnx.Module):
         return x
 
 
+def has_batch_norm(module: nnx.Module) -> bool:
+    """Tells whether a module has a layer of batch normalisation, `nnx.BatchNorm`, anywhere in it."""
+    return any(isinstance(layer, nnx.BatchNorm) for _, layer in nnx.iter_modules(module))
+
+
 def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "training"] = "evaluation"):
     """Makes a function that returns the statistics of what enters the batch-normalisation layers of a module.
 
