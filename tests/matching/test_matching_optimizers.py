@@ -196,7 +196,7 @@ def test_lbfgs_stays_at_a_stationary_point_and_works_on_trees(x64):
     [
         (lambda: optimizers.step_schedule(0.0, 10), r"learning_rate must be positive, got 0\.0"),
         (lambda: optimizers.step_schedule(0.1, 0), "num_steps must be an integer of at least 1, got 0"),
-        (lambda: optimizers.soft_sign(-1), "num_steps must be an integer of at least 1, got -1"),
+        (lambda: optimizers.soft_sign(-1), "num_steps must be an integer from 1 to 2147483647, got -1"),
         (lambda: optimizers.langevin_noise(-0.1), r"scale must not be negative, got -0\.1"),
         (lambda: optimizers.fixed_step_lbfgs(learning_rate=-1.0), r"learning_rate must be positive, got -1\.0"),
         (lambda: optimizers.fixed_step_lbfgs(memory_size=0), "memory_size must be an integer of at least 1, got 0"),
