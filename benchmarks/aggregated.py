@@ -23,12 +23,12 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from gia_jax import Batch, Observation, ThreatModel, data, models
-from gia_jax.aggregation import make_protocol
 from gia_jax.base import Params, Updates
-from gia_jax.cases import PRIOR_ONLY, Case, attack, load_case, see
+from gia_jax.cli.aggregated import see_aggregated
+from gia_jax.cli.cases import PRIOR_ONLY, Case, attack, load_case, see
+from gia_jax.cli.names import make_protocol
 from gia_jax.clients import cross_entropy, federated_sgd
 from gia_jax.secure_aggregation import aggregate, limits, observe
-from gia_jax.secure_aggregation.cases import see_aggregated
 from gia_jax.secure_aggregation.protocol import decode
 from gia_jax.secure_aggregation.quantization import RING
 

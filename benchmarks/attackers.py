@@ -12,9 +12,9 @@ from jaxtyping import Array, PRNGKeyArray
 from gia_jax import Attack, Batch, Observation, ThreatModel, keep_best
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.defenses.protected import Protected, encoded, parse
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
-from gia_jax.protection import Protected, encoded, parse
 from gia_jax.threat import observe
 
 THREAT = ThreatModel(labels=True)

@@ -29,12 +29,12 @@ from gia_jax.attacks.cafe import (
     selection_matrix,
 )
 from gia_jax.base import Params
+from gia_jax.cli.federation import NUM_WORKERS, OUTPUTS, THREAT, WIDTH, apply, first_layers, fully_connected, worker
 from gia_jax.data import ImageData
 from gia_jax.labels import dense
 from gia_jax.metrics import image_scores, label_overlap
 from gia_jax.metrics.images import as_pixels
 from gia_jax.models.layers import max_pool
-from gia_jax.vertical import NUM_WORKERS, OUTPUTS, THREAT, WIDTH, apply, first_layers, fully_connected, worker
 
 FAKE_SCALE = 1e-2
 ROUNDS, BATCHES, RATES = (0.25, 0.5, 0.9, 1.0, 1.5), (8, 40, 200, NUM_RECORDS), (0.0, 1e-6, 1e-4, 1e-2)

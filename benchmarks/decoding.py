@@ -21,7 +21,7 @@ from parts import run_parts
 from gia_jax import Batch, ThreatModel, clients, data, decoding, defenses, labels, models, observe
 from gia_jax.attacks import idlg
 from gia_jax.defenses.mixing import Mixing, draw_coefficients
-from gia_jax.study import study
+from gia_jax.sweep.study import study
 from gia_jax.threat import granted_labels
 
 HIGH = 0.65

@@ -33,23 +33,23 @@ from gia_jax import (
     Batch,
     Observation,
     clients,
+    control,
     data,
     defenses,
     keep_best,
     labels,
     metrics,
     models,
-    report,
 )
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
+from gia_jax.cli.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
+from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.protection import CANDIDATES, Part, Protected, live_shares, parse, protect
-from gia_jax.study import RUN_ONCE, study
+from gia_jax.sweep.study import RUN_ONCE, study
 
 CLASSES, DELTA = 10, 1e-5
 MIXED = 4  # images in an encoding whose cost is measured
@@ -209,7 +209,7 @@ def attack(
     counted = steps if options else counted_steps(objective_fn, steps)
     key, restarts = jax.random.key(0), args.restarts
     found = study(of_each(of), key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
-    scores = report.score(found.reconstruction.batch, truth, victims.images)
+    scores = metrics.score(found.reconstruction.batch, truth, victims.images)
     gallery, places = jnp.asarray(victims.images.images), jnp.tile(victims.places, times)
     rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
     ranks = np.asarray(rank((jnp.asarray(scores.images[:, 0]), places)))
@@ -380,7 +380,7 @@ def table(args: argparse.Namespace) -> None:
 
     def guess(seen: Seen, victims: Victims, weights: Sequence[float]) -> list[Result]:
         """The same attack on random updates."""
-        noise = report.random_updates(jax.random.key(5), seen.observation)
+        noise = control(jax.random.key(5), seen.observation)
         print("prior only:", flush=True)
         results = attack(plain.assumed_fn, cosine, joined([noise] * len(weights)), victims, weights, args)
         return parts_of(results, len(weights))
@@ -417,7 +417,7 @@ def guesses_of(victims: Victims) -> dict[str, np.ndarray]:
     """PSNR of guesses without a gradient, by name, shape (v,) each."""
     public = public_images(victims)
     labels = {"labels": np.asarray(victims.truth.labels), "gallery_labels": public.labels}
-    return {name: psnr[:, 0] for name, psnr in report.baselines(victims.pixels, public.images, **labels).items()}
+    return {name: psnr[:, 0] for name, psnr in metrics.baselines(victims.pixels, public.images, **labels).items()}
 
 
 def classified(protected: Protected, victims: Victims) -> np.ndarray:

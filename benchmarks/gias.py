@@ -32,17 +32,17 @@ from gia_jax import (
     clients,
     data,
     keep_best,
+    metrics,
     models,
     observe,
-    report,
     run,
 )
 from gia_jax.attacks import gias, giml, inverting_gradients
 from gia_jax.base import ClientFn, Params
-from gia_jax.cases import joined
+from gia_jax.cli.cases import joined
 from gia_jax.defenses import prune
 from gia_jax.matching.adaptive import supported
-from gia_jax.study import RUN_ONCE, SHARED_PARAMS
+from gia_jax.sweep.study import RUN_ONCE, SHARED_PARAMS
 
 THREAT = ThreatModel(labels=True)
 UNSEEN = "Settings were chosen on training images that the generator had not seen: the weight of total variation "
@@ -141,7 +141,7 @@ def attack(
     batches = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:number], *[f.batch for f in found])
     times = number // len(setting.truth.labels)
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), setting.truth)
-    scores = report.score(batches, truth, setting.images)
+    scores = metrics.score(batches, truth, setting.images)
     return Outcome(scores.psnr.mean(1), scores.ssim.mean(1), seconds)
 
 

@@ -32,9 +32,9 @@ from gia_jax import (
     data,
     keep_best,
     labels,
+    metrics,
     models,
     observe,
-    report,
     run,
 )
 from gia_jax.attacks import grad_inversion
@@ -213,7 +213,7 @@ def attack_all(
 
 def row(result: Result, setting: Setting, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
     """The figures of a condition, and the mean PSNR of every victim."""
-    scores = report.score(result.found.batch, setting.truth, setting.images)
+    scores = metrics.score(result.found.batch, setting.truth, setting.images)
     per_victim = scores.psnr.mean(1)
     figures = {
         "PSNR (dB)": f"{per_victim.mean():.2f}",
@@ -259,7 +259,7 @@ def tables(args: argparse.Namespace) -> None:
             rows.append({heading: name, "statistics": conditions[name].statistics, **figures, "gain (dB)": gain})
         return rows
 
-    grey = report.score(setting.truth._replace(inputs=0 * setting.truth.inputs), setting.truth, setting.images)
+    grey = metrics.score(setting.truth._replace(inputs=0 * setting.truth.inputs), setting.truth, setting.images)
     size = f"batches of {args.batch_size}, {args.batches} clients, {args.seeds} seeds, {args.steps} steps"
 
     compared = (

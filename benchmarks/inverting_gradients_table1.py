@@ -25,22 +25,23 @@ from gia_jax import (
     ThreatModel,
     clients,
     continued,
+    control,
     data,
     gradient_matching,
     keep_best,
     labels,
     matching,
+    metrics,
     models,
     observe,
-    report,
 )
 from gia_jax.attacks import inverting_gradients, linear_inversion
-from gia_jax.attacks.named import LEVENBERG_MARQUARDT_STEPS, WARM_UP, warm_up
 from gia_jax.base import Attack, ClientFn, Params
-from gia_jax.console import progress
+from gia_jax.cli.console import progress
+from gia_jax.cli.names import LEVENBERG_MARQUARDT_STEPS, WARM_UP, warm_up
 from gia_jax.matching.initializations import given
 from gia_jax.matching.optimizers import fixed_step_lbfgs
-from gia_jax.study import Study, study, study_analytic
+from gia_jax.sweep.study import Study, study, study_analytic
 
 THREAT = ThreatModel(labels=True)
 CLASSES = 10
@@ -96,20 +97,20 @@ def run(
     name: str = "",
     prior_only: int = 0,
     threat: ThreatModel = THREAT,
-) -> tuple[Study, report.Scores, np.ndarray]:
+) -> tuple[Study, metrics.Scores, np.ndarray]:
     """The attack on true updates, and on random ones of the same norms for the first `prior_only` victims."""
     observations = observe_all(client_fn, params, victims, seed, threat)
     key = jax.random.key(seed)
     options: dict[str, Any] = {"num_steps": num_steps, "lanes": lanes, "progress_fn": progress(name)}
     found = study(attack, key, observations, num_restarts=num_restarts, **options)
-    scores = report.score(found.reconstruction.batch, victims.truth, victims.images)
+    scores = metrics.score(found.reconstruction.batch, victims.truth, victims.images)
     if not prior_only:
         return found, scores, np.full(0, np.nan)
     few = jax.tree.map(lambda leaf: leaf[:prior_only], (observations.update, observations.extra))
-    noise = report.random_updates(jax.random.fold_in(key, 2), observations._replace(update=few[0], extra=few[1]))
+    noise = control(jax.random.fold_in(key, 2), observations._replace(update=few[0], extra=few[1]))
     other = study(attack, key, noise, **options)
     truth = jax.tree.map(lambda leaf: leaf[:prior_only], victims.truth)
-    return found, scores, report.score(other.reconstruction.batch, truth, victims.images).psnr
+    return found, scores, metrics.score(other.reconstruction.batch, truth, victims.images).psnr
 
 
 def figures(psnr: np.ndarray, ssim: np.ndarray) -> dict[str, str]:
@@ -133,7 +134,7 @@ def mean(values: np.ndarray) -> str:
 
 def baselines(victims: Victims) -> str:
     """A sentence with the guesses that use no gradient."""
-    guesses = report.baselines(victims.pixels.astype(np.float32), gallery())
+    guesses = metrics.baselines(victims.pixels.astype(np.float32), gallery())
     listed = ", ".join(f"{name} {mean(psnr)}" for name, psnr in guesses.items())
     where = "the nearest of 10,000 training images is chosen with the truth"
     return f"Guesses without a gradient, mean PSNR: {listed} ({where})."
@@ -218,7 +219,7 @@ def lbfgs(args: argparse.Namespace) -> None:
             progress_fn=progress("L-BFGS"),
         )
         losses.append(one.reconstruction.loss)
-        psnr.append(report.score(one.reconstruction.batch, victims.truth, victims.images).psnr[:, 0])
+        psnr.append(metrics.score(one.reconstruction.batch, victims.truth, victims.images).psnr[:, 0])
         seconds.append(one.timing.run_seconds)
     rows = [
         {
@@ -314,7 +315,7 @@ def torch_lbfgs(
 
 def run_newton(
     client_fn: ClientFn, params: Params, victims: Victims, name: str, noise: float | None = None, **solver: Any
-) -> tuple[Study, report.Scores, np.ndarray]:
+) -> tuple[Study, metrics.Scores, np.ndarray]:
     """Runs Levenberg-Marquardt from where the library's warm-up ends; or, as a control, from one victim's truth with
     noise on its pixels, which no attacker has.
     """

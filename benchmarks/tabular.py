@@ -26,13 +26,13 @@ from parts import run_parts
 from tables import TABLES, TOLERANCE, Rows, Table
 from training import accuracy, train, uniform
 
-from gia_jax import Attack, Batch, Observation, gradient_matching, report
+from gia_jax import Attack, Batch, Observation, control, gradient_matching
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.cases import joined
+from gia_jax.cli.cases import joined
+from gia_jax.defenses.protected import Protected, parse, protect
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
-from gia_jax.protection import Protected, parse, protect
-from gia_jax.study import study
+from gia_jax.sweep.study import study
 
 NUM_TUNING, NUM_OTHERS, GALLERY = 5, 15, 10_000  # rows of each class that are tuned on; others; rows ranked
 RATES = (0.3, 0.1, 0.03)
@@ -257,7 +257,7 @@ def table_of(data: Table, epochs: int, args: argparse.Namespace) -> None:
                 read[split, name] = data.read(one.observation.update, groups[split].rows.fields)
             at_truth[split, name] = jax.vmap(objective_fn)(one.assumed, one.observation.update).mean()
         if name == "none":
-            noise = [report.random_updates(jax.random.key(5), one) for one in seen]
+            noise = [control(jax.random.key(5), one) for one in seen]
             attack(blind, "prior only", "blind", noise)
             fields = jnp.asarray(known.fields)
             draws: dict[str, InitFn] = {

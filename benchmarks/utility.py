@@ -34,23 +34,23 @@ from gia_jax import (
     Batch,
     Observation,
     ThreatModel,
+    control,
     data,
     gradient_matching,
     metrics,
     models,
     observe,
-    report,
 )
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cases import joined, pixel_covariance, pixel_information
-from gia_jax.console import progress
+from gia_jax.cli.cases import joined, pixel_covariance, pixel_information
+from gia_jax.cli.console import progress
+from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
-from gia_jax.protection import CANDIDATES, Part, Protected, live_shares, parse, protect
-from gia_jax.study import RUN_ONCE, study
+from gia_jax.sweep.study import RUN_ONCE, study
 
 THREAT = ThreatModel(labels=True)
 CLASSES, GALLERY = 10, 10_000  # images that are guessed, and images that a victim is ranked among
@@ -230,14 +230,14 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     keys = jax.random.split(key_victims, len(truth.labels))
     see = jax.jit(jax.vmap(shared, (0, None, 0)), compiler_options=RUN_ONCE)
     seen = see(keys, params, sent)._replace(params=params)
-    noise = jax.jit(report.random_updates)(key_noise, seen)
+    noise = jax.jit(control)(key_noise, seen)
 
     objective_fn = defense.protected.adapt_fn(cosine)
     attack, counted = attack_on(defense, objective_fn, task, num_steps), counted_steps(objective_fn, num_steps)
     options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress(name)}
     inputs = study(attack, key_attack, joined([seen, noise]), **options).reconstruction.batch.inputs
     found, of_noise = (
-        report.score(Batch(each, truth.labels), truth, task.test) for each in jnp.split(inputs, [len(keys)])
+        metrics.score(Batch(each, truth.labels), truth, task.test) for each in jnp.split(inputs, [len(keys)])
     )
     error = (inputs[: len(keys)] - np.asarray(sent.inputs)) * np.asarray(task.test.std)
     encoding = -10 * np.log10(np.mean(error**2, (1, 2, 3, 4)))
@@ -320,7 +320,7 @@ def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
     task = task_named(name, args.victims)
     pixels = task.test.denormalize(np.asarray(task.victims.inputs))
     labels = np.asarray(task.victims.labels)
-    guesses = report.baselines(pixels, task.gallery, labels=labels, gallery_labels=task.gallery_labels)
+    guesses = metrics.baselines(pixels, task.gallery, labels=labels, gallery_labels=task.gallery_labels)
     guessed = ", ".join(f"{guess} {psnr.mean():.2f}" for guess, psnr in guesses.items())
     differences, of_victims = {}, []
     for stage in leaked[0]:

@@ -20,8 +20,8 @@ from gia_jax.base import (
 )
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
-from gia_jax.sharding import map_sharded
-from gia_jax.threat import ThreatModel, granted, granted_labels, grants, observe, observed
+from gia_jax.sweep.devices import map_sharded
+from gia_jax.threat import ThreatModel, control, granted, granted_labels, grants, observe, observed, stack
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "choose",
     "clients",
     "continued",
+    "control",
     "data",
     "decoding",
     "defenses",
@@ -66,4 +67,5 @@ __all__ = [
     "observed",
     "restarts",
     "run",
+    "stack",
 ]

@@ -5,8 +5,13 @@ from collections.abc import Iterator
 
 # Thousands of small programs run once each, so compiling them is the cost. Optimise little, and emit each fusion by the
 # older of XLA's two emitters, which compiles a program in a third of the time. Set before JAX starts.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+).strip()
 
 import jax
 import pytest

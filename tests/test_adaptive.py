@@ -11,8 +11,8 @@ from flax import nnx
 from scipy import stats
 
 from gia_jax import Batch, ThreatModel, attacks, keep_best, models, observe, run
+from gia_jax.defenses.protected import parse, protect
 from gia_jax.matching.objectives import cosine
-from gia_jax.protection import parse, protect
 
 MODULE = models.MLP((8, 8, 1), 4, hidden=(48,), activation=jax.nn.sigmoid, rngs=nnx.Rngs(0))
 BATCH = Batch(jnp.tanh(2 * jax.random.normal(jax.random.key(0), (1, 8, 8, 1))), jnp.array([2]))

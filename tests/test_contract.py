@@ -24,7 +24,7 @@ from gia_jax import (
     models,
     observe,
 )
-from gia_jax.attacks.named import ATTACKS, INVERTIBLE, SOLVERS, Generator, Target, make_attack
+from gia_jax.cli.names import ATTACKS, INVERTIBLE, SOLVERS, Generator, Target, make_attack
 from gia_jax.labels import Dense
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from gia_jax._files import write_whole
 from gia_jax.interop.tensors import as_numpy, named, natural
-from gia_jax.store import write_whole
 
 ORDER = "gia_jax.order"  # the key under which a .safetensors file keeps the order of its names, which the format sorts
 

@@ -11,9 +11,12 @@ from gia_jax.metrics.privacy import (
     reconstruction_robustness,
     van_trees_bound,
 )
+from gia_jax.metrics.scores import Scores, baselines, score
 
 __all__ = [
     "ImageScores",
+    "Scores",
+    "baselines",
     "diagnose",
     "epsilon",
     "fisher_bound",
@@ -24,6 +27,7 @@ __all__ = [
     "privacy_lines",
     "reconstruction_robustness",
     "retrieval_rank",
+    "score",
     "ssim",
     "success_share",
     "van_trees_bound",

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.attacks.linear import NEGLIGIBLE
-from gia_jax.attacks.named import ATTACKS
 from gia_jax.attacks.rank_analysis import LayerRank, counted_ranks, rank_analysis
 from gia_jax.base import Batch, ClientFn, LabelFn, Observation, Params, Updates
 from gia_jax.labels import ClassifierFn, Dense, bias_counts, column_minimum, idlg, ilrg, llg
@@ -34,7 +33,7 @@ from gia_jax.matching.adaptive import zeroed_features
 from gia_jax.models.functional import ApplyFn, has_batch_norm
 from gia_jax.models.network import Network
 from gia_jax.precision import is_floating
-from gia_jax.study import RUN_ONCE
+from gia_jax.sweep.study import RUN_ONCE
 
 NUM_GUESSES = 4
 VERDICTS = ("exact", "likely", "possible", "unlikely", "impossible")
@@ -126,7 +125,7 @@ class Verdict(NamedTuple):
     """What to expect of one attack.
 
     Attributes:
-        attack: Its name in `gia_jax.attacks.named.ATTACKS`, or "levenberg_marquardt" for idlg with that solver.
+        attack: Its name in `gia_jax.cli.names.ATTACKS`, or "levenberg_marquardt" for idlg with that solver.
         verdict: "exact" (in closed form), "likely", "possible", "unlikely" or "impossible".
         reason: Why.
     """
@@ -953,6 +952,8 @@ def _verdicts(facts: Diagnosis, setting: _Setting) -> tuple[Verdict, ...]:
         "gias": _judge_gias,
     }
     found = []
+    from gia_jax.cli.names import ATTACKS
+
     for name in [*judges, *(other for other in ATTACKS if other not in judges)]:
         if facts.problems:
             found.append(Verdict(name, "impossible", facts.problems[0]))

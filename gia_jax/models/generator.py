@@ -16,9 +16,9 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import _check
+from gia_jax._files import write_whole
 from gia_jax.models.layers import flatten
 from gia_jax.precision import widened
-from gia_jax.store import write_whole
 
 
 class Decoder(nnx.Module):

@@ -17,13 +17,14 @@ from gia_jax import (
     ThreatModel,
     attacks,
     clients,
+    control,
     keep_best,
+    metrics,
     observe,
-    report,
 )
 from gia_jax import labels as label_rules
 from gia_jax.attacks import named
-from gia_jax.attacks.named import (
+from gia_jax.cli.names import (
     ATTACKS,
     INVERTIBLE,
     SOLVERS,
@@ -91,7 +92,7 @@ def _best_of(num_restarts: int, attack: Attack, num_steps: int) -> Callable[...,
 
 
 def _psnr(found: Reconstruction) -> np.ndarray:
-    return report.score(found.batch, _truth(), DIGITS).psnr[:, 0]
+    return metrics.score(found.batch, _truth(), DIGITS).psnr[:, 0]
 
 
 ITERATIVE = {
@@ -120,7 +121,7 @@ def test_the_true_gradient_gives_the_image_away_and_noise_does_not(name: str) ->
             assert believed.max(-1).min() > 0.99  # the joint optimisation has made up its mind
             believed = jnp.argmax(believed, -1)
         np.testing.assert_array_equal(believed, _truth().labels)
-        noise = report.random_updates(key_noise, observations)
+        noise = control(key_noise, observations)
         assert _psnr(solve(key_attack, noise)).max() < UNSOLVED
 
 
@@ -153,7 +154,7 @@ def test_levenberg_marquardt_is_exact_where_the_gradient_is_true(monkeypatch: py
     solve = _best_of(2, attack, 12)
     observations = _observations(ThreatModel(), _params(64, 32, NUM_CLASSES))
     assert _psnr(solve(jax.random.key(0), observations)).min() > 150
-    noise = report.random_updates(jax.random.key(1), observations)
+    noise = control(jax.random.key(1), observations)
     assert _psnr(solve(jax.random.key(0), noise)).max() < UNSOLVED
 
 
@@ -218,7 +219,7 @@ def test_linear_inversion_of_a_batch_needs_rows_that_one_image_activates(count: 
 def test_linear_inversion_cannot_undo_noise() -> None:
     batch, pixels = _digits(1)
     observation = observe(jax.random.key(0), ThreatModel(labels=True), CLIENT, _params(64, 24, 10), batch)
-    noise = report.random_updates(jax.random.key(1), jax.tree.map(lambda leaf: leaf[None], observation))
+    noise = control(jax.random.key(1), jax.tree.map(lambda leaf: leaf[None], observation))
     found = _linear_inversion(jax.tree.map(lambda leaf: leaf[0], noise))
     assert _batch_psnr(found, pixels).max() < UNSOLVED
     assert found.loss > 0.1

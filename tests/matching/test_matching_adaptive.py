@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, defenses, models
+from gia_jax.defenses.protected import parse, protect
 from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean, l1
-from gia_jax.protection import parse, protect
 
 KEY = jax.random.key(0)
 TRUE = {"a": jax.random.normal(KEY, (40, 5)), "b": jax.random.normal(jax.random.fold_in(KEY, 1), (7,))}

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, Observation, ThreatModel, clients, defenses, labels, metrics, models, observe
-from gia_jax.attacks.named import ATTACKS
+from gia_jax.cli.names import ATTACKS
 from gia_jax.metrics import diagnosis
 
 HEAD, FIRST = labels.dense("head"), labels.dense("dense0")

@@ -7,7 +7,7 @@ import pytest
 
 from gia_jax import labels
 from gia_jax import secure_aggregation as sa
-from gia_jax.aggregation import make_protocol
+from gia_jax.cli.names import make_protocol
 from gia_jax.secure_aggregation import limits
 
 KEY, NAN = jax.random.key(0), float("nan")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gia_jax import secure_aggregation as sa
-from gia_jax.aggregation import make_protocol
+from gia_jax.cli.names import make_protocol
 
 KINDS = [*protocols(6)]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gia_jax._files import write_whole
 from gia_jax.metrics.images import check_pixels
-from gia_jax.store import write_whole
 
 MAX_ROWS = 16
 
@@ -38,7 +38,7 @@ def picture_grid(
         >>> import tempfile
         >>> from pathlib import Path
         >>> import numpy as np
-        >>> from gia_jax.plots import picture_grid
+        >>> from gia_jax.report.plots import picture_grid
         >>> columns = {"original": np.zeros((1, 4, 4, 1)), "reconstruction": np.ones((1, 4, 4, 1))}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     picture_grid(columns, Path(folder) / "grid.png")
@@ -97,7 +97,7 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
         >>> import tempfile
         >>> from pathlib import Path
         >>> import numpy as np
-        >>> from gia_jax.plots import loss_curves
+        >>> from gia_jax.report.plots import loss_curves
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loss_curves({"attack": np.array([1.0, 0.1, 0.01])}, Path(folder) / "losses.png")
         ...     print([file.name for file in Path(folder).iterdir()])

@@ -13,11 +13,11 @@ import numpy as np
 
 import gia_jax
 from gia_jax import ThreatModel, report
-from gia_jax.cases import Case, Outcome
-from gia_jax.plots import picture_grid
-from gia_jax.protection import Protected
-from gia_jax.store import write_unclaimed
-from gia_jax.study import Sign
+from gia_jax._files import write_unclaimed
+from gia_jax.cli.cases import Case, Outcome
+from gia_jax.defenses.protected import Protected
+from gia_jax.report import picture_grid
+from gia_jax.sweep.study import Sign
 
 RESULTS = "results.json"
 QUIET_SECONDS = 10.0  # between two lines on a standard error that is no terminal

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Key, PRNGKeyArray
 from gia_jax import _check
 from gia_jax.base import Attack, AttackState, Observation, ReconstructFn, Reconstruction
 from gia_jax.matching.run import choose
-from gia_jax.store import Place, Progress, RunState
+from gia_jax.sweep.store import Place, Progress, RunState
 
 # Compiler options of a program that runs once: compiling it is all that it costs.
 RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}

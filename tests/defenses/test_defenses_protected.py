@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, observe, run
-from gia_jax.attacks.named import ATTACKS, INVERTIBLE, Generator, Target, make_attack
+from gia_jax.cli.names import ATTACKS, INVERTIBLE, Generator, Target, make_attack
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.defenses.protected import COMBINATIONS, DEFENSES, Part, encoded, live_shares, parse, promises, protect
 from gia_jax.matching import adaptive
 from gia_jax.matching.objectives import cosine, euclidean
-from gia_jax.protection import COMBINATIONS, DEFENSES, Part, encoded, live_shares, parse, promises, protect
 
 MODULE = models.MLP((8, 8, 3), 4, hidden=(48,), activation=jax.nn.sigmoid, rngs=nnx.Rngs(0))
 BATCH = Batch(jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), jnp.array([1, 3, 0, 2]))

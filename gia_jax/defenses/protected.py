@@ -124,7 +124,7 @@ class Protected(NamedTuple):
             >>> import jax, jax.numpy as jnp
             >>> from flax import nnx
             >>> from gia_jax import Batch, ThreatModel, models
-            >>> from gia_jax.protection import parse, protect
+            >>> from gia_jax.defenses.protected import parse, protect
             >>> module = models.MLP((3,), 2, hidden=(), rngs=nnx.Rngs(0))
             >>> protected = protect(parse("mixup:k=2"), module, num_classes=2)
             >>> batch = Batch(jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([0, 1]))

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gia_jax import ThreatModel, console, report
-from gia_jax.attacks.named import ATTACKS
-from gia_jax.cases import PRIOR_ONLY, attack, load_case, see
-from gia_jax.protection import parse, promises
+from gia_jax import ThreatModel, metrics, report
+from gia_jax.cli import console
+from gia_jax.cli.cases import PRIOR_ONLY, attack, load_case, see
+from gia_jax.cli.names import ATTACKS
+from gia_jax.defenses.protected import parse, promises
 
 # Strengths of the literature, the noise and the clipping in proportion to LeNet.
 SHOWN = (
@@ -60,7 +61,7 @@ def run(out: Path, seed: int) -> None:
             progress_fn=console.progress(name),
             checkpoint=console.states(out),
         )
-    guesses = report.baselines(case.pixels, case.gallery)
+    guesses = metrics.baselines(case.pixels, case.gallery)
     rows = [console.row(name, knows[name], outcomes["none"], outcomes[PRIOR_ONLY]) for name, outcomes in found.items()]
     print(console.table(rows, guesses))
     print(

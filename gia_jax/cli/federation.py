@@ -1,17 +1,22 @@
 """The federation of the command line in which workers hold different parts of the same images, and CAFE on it."""
 
+import argparse
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gia_jax import attacks, clients, data, report
-from gia_jax.attacks.cafe import batch_condition, check_identifiable
+import gia_jax
+from gia_jax import _check, attacks, clients, data, metrics, report
+from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS, batch_condition, check_identifiable
 from gia_jax.base import Batch, Observation, Params, Reconstruction
-from gia_jax.cases import Outcome
+from gia_jax.cli import console, options
+from gia_jax.cli.cases import Outcome
 from gia_jax.labels import Dense, dense
 from gia_jax.models.layers import fan_in_uniform
-from gia_jax.study import study_analytic
+from gia_jax.sweep.study import study_analytic
 from gia_jax.threat import ThreatModel, observe
 
 NUM_WORKERS, WIDTH, OUTPUTS = 4, 32, 10
@@ -94,5 +99,44 @@ def cafe_on_federation(
     each = Reconstruction(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
-    outcome = Outcome(found._replace(reconstruction=each), report.score(batch, truth, images))
+    outcome = Outcome(found._replace(reconstruction=each), metrics.score(batch, truth, images))
     return outcome, images.images[:, None], batch_condition(indices, count)
+
+
+def run(args: argparse.Namespace, began: float) -> None:
+    """Attacks a federation by CAFE, prints the table and writes the results and a picture.
+
+    Args:
+        args: Options of the command line.
+        began: When the run began, in seconds as `time.time` counts them.
+
+    Raises:
+        ValueError: If an option is out of its range.
+        OSError: If the results cannot be written.
+    """
+    defaults = {"data": "mnist", "records": NUM_RECORDS, "rounds": NUM_ROUNDS, "batch_size": BATCH_SIZE}
+    for name, value in defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    _check.fits(args.records * args.rounds, **{"--records": args.records})
+    out = console.folder(Path(args.out), [console.RESULTS, "reconstructions.png"])
+    images = data.load(args.data, limit=args.records)
+    if len(images.labels) < args.records:
+        raise ValueError(f"--records must be at most {len(images.labels)} for {args.data}, got {args.records}")
+    print(
+        f"gia_jax {gia_jax.__version__}: {NUM_WORKERS} workers hold a quarter each of {args.records} images "
+        f"of {images.name}; {args.rounds} rounds of {args.batch_size}, model untrained and frozen; {report.hardware()}"
+    )
+    threat = THREAT.describe()
+    print(f"threat model: {threat}\n")
+    key = jax.random.key(args.seed)
+    outcome, pixels, condition = cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
+    print(f"the batches identify every record: rank {args.records}, condition number {condition:.0f}\n")
+    small = args.data in ("photos", "digits")
+    gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
+    guesses = metrics.baselines(pixels, gallery)
+    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*options.CAFE_OPTIONS, "seed")}
+    content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat)
+    console.write(out, content, [outcome], began)
+    print(console.table([console.row("cafe", False, outcome, None)], guesses) + "\n")
+    first = outcome._replace(scores=metrics.Scores(*(field[:8] for field in outcome.scores)))
+    console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)

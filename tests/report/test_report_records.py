@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gia_jax import Batch, Observation, Reconstruction, report
+from gia_jax import Batch, Observation, Reconstruction, control, metrics, report
 from gia_jax.data import ImageData
-from gia_jax.study import Study, Timing
+from gia_jax.sweep.study import Study, Timing
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -69,7 +69,7 @@ def test_numpy_numbers_and_infinities_become_json() -> None:
 
 def test_a_perfect_reconstruction_scores_perfectly_in_any_order(data: ImageData) -> None:
     truth = _truth(data)
-    scores = report.score(Batch(truth.inputs[:, ::-1], truth.labels[:, ::-1]), truth, data)
+    scores = metrics.score(Batch(truth.inputs[:, ::-1], truth.labels[:, ::-1]), truth, data)
     assert scores.psnr.shape == scores.ssim.shape == scores.mse.shape == (3, 2)
     assert scores.psnr.min() > 100
     np.testing.assert_allclose(scores.ssim, 1, atol=1e-5)
@@ -81,26 +81,26 @@ def test_scores_are_in_pixels_and_clipped(data: ImageData) -> None:
     """An offset of one standard deviation a channel is std in pixels, where no pixel leaves [0, 1]."""
     data = _data(np.full_like(data.images, 0.5))
     truth = _truth(data)
-    shifted = report.score(Batch(truth.inputs + 1, truth.labels), truth, data)
+    shifted = metrics.score(Batch(truth.inputs + 1, truth.labels), truth, data)
     np.testing.assert_allclose(shifted.mse, np.mean(np.square(data.std)), rtol=1e-5)
     np.testing.assert_allclose(shifted.psnr, -10 * np.log10(np.mean(np.square(data.std))), rtol=1e-5)
-    far = report.score(Batch(truth.inputs + 1e3, truth.labels), truth, data)
+    far = metrics.score(Batch(truth.inputs + 1e3, truth.labels), truth, data)
     np.testing.assert_allclose(far.mse, 0.25, rtol=1e-5)
 
 
 def test_a_reconstruction_of_nan_is_scored_as_a_grey_one(data: ImageData) -> None:
     truth = _truth(data)
     inputs = truth.inputs.at[1].set(jnp.nan)
-    scores = report.score(Batch(inputs, truth.labels), truth, data)
+    scores = metrics.score(Batch(inputs, truth.labels), truth, data)
     assert scores.psnr[[0, 2]].min() > 100
-    np.testing.assert_allclose(scores.psnr[1], report.baselines(data.images[2:4], data.images)["grey"], rtol=1e-5)
+    np.testing.assert_allclose(scores.psnr[1], metrics.baselines(data.images[2:4], data.images)["grey"], rtol=1e-5)
     np.testing.assert_array_equal(scores.images[1], 0.5)
 
 
 def test_baselines_are_the_mean_squared_errors_of_their_guesses(data: ImageData) -> None:
     truth = data.images[:4].reshape(2, 2, 12, 12, 3)
     gallery = np.concatenate([data.images[4:], data.images[1:2] + np.float32(0.01)])
-    found = report.baselines(truth, gallery)
+    found = metrics.baselines(truth, gallery)
     assert {name: psnr.shape for name, psnr in found.items()} == dict.fromkeys(
         ("grey", "data mean", "nearest image"), (2, 2)
     )
@@ -119,7 +119,7 @@ def test_guesses_that_know_the_class_are_of_its_public_images_only(data: ImageDa
     truth = data.images[:4].reshape(2, 2, 12, 12, 3)
     gallery = np.concatenate([data.images[4:], data.images[1:2] + np.float32(0.01)])
     labels, gallery_labels = np.asarray([[0, 1], [1, 0]]), np.asarray([0, 1, 1])
-    found = report.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels)
+    found = metrics.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels)
     for place, label in np.ndenumerate(labels):
         members = gallery[gallery_labels == label]
         mean = -10 * np.log10(np.mean((members.mean(0) - truth[place]) ** 2))
@@ -129,20 +129,20 @@ def test_guesses_that_know_the_class_are_of_its_public_images_only(data: ImageDa
     np.testing.assert_allclose(found["nearest of the class"][0, 1], 40, rtol=1e-2)
     # The oracle of all classes is at least as good, and no worse for knowing labels.
     assert np.all(found["nearest image"] >= found["nearest of the class"])
-    np.testing.assert_array_equal(found["nearest image"], report.baselines(truth, gallery)["nearest image"])
+    np.testing.assert_array_equal(found["nearest image"], metrics.baselines(truth, gallery)["nearest image"])
 
 
 def test_labels_of_guesses_are_refused_where_they_say_nothing(data: ImageData) -> None:
     truth, gallery = data.images[:2], data.images[2:]
     labels, gallery_labels = np.asarray([0, 1]), np.asarray([0, 0, 0, 1])
     with pytest.raises(ValueError, match="labels and gallery_labels must be given together, got no gallery_labels"):
-        report.baselines(truth, gallery, labels=labels)
+        metrics.baselines(truth, gallery, labels=labels)
     with pytest.raises(ValueError, match=r"^labels must have the shape \(2,\), got \(1,\)"):
-        report.baselines(truth, gallery, labels=labels[:1], gallery_labels=gallery_labels)
+        metrics.baselines(truth, gallery, labels=labels[:1], gallery_labels=gallery_labels)
     with pytest.raises(ValueError, match=r"gallery_labels must have the shape \(4,\), got \(3,\)"):
-        report.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels[:3])
+        metrics.baselines(truth, gallery, labels=labels, gallery_labels=gallery_labels[:3])
     with pytest.raises(ValueError, match=r"gallery_labels must have every class of labels, got none of \[1\]"):
-        report.baselines(truth, gallery, labels=labels, gallery_labels=np.zeros(4, int))
+        metrics.baselines(truth, gallery, labels=labels, gallery_labels=np.zeros(4, int))
 
 
 def _observations() -> Observation:
@@ -154,7 +154,7 @@ def _observations() -> Observation:
 
 def test_random_updates_have_the_norms_of_the_true_ones_and_nothing_else() -> None:
     true = _observations()
-    noise = report.random_updates(jax.random.key(1), true)
+    noise = control(jax.random.key(1), true)
     for name, leaf in noise.update.items():
         flat, want = leaf.reshape(3, -1), true.update[name].reshape(3, -1)
         np.testing.assert_allclose(jnp.linalg.norm(flat, axis=1), jnp.linalg.norm(want, axis=1), rtol=1e-5)
@@ -163,13 +163,13 @@ def test_random_updates_have_the_norms_of_the_true_ones_and_nothing_else() -> No
         assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 5 / flat.shape[1] ** 0.5  # every victim its own noise
     assert noise.params is true.params
     assert noise.extra is true.extra
-    other = report.random_updates(jax.random.key(2), true)
+    other = control(jax.random.key(2), true)
     assert not np.allclose(noise.update["bias"], other.update["bias"])
 
 
 def test_a_zero_update_stays_zero() -> None:
     true = _observations()
-    noise = report.random_updates(jax.random.key(1), true._replace(update=jax.tree.map(jnp.zeros_like, true.update)))
+    noise = control(jax.random.key(1), true._replace(update=jax.tree.map(jnp.zeros_like, true.update)))
     assert all(not leaf.any() for leaf in jax.tree.leaves(noise.update))
 
 
@@ -178,7 +178,7 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
     losses = jnp.asarray([[0.1, jnp.inf], [0.3, 0.2], [0.5, 0.5]])
     reconstruction = Reconstruction(truth, losses.min(1), jnp.asarray([True, True, False]), losses)
     study = Study(reconstruction, np.zeros((3, 2, 4)), Timing(1.0, 2.0, 3.0))
-    scores = report.score(Batch(truth.inputs + 0.1, truth.labels), truth, data)
+    scores = metrics.score(Batch(truth.inputs + 0.1, truth.labels), truth, data)
     content = report.results(study, scores, settings={"seed": 1}, threat_model="a curious server", extra={"more": 2})
     read = json.loads(report.to_json(content))
     assert read["settings"] == {"seed": 1}
@@ -203,9 +203,9 @@ def test_tables_align_their_columns() -> None:
 
 
 def test_without_public_images_there_is_only_the_grey_guess(data: ImageData) -> None:
-    found = report.baselines(data.images[:2], data.images[:0])
+    found = metrics.baselines(data.images[:2], data.images[:0])
     assert list(found) == ["grey"]
-    np.testing.assert_allclose(found["grey"], report.baselines(data.images[:2], data.images[2:])["grey"])
+    np.testing.assert_allclose(found["grey"], metrics.baselines(data.images[:2], data.images[2:])["grey"])
 
 
 def test_what_is_no_image_of_a_baseline_is_named(data: ImageData) -> None:
@@ -220,49 +220,49 @@ def test_what_is_no_image_of_a_baseline_is_named(data: ImageData) -> None:
     ]
     for images, public, message in wrong:
         with pytest.raises(ValueError, match=message):
-            report.baselines(images, public)
+            metrics.baselines(images, public)
     with pytest.raises(ValueError, match="labels must be class indices, integers, got float64"):
-        report.baselines(truth, gallery, labels=np.zeros(2), gallery_labels=np.zeros(4))
+        metrics.baselines(truth, gallery, labels=np.zeros(2), gallery_labels=np.zeros(4))
 
 
 def test_baselines_in_half_precision_are_those_of_its_values(data: ImageData) -> None:
     half = data.images.astype(np.float16)
-    wide = report.baselines(half[:2].astype(np.float32), half[2:].astype(np.float32))
-    for name, psnr in report.baselines(half[:2], half[2:]).items():
+    wide = metrics.baselines(half[:2].astype(np.float32), half[2:].astype(np.float32))
+    for name, psnr in metrics.baselines(half[:2], half[2:]).items():
         np.testing.assert_allclose(psnr, wide[name], rtol=1e-6)
 
 
 def test_a_truth_that_is_no_image_of_the_data_is_refused(data: ImageData) -> None:
     truth = _truth(data)
     with pytest.raises(ValueError, match=r"denormalised truth.inputs must be pixels in \[0, 1\], got"):
-        report.score(truth, truth._replace(inputs=truth.inputs + 9), data)
+        metrics.score(truth, truth._replace(inputs=truth.inputs + 9), data)
     with pytest.raises(
         ValueError, match=r"reconstructed.inputs must have the shape \(3, 2, 12, 12, 3\) of truth.inputs"
     ):
-        report.score(jax.tree.map(lambda leaf: leaf[:1], truth), truth, data)
+        metrics.score(jax.tree.map(lambda leaf: leaf[:1], truth), truth, data)
     with pytest.raises(ValueError, match=r"truth.inputs must be images of shape \(v, b, h, w, c\), at least one"):
-        report.score(truth, jax.tree.map(lambda leaf: leaf[0], truth), data)
+        metrics.score(truth, jax.tree.map(lambda leaf: leaf[0], truth), data)
     with pytest.raises(ValueError, match=r"data.std must have 3 numbers, one for each channel, got \(1.0,\)"):
-        report.score(truth, truth, data._replace(std=(1.0,)))
+        metrics.score(truth, truth, data._replace(std=(1.0,)))
     with pytest.raises(ValueError, match=r"reconstructed.labels must be \(3, 2\), victims and images, got \(3, 1\)"):
-        report.score(truth._replace(labels=truth.labels[:, :1]), truth, data)
+        metrics.score(truth._replace(labels=truth.labels[:, :1]), truth, data)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_scores_of_half_precision_are_in_float32(data: ImageData, dtype: Any) -> None:
     truth = _truth(data)
     half = Batch(truth.inputs.astype(dtype), truth.labels)
-    scores = report.score(half, half, data)
+    scores = metrics.score(half, half, data)
     assert scores.psnr.dtype == scores.images.dtype == np.float32
     assert np.isposinf(scores.psnr).all()
-    again = report.score(half, truth, data)
+    again = metrics.score(half, truth, data)
     assert 40 < again.psnr.min() < again.psnr.max() < 90
 
 
 def test_labels_that_are_no_classes_have_no_score(data: ImageData) -> None:
     truth = _truth(data)
     for labels in (jnp.zeros((3, 2)), jnp.zeros((3, 2, 4), int), jnp.zeros((3, 5, 2, 4)), jnp.zeros((7, 2), bool)):
-        scores = report.score(truth._replace(labels=labels), truth, data)
+        scores = metrics.score(truth._replace(labels=labels), truth, data)
         assert np.isnan(scores.label_correct).all()
         assert scores.label_correct.shape == (3,)
         assert scores.psnr.min() > 100
@@ -275,20 +275,20 @@ def test_random_updates_keep_norms_that_half_precision_cannot_square(dtype: Any)
         "small": jnp.full((2, 3), 2e-4, dtype),
         "none": jnp.zeros((2, 0)),
     }
-    noise = report.random_updates(jax.random.key(0), Observation((), update, {})).update
+    noise = control(jax.random.key(0), Observation((), update, {})).update
     for name, leaf in update.items():
         assert noise[name].dtype == leaf.dtype
         want, got = (np.linalg.norm(np.asarray(one, np.float64), axis=1) for one in (leaf, noise[name]))
         np.testing.assert_allclose(got, want, rtol=1e-2)
     extreme = jnp.stack([jnp.full(4, 1e-30), jnp.full(4, 1e30), jnp.full(4, jnp.nan), jnp.array([0, jnp.inf, 0, 0])])
-    found = report.random_updates(jax.random.key(0), Observation((), extreme, {})).update
+    found = control(jax.random.key(0), Observation((), extreme, {})).update
     np.testing.assert_allclose(np.linalg.norm(np.asarray(found[:2], np.float64), axis=1), [2e-30, 2e30], rtol=1e-5)
     assert np.isnan(found[2:]).all()
 
 
 def test_updates_that_have_no_noise_are_named() -> None:
     def noise(update: Any) -> None:
-        report.random_updates(jax.random.key(0), Observation((), update, {}))
+        control(jax.random.key(0), Observation((), update, {}))
 
     with pytest.raises(ValueError, match=r"observations.update must have leaves, got none"):
         noise({})

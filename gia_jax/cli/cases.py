@@ -10,15 +10,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from gia_jax import clients, data, labels, metrics, models, report
+from gia_jax import clients, data, labels, metrics, models
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
-from gia_jax.attacks.named import INVERTIBLE, Generator, Target, make_analytic, make_attack
 from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics
+from gia_jax.cli.names import INVERTIBLE, Generator, Target, make_analytic, make_attack
 from gia_jax.defenses.mixing import as_probabilities
+from gia_jax.defenses.protected import Part, Protected, encoded, protect
 from gia_jax.models.functional import has_batch_norm
-from gia_jax.protection import Part, Protected, encoded, protect
-from gia_jax.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
-from gia_jax.threat import ThreatModel, observe
+from gia_jax.sweep.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
+from gia_jax.threat import ThreatModel, control, observe
 
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images
 PRIOR_ONLY = "prior only"
@@ -147,7 +147,7 @@ class Outcome(NamedTuple):
     """A study, of some of the victims that were attacked together, and its scores."""
 
     study: Study
-    scores: report.Scores
+    scores: metrics.Scores
 
 
 def load_case(
@@ -307,7 +307,7 @@ def attack(
     key_attack, key_random = jax.random.split(key)
     groups = dict(observations)
     if prior_only is not None:
-        groups[PRIOR_ONLY] = jax.jit(report.random_updates)(key_random, observations[prior_only])
+        groups[PRIOR_ONLY] = jax.jit(control)(key_random, observations[prior_only])
     together = joined(list(groups.values()))
     low, high = (bound.astype(case.truth.inputs.dtype) for bound in case.images.bounds())
     target = Target(
@@ -339,13 +339,13 @@ def attack(
             checkpoint=checkpoint,
         )
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(groups)), case.truth)
-    scores = report.score(found.reconstruction.batch, truth, case.images)
+    scores = metrics.score(found.reconstruction.batch, truth, case.images)
     victims, outcomes = len(case.truth.labels), {}
     for i, group in enumerate(groups):
         part = slice(i * victims, (i + 1) * victims)
         reconstruction = jax.tree.map(lambda leaf, part=part: leaf[part], found.reconstruction)
         own = found._replace(reconstruction=reconstruction, losses=found.losses[part])
-        outcomes[group] = Outcome(own, report.Scores(*(field[part] for field in scores)))
+        outcomes[group] = Outcome(own, metrics.Scores(*(field[part] for field in scores)))
     return outcomes
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gia_jax.plots import loss_curves, picture_grid
+from gia_jax.report import loss_curves, picture_grid
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

@@ -1,10 +1,11 @@
-"""Attacks and solvers by the names of the command line, each with its paper's defaults."""
+"""The names that the command line knows: attacks and solvers, with each paper's defaults, and aggregation protocols."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optax
 
+from gia_jax import _check, labels, models
 from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.gias import NUM_STEPS as GIAS_STEPS
@@ -18,6 +19,7 @@ from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
 from gia_jax.attacks.r_gap import r_gap
 from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params, ReconstructFn, Statistics
+from gia_jax.defenses import protected
 from gia_jax.labels import ClassifierFn, bias_counts, dense
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.adaptive import supported
@@ -29,6 +31,9 @@ from gia_jax.matching.run import continued, keep_best
 from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6
 from gia_jax.threat import granted_labels
+
+if TYPE_CHECKING:
+    from gia_jax.secure_aggregation import AggregationProtocol
 
 
 class Generator(NamedTuple):
@@ -87,6 +92,9 @@ class Named(NamedTuple):
     model: str = "lenet"
     x64: bool = False
 
+
+DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
+CAFE = "CAFE, Jin et al. 2021: vertical federated learning of several rounds, by exact least squares"
 
 STEPWISE = ("labels", "steps", "restarts", "lanes", "adaptive")  # options of attacks that go step by step
 
@@ -272,3 +280,91 @@ def make_analytic(name: str, target: Target, *, model: str, labels: str) -> Reco
     counted = bias_counts(target.classifier_fn, apply_fn=target.apply_fn)
     label_fn = counted if labels == "inferred" else label_rule(labels, target)
     return linear_inversion(dense(FIRST_LAYER[model]), label_fn=label_fn)
+
+
+TARGETS = ("client:0", "aggregate")  # the two things that the command line attacks: one client's upload, and the sum
+
+
+class Protocol(NamedTuple):
+    """What the command line says of a protocol, and how it is made, with room for a quarter of the clients to drop out.
+
+    Attributes:
+        summary: One line on the protocol.
+        make: The function that makes it from the package `secure_aggregation`, the number of clients, and the
+            quantizer's options.
+    """
+
+    summary: str
+    make: Callable[..., Any]
+
+
+AGGREGATIONS = {
+    "plain": Protocol("every update in the clear: the control", lambda sa, n, **options: sa.plain_sum(n, **options)),
+    "secagg": Protocol(
+        "pairwise masks that cancel, Bonawitz et al. 2017",
+        lambda sa, n, **options: sa.secagg(n, threshold=2 * n // 3 + 1, **options),
+    ),
+    "lightsecagg": Protocol(
+        "Lagrange-coded masks, So et al. 2022",
+        lambda sa, n, **options: sa.lightsecagg(n, privacy=n // 4, survivors=n // 2 + 1, **options),
+    ),
+    "fastsecagg": Protocol(
+        "multi-secret sharing by FFT, Kadhe et al. 2020",
+        lambda sa, n, **options: sa.fastsecagg(
+            sa.fft_sharing((1, n), zeros=(0, n // 4), secrets=(1, max(n // 4, 1))), **options
+        ),
+    ),
+    "bfv": Protocol("homomorphic encryption, exact", lambda sa, n, **options: sa.homomorphic(n, "bfv", **options)),
+    "ckks": Protocol(
+        "homomorphic encryption, approximate", lambda sa, n, **options: sa.homomorphic(n, "ckks", **options)
+    ),
+}
+
+
+def make_protocol(name: str, num_clients: int, *, clip: float, bits: int = 22) -> "AggregationProtocol":
+    """A protocol by its name.
+
+    Args:
+        name: A key of `AGGREGATIONS`.
+        num_clients: N >= 1. SecAgg needs answers of more than two thirds of them, LightSecAgg of more than half, where
+            up to a quarter may collude; FastSecAgg bears that a quarter drops out and nearly half collude.
+        clip: Largest magnitude of an entry.
+        bits: Bits an entry.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: An unknown name, and what its protocol raises.
+        ImportError: Without the extra `secure`; BFV or CKKS without the extra `he`.
+    """
+    if name not in AGGREGATIONS:
+        raise ValueError(f"name must be one of {', '.join(AGGREGATIONS)}, got {name!r}")
+    _check.integer(num_clients=num_clients)
+    from gia_jax import secure_aggregation
+
+    return AGGREGATIONS[name].make(secure_aggregation, num_clients, clip=clip, bits=bits)
+
+
+def show() -> None:
+    """Prints all names, with a line on each."""
+    for title, names in (
+        ("attacks", {name: named.summary for name, named in ATTACKS.items()} | {"cafe": CAFE}),
+        ("solvers", SOLVERS),
+        ("defenses", {name: f"{_settings(named)}{named.summary}" for name, named in protected.DEFENSES.items()}),
+        ("aggregation", {name: named.summary for name, named in AGGREGATIONS.items()}),
+        ("combinations of defenses", {name: " ".join(parts) for name, parts in protected.COMBINATIONS.items()}),
+        ("models", dict.fromkeys(models.MODELS, "")),
+        ("data", {"photos": "scikit-image's photographs", "digits": "scikit-learn's digits", "any TFDS set": DATA}),
+        (
+            "label rules",
+            {name: "" for name in labels.__all__ if name[0].islower() and name not in ("dense", "ilrg_system")},
+        ),
+    ):
+        print(f"{title}:")
+        for name, summary in names.items():
+            print(f"  {name:<22}{summary}".rstrip())
+
+
+def _settings(named: protected.Named) -> str:
+    return "".join(f"{key}={value:g} " for key, value in named.settings.items())

@@ -1,6 +1,7 @@
 """The driver of many victims and restarts: it computes what a plain loop computes, and survives interruption."""
 
 import errno
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +35,8 @@ from gia_jax import (
 from gia_jax.labels import dense
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.run import advance, continued, from_starts
-from gia_jax.store import MAGIC, Place, Progress, RunState
-from gia_jax.study import Sign, Study, study, study_analytic, victim_keys
+from gia_jax.sweep.store import MAGIC, Place, Progress, RunState
+from gia_jax.sweep.study import Sign, Study, study, study_analytic, victim_keys
 
 NUM_STEPS, NUM_VICTIMS, NUM_RESTARTS = 20, 3, 2
 
@@ -205,7 +206,9 @@ def _interrupted(attack: Attack, path: Path, call: int) -> Path:
 def test_an_interrupted_study_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Callable[[], Attack], call: int
 ) -> None:
-    monkeypatch.setattr("gia_jax.study.MAX_STEPS_PER_CALL", 8)
+    monkeypatch.setattr(
+        importlib.import_module("gia_jax.sweep.study"), "MAX_STEPS_PER_CALL", 8
+    )
     state = _interrupted(build(), tmp_path, call)
     signs: list[Sign] = []
     resumed = _study(build(), lanes=4, checkpoint=tmp_path, progress_fn=signs.append)
@@ -276,7 +279,7 @@ def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     state = _interrupted(_walk(), tmp_path, 3)
-    monkeypatch.setattr("gia_jax.store.os.fsync", full)
+    monkeypatch.setattr("gia_jax._files.os.fsync", full)
     with pytest.warns(UserWarning, match="the run goes on, but its state cannot be kept in") as warned:
         found = _study(_walk(), lanes=4, checkpoint=tmp_path, checkpoint_seconds=0.0)
     assert len(warned) == 1

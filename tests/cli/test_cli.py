@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, ThreatModel, data, demonstration, models
-from gia_jax.__main__ import main
-from gia_jax.attacks.named import ATTACKS, SOLVERS
-from gia_jax.cases import load_case, see
-from gia_jax.console import progress
-from gia_jax.protection import COMBINATIONS, DEFENSES, parse, promises
-from gia_jax.study import Sign
+from gia_jax import Batch, ThreatModel, data, models
+from gia_jax.cli import demonstration, main
+from gia_jax.cli.cases import load_case, see
+from gia_jax.cli.console import progress
+from gia_jax.cli.names import ATTACKS, SOLVERS
+from gia_jax.defenses.protected import COMBINATIONS, DEFENSES, parse, promises
+from gia_jax.sweep.study import Sign
 
 pytest.importorskip("sklearn")
 
@@ -47,8 +47,8 @@ def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled before the arguments were checked")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr("gia_jax.cases.study", refuse)
-    monkeypatch.setattr("gia_jax.cases.study_analytic", refuse)
+    monkeypatch.setattr("gia_jax.cli.cases.study", refuse)
+    monkeypatch.setattr("gia_jax.cli.cases.study_analytic", refuse)
 
 
 def _read(out: Path) -> dict[str, Any]:
@@ -465,7 +465,7 @@ def test_results_that_cannot_be_written_are_not_computed_again(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr("gia_jax.console.write_unclaimed", refuse)
+        patch.setattr("gia_jax.cli.console.write_unclaimed", refuse)
         assert main([*SHORT, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "results.json' cannot be written: Permission denied; nothing is lost: the same command writes it" in error
@@ -480,7 +480,7 @@ def test_on_a_full_disk_the_results_are_printed(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gia_jax.store.os.fsync", full)
+    monkeypatch.setattr("gia_jax._files.os.fsync", full)
     assert main([*SHORT, "--out", str(tmp_path)]) == 2
     printed, error = capsys.readouterr()
     lines = [line for line in error.splitlines() if line.startswith("gia_jax: ")]
@@ -508,7 +508,7 @@ def test_two_runs_in_one_folder_both_write(tmp_path: Path, monkeypatch: pytest.M
         content[0].write_text(content[1])
         return {}
 
-    monkeypatch.setattr("gia_jax.report.baselines", another)
+    monkeypatch.setattr("gia_jax.metrics.baselines", another)
     assert main([*SHORT, "--out", str(tmp_path)]) == 0
     assert content[0].read_text() == content[1]
     assert len(json.loads((tmp_path / "results_2.json").read_text())["victims"]) == 2
@@ -526,7 +526,7 @@ def test_an_interruption_is_one_line_and_is_resumed(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("gia_jax.console.progress", lambda name: interrupt)
+            patch.setattr("gia_jax.cli.console.progress", lambda name: interrupt)
             assert main([*SHORT, "--out", str(tmp_path)]) == status
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,0 +1,80 @@
+"""The command line: a demonstration, single attacks, and a list of what there is. Nothing of the library imports it."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gia_jax.cli import attack, console, demonstration, names, options
+
+TERMINATED = "terminated"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0 for success, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
+    """
+    args = options.parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # so that what was printed before a kill is not lost
+    try:
+        with warnings.catch_warnings(), _terminating():
+            warnings.showwarning = console.warn
+            if not 0 <= args.seed < 2**32:
+                raise ValueError(f"--seed must be at least 0 and below 2^32, got {args.seed}")
+            if args.out == "":
+                raise ValueError("--out must name a folder, got ''")
+            if args.command == "list":
+                names.show()
+            elif args.command == "attack":
+                attack.run(args)
+            else:
+                demonstration.run(Path(args.out), args.seed)
+    except (ValueError, ImportError, OSError, OverflowError) as error:
+        print(f"gia_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        kept = f"the same command goes on from the states kept in {console.states(Path(args.out))}"
+        any_kept = next(console.states(Path(args.out)).glob("*.state"), None)
+        print(f"\ngia_jax: interrupted; {kept if any_kept else 'no state was kept'}", file=sys.stderr)
+        return 143 if stopped.args == (TERMINATED,) else 130
+    return 0
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Within it, a request to terminate (SIGTERM) raises KeyboardInterrupt, so that the state of a run is saved."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def process() -> NoReturn:
+    """Runs `main` as a process of its own; an interruption does not wait for compilers that are still at work."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    status = main()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start
+        with contextlib.suppress(OSError):
+            stream.flush()
+    if status > 128:
+        os._exit(status)
+    sys.exit(status)
