@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from gia_jax._compile import RUN_ONCE
 from gia_jax.aggregation import TARGETS
 from gia_jax.base import Batch, Observation
 from gia_jax.cases import Case
 from gia_jax.protection import Protected, encoded
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate
-from gia_jax.study import RUN_ONCE
 from gia_jax.threat import ThreatModel, grants
 
 
