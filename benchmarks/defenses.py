@@ -41,6 +41,7 @@ from gia_jax import (
     metrics,
     models,
 )
+from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.cli.cases import NUM_OTHERS, joined, pixel_covariance, pixel_information
@@ -49,7 +50,7 @@ from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.sweep.study import RUN_ONCE, study
+from gia_jax.sweep.study import study
 
 CLASSES, DELTA = 10, 1e-5
 MIXED = 4  # images in an encoding whose cost is measured

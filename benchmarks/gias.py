@@ -37,12 +37,13 @@ from gia_jax import (
     observe,
     run,
 )
+from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks import gias, giml, inverting_gradients
 from gia_jax.base import ClientFn, Params
 from gia_jax.cli.cases import joined
 from gia_jax.defenses import prune
 from gia_jax.matching.adaptive import supported
-from gia_jax.sweep.study import RUN_ONCE, SHARED_PARAMS
+from gia_jax.sweep.study import SHARED_PARAMS
 
 THREAT = ThreatModel(labels=True)
 UNSEEN = "Settings were chosen on training images that the generator had not seen: the weight of total variation "

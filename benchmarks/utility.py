@@ -41,6 +41,7 @@ from gia_jax import (
     models,
     observe,
 )
+from gia_jax._compile import RUN_ONCE
 from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cli.cases import joined, pixel_covariance, pixel_information
 from gia_jax.cli.console import progress
@@ -50,7 +51,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
-from gia_jax.sweep.study import RUN_ONCE, study
+from gia_jax.sweep.study import study
 
 THREAT = ThreatModel(labels=True)
 CLASSES, GALLERY = 10, 10_000  # images that are guessed, and images that a victim is ranked among

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, Observation
 from gia_jax.cli.cases import Case
 from gia_jax.cli.names import TARGETS
 from gia_jax.defenses.protected import Protected, encoded
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate
-from gia_jax.sweep.study import RUN_ONCE
-from gia_jax.threat import ThreatModel, grants
+from gia_jax.threat import ThreatModel, grants, stack
 
 
 def see_aggregated(
@@ -73,5 +72,4 @@ def _stacked(seen: Sequence[Any]) -> Observation | Ciphertext:
     """The observations of all victims as one; one ciphertext stands for all."""
     if isinstance(seen[0], Ciphertext):
         return seen[0]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one._replace(params=()) for one in seen])
-    return together._replace(params=seen[0].params)
+    return stack(seen)

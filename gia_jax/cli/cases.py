@@ -11,13 +11,14 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax import clients, data, labels, metrics, models
+from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
 from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics
 from gia_jax.cli.names import INVERTIBLE, Generator, Target, make_analytic, make_attack
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import Part, Protected, encoded, protect
 from gia_jax.models.functional import has_batch_norm
-from gia_jax.sweep.study import RUN_ONCE, ProgressFn, Study, study, study_analytic
+from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic
 from gia_jax.threat import ThreatModel, control, observe
 
 NUM_OTHERS = 16  # images of a client beside those of its batch, for defenses that mix images

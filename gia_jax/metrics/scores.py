@@ -70,7 +70,9 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
     images = pixels(jnp.asarray(truth.inputs))
     check_pixels("denormalised truth.inputs", images.astype(truth.inputs.dtype), ("v", "b", "h", "w", "c"))
     labels = (reconstructed.labels, truth.labels) if compared else None
-    found, overlap, matched = jax.jit(jax.vmap(one))(pixels(jnp.asarray(reconstructed.inputs)), jnp.clip(images, 0, 1), labels)
+    found, overlap, matched = jax.jit(jax.vmap(one))(
+        pixels(jnp.asarray(reconstructed.inputs)), jnp.clip(images, 0, 1), labels
+    )
     psnr, ssim, mse = (np.asarray(field) for field in (found.psnr, found.ssim, found.mse))
     return Scores(psnr, ssim, mse, np.asarray(overlap), np.asarray(matched))
 

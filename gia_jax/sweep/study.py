@@ -17,12 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Key, PRNGKeyArray
 
 from gia_jax import _check
+from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Attack, AttackState, Observation, ReconstructFn, Reconstruction
 from gia_jax.matching.run import choose
 from gia_jax.sweep.store import Place, Progress, RunState
 
-# Compiler options of a program that runs once: compiling it is all that it costs.
-RUN_ONCE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 SHARED_PARAMS = Observation(params=None, update=0, extra=0)  # vmap axes: one set of parameters, many victims
 SECONDS_PER_CALL = 2.0  # aimed at between two signs of life
 MAX_STEPS_PER_CALL = 4_096

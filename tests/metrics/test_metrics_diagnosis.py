@@ -11,6 +11,7 @@ from flax import nnx
 from gia_jax import Batch, Observation, ThreatModel, clients, defenses, labels, metrics, models, observe
 from gia_jax.cli.names import ATTACKS
 from gia_jax.metrics import diagnosis
+from gia_jax.metrics.diagnosis.layers import find_kinks
 
 HEAD, FIRST = labels.dense("head"), labels.dense("dense0")
 NUM_CLASSES = 10
@@ -116,12 +117,16 @@ def leaves_of_lenet():
 
 def test_every_attack_is_judged_in_the_report_best_first():
     found = diagnose_lenet()
-    assert {judged.attack for judged in found.attacks} == {*ATTACKS, "levenberg_marquardt"}
+    assert sorted(judged.attack for judged in found.attacks) == sorted(diagnosis.JUDGED)
     ranks = [diagnosis.VERDICTS.index(judged.verdict) for judged in found.attacks]
     assert ranks == sorted(ranks)
     report = str(found).splitlines()
     assert report[-len(found.attacks)].startswith("1. inverting_gradients: likely")
     assert report[0].endswith("for 64 unknowns and 1 label")
+
+
+def test_the_attacks_of_the_command_line_and_one_solver_are_judged():
+    assert sorted(diagnosis.JUDGED) == sorted([*ATTACKS, "levenberg_marquardt"])
 
 
 @pytest.mark.parametrize(
@@ -393,7 +398,7 @@ def see_in_float32():
 )
 def test_kinks_are_read_from_the_operations(activation, kinks):
     seen = Observation({"w": jnp.ones((4, 3))}, None, {"inputs_like": jnp.zeros((1, 4))})
-    assert diagnosis._kinks(lambda params, x: jax.jit(activation)(x) @ params["w"], seen) == kinks
+    assert find_kinks(lambda params, x: jax.jit(activation)(x) @ params["w"], seen) == kinks
 
 
 def judge_r_gap(network, of, size=1):
