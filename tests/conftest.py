@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
+# Traces and programs are millions of objects that live long: Python need not look through them for garbage so often.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture
