@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     for target, (seen_case, observations) in targets.items():
         title = f"{args.attack}, {target}" if target else args.attack
         if not isinstance(observations, Observation):
-            rows.append([title, "-", str(observations), *[""] * 6])
+            rows.append([title, "-", str(observations), *[""] * 7])
             content[target] = str(observations)
             continue
         outcomes = attack(
@@ -119,8 +119,14 @@ def run(args: argparse.Namespace) -> None:
         extra = {"baselines_psnr": {name: psnr.tolist() for name, psnr in guesses.items()}}
         if prior is not None:
             extra["prior_only_psnr"] = prior.scores.psnr.tolist()
+            extra["prior_only_explained"] = prior.explained.share.tolist()
         content[target] = report.results(
-            outcome.study, outcome.scores, settings=settings, threat_model=threat, extra=extra
+            outcome.study,
+            outcome.scores,
+            explained=outcome.explained,
+            settings=settings,
+            threat_model=threat,
+            extra=extra,
         )
     attacked = [outcome for _, outcome in found.values()]
     console.write(out, content.get("", content), attacked, began)  # first of all: a closed pipe loses the rest only

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 from gia_jax import clients, data, labels, metrics, models
 from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
-from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics
+from gia_jax.base import Batch, ClientFn, LossFn, Observation, Params, Statistics, Updates
 from gia_jax.cli.names import INVERTIBLE, Generator, Target, make_analytic, make_attack
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import Part, Protected, encoded, protect
@@ -145,10 +145,17 @@ def pixel_covariance(images: np.ndarray) -> Array:
 
 
 class Outcome(NamedTuple):
-    """A study, of some of the victims that were attacked together, and its scores."""
+    """What an attack achieved on some of the victims that were attacked together.
+
+    Attributes:
+        study: The study, with a reconstruction of each victim.
+        scores: Its scores against the truth.
+        explained: How much of each victim's update its reconstruction explains, arrays of shape (victims,).
+    """
 
     study: Study
     scores: metrics.Scores
+    explained: metrics.Explained
 
 
 def load_case(
@@ -341,13 +348,36 @@ def attack(
         )
     truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(groups)), case.truth)
     scores = metrics.score(found.reconstruction.batch, truth, case.images)
+    shares = explained(assumed.assumed_fn, together, found.reconstruction.batch, lanes=lanes)
     victims, outcomes = len(case.truth.labels), {}
     for i, group in enumerate(groups):
         part = slice(i * victims, (i + 1) * victims)
         reconstruction = jax.tree.map(lambda leaf, part=part: leaf[part], found.reconstruction)
         own = found._replace(reconstruction=reconstruction, losses=found.losses[part])
-        outcomes[group] = Outcome(own, metrics.Scores(*(field[part] for field in scores)))
+        own_scores, own_shares = (jax.tree.map(lambda leaf, part=part: leaf[part], tree) for tree in (scores, shares))
+        outcomes[group] = Outcome(own, own_scores, own_shares)
     return outcomes
+
+
+def explained(client_fn: ClientFn, observations: Observation, batch: Batch, *, lanes: int = 16) -> metrics.Explained:
+    """Measures for every victim how much of its update its reconstruction explains.
+
+    Args:
+        client_fn: Client that the attacker assumes.
+        observations: Observations with a leading axis of victims.
+        batch: Reconstructions with the same leading axis.
+        lanes: Number of victims under one `vmap`, at least 1.
+
+    Returns:
+        What `metrics.explained` says, arrays of shape (victims,).
+    """
+
+    def of_one(victim: tuple[Updates, Batch]) -> metrics.Explained:
+        update, found = victim
+        return metrics.explained(client_fn, Observation(observations.params, update, {}), found)
+
+    of_all = jax.jit(lambda victims: jax.lax.map(of_one, victims, batch_size=lanes), compiler_options=RUN_ONCE)
+    return jax.tree.map(np.asarray, of_all((observations.update, jax.tree.map(jnp.asarray, batch))))
 
 
 def joined(observations: Sequence[Observation]) -> Observation:

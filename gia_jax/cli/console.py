@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import ThreatModel, report
+from gia_jax import ThreatModel, metrics, report
 from gia_jax._files import write_unclaimed
 from gia_jax.cli.cases import Case, Outcome
 from gia_jax.defenses.protected import Protected
@@ -39,7 +39,8 @@ def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list
         f"{np.median(scores.psnr[kept]):.1f}",
         f"{np.median(scores.ssim[kept]):.2f}",
         f"{np.mean(scores.label_correct[kept]):.0%}",
-        "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}",
+        _share(outcome.explained, kept),
+        "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}, {np.median(prior.explained.share):.0%}",
         f"{timing.compile_seconds:.0f}",
         f"{timing.run_seconds:.0f}",
     ]
@@ -47,9 +48,26 @@ def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list
 
 def table(rows: list[list[str]], guesses: dict[str, np.ndarray]) -> str:
     """Attacks and, below them, guesses without a gradient, their PSNR in dB."""
-    rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", "", "", "", "", ""] for name, psnr in guesses.items()]
-    header = ["attack or guess", "labels", "PSNR", "median", "SSIM", "labels right", "prior only", "compile s", "run s"]
+    rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", *[""] * 6] for name, psnr in guesses.items()]
+    header = [
+        "attack or guess",
+        "labels",
+        "PSNR",
+        "median",
+        "SSIM",
+        "labels right",
+        "explained",
+        "prior only",
+        "compile s",
+        "run s",
+    ]
     return report.table(header, rows)
+
+
+def _share(found: metrics.Explained, kept: np.ndarray) -> str:
+    """The median share of the victims' updates that is explained, and the scale where it is far from 1."""
+    scale = np.median(found.scale[kept])
+    return f"{np.median(found.share[kept]):.0%}" + ("" if 0.5 < scale < 2 else f" at scale {scale:.2g}")
 
 
 def _list_of(psnr: np.ndarray) -> str:

@@ -90,9 +90,13 @@ def run(out: Path, seed: int) -> None:
             content[name if shown == "none" else f"{name}, {shown}"] = report.results(
                 outcomes[shown].study,
                 outcomes[shown].scores,
+                explained=outcomes[shown].explained,
                 settings=setting | {"restarts": restarts, "defense": shown},
                 threat_model=console.threat(knows[name], shown, False),
-                extra={"prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist()},
+                extra={
+                    "prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist(),
+                    "prior_only_explained": outcomes[PRIOR_ONLY].explained.share.tolist(),
+                },
             )
     content["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
     attacked = [outcomes["none"] for outcomes in found.values()]

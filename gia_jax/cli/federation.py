@@ -13,7 +13,7 @@ from gia_jax import _check, attacks, clients, data, metrics, report
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS, batch_condition, check_identifiable
 from gia_jax.base import Batch, Observation, Params, Reconstruction
 from gia_jax.cli import console, options
-from gia_jax.cli.cases import Outcome
+from gia_jax.cli.cases import Outcome, explained
 from gia_jax.labels import Dense, dense
 from gia_jax.models.layers import fan_in_uniform
 from gia_jax.sweep.study import study_analytic
@@ -99,7 +99,9 @@ def cafe_on_federation(
     each = Reconstruction(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
-    outcome = Outcome(found._replace(reconstruction=each), metrics.score(batch, truth, images))
+    shares = explained(client_fn, one, jax.tree.map(jnp.asarray, found.reconstruction.batch))
+    shares = jax.tree.map(lambda leaf: np.repeat(leaf, count), shares)  # one update, of all the records
+    outcome = Outcome(found._replace(reconstruction=each), metrics.score(batch, truth, images), shares)
     return outcome, images.images[:, None], batch_condition(indices, count)
 
 
@@ -135,8 +137,10 @@ def run(args: argparse.Namespace, began: float) -> None:
     gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
     guesses = metrics.baselines(pixels, gallery)
     settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*options.CAFE_OPTIONS, "seed")}
-    content = report.results(outcome.study, outcome.scores, settings=settings, threat_model=threat)
+    content = report.results(
+        outcome.study, outcome.scores, explained=outcome.explained, settings=settings, threat_model=threat
+    )
     console.write(out, content, [outcome], began)
     print(console.table([console.row("cafe", False, outcome, None)], guesses) + "\n")
-    first = outcome._replace(scores=metrics.Scores(*(field[:8] for field in outcome.scores)))
+    first = outcome._replace(scores=jax.tree.map(lambda field: field[:8], outcome.scores))
     console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)

@@ -1,6 +1,7 @@
 """What an attack achieved, measured with the truth that the attack never saw, and what noise promises against any."""
 
 from gia_jax.metrics.diagnosis import diagnose
+from gia_jax.metrics.explained import Explained, explained
 from gia_jax.metrics.images import ImageScores, image_scores, nearest, retrieval_rank, ssim, success_share
 from gia_jax.metrics.labels import label_overlap
 from gia_jax.metrics.privacy import (
@@ -14,11 +15,13 @@ from gia_jax.metrics.privacy import (
 from gia_jax.metrics.scores import Scores, baselines, score
 
 __all__ = [
+    "Explained",
     "ImageScores",
     "Scores",
     "baselines",
     "diagnose",
     "epsilon",
+    "explained",
     "fisher_bound",
     "fisher_information",
     "image_scores",

@@ -12,28 +12,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gia_jax.metrics.explained import Explained
 from gia_jax.metrics.scores import Scores
 from gia_jax.sweep.study import Study
 
 
 def results(
-    study: Study, scores: Scores, *, settings: dict[str, Any], threat_model: str, extra: dict[str, Any] | None = None
+    study: Study,
+    scores: Scores | None,
+    *,
+    explained: Explained,
+    settings: dict[str, Any],
+    threat_model: str,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json: settings, threat model, versions, hardware, cost, and a record for every victim."""
-    r = study.reconstruction
-    victims = [
-        {
-            "psnr": float(np.mean(scores.psnr[v])),
-            "ssim": float(np.mean(scores.ssim[v])),
-            "mse": float(np.mean(scores.mse[v])),
-            "psnr_per_image": scores.psnr[v].tolist(),
-            "label_correct": float(scores.label_correct[v]),
+    """Collects what a number depends on, and a record of every victim: the content of results.json.
+
+    Args:
+        study: Study of v victims.
+        scores: Scores of its reconstructions; None where there is no truth to compare with.
+        explained: How much of each victim's update its reconstruction explains, arrays of shape (v,).
+        settings: Settings of the attack and its victims, by name.
+        threat_model: Words of the threat model.
+        extra: Further entries, by name.
+
+    Returns:
+        The content, for `to_json`: settings, threat model, versions, hardware, seconds, and records of the victims.
+    """
+
+    def record(v: int) -> dict[str, Any]:
+        compared: dict[str, Any] = {}
+        if scores is not None:
+            compared = {name: float(np.mean(getattr(scores, name)[v])) for name in ("psnr", "ssim", "mse")}
+            compared["psnr_per_image"] = scores.psnr[v].tolist()
+            compared["label_correct"] = float(scores.label_correct[v])
+        r = study.reconstruction
+        return compared | {
+            "explained": {name: float(value[v]) for name, value in explained._asdict().items()},
             "loss": float(r.loss[v]),
             "is_finite": bool(r.is_finite[v]),
             "restart_losses": np.asarray(r.restart_losses[v]).tolist(),
         }
-        for v in range(len(scores.psnr))
-    ]
+
     return {
         "settings": settings,
         "threat_model": threat_model,
@@ -41,7 +61,7 @@ def results(
         "hardware": hardware(),
         **study.timing._asdict(),
         **(extra or {}),
-        "victims": victims,
+        "victims": [record(v) for v in range(len(study.reconstruction.loss))],
     }
 
 

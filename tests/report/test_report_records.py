@@ -179,7 +179,9 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
     reconstruction = Reconstruction(truth, losses.min(1), jnp.asarray([True, True, False]), losses)
     study = Study(reconstruction, np.zeros((3, 2, 4)), Timing(1.0, 2.0, 3.0))
     scores = metrics.score(Batch(truth.inputs + 0.1, truth.labels), truth, data)
-    content = report.results(study, scores, settings={"seed": 1}, threat_model="a curious server", extra={"more": 2})
+    explained = metrics.Explained(np.array([1.0, 0.5, np.nan]), np.array([0.0, 0.7, np.nan]), np.ones(3))
+    given = {"settings": {"seed": 1}, "threat_model": "a curious server", "explained": explained}
+    content = report.results(study, scores, **given, extra={"more": 2})
     read = json.loads(report.to_json(content))
     assert read["settings"] == {"seed": 1}
     assert read["threat_model"] == "a curious server"
@@ -194,7 +196,13 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
         assert victim["psnr"] == pytest.approx(np.mean(scores.psnr[v]))
         assert victim["label_correct"] == 1
         assert victim["is_finite"] == (v < 2)
+        assert victim["explained"].keys() == {"share", "mismatch", "scale"}
+    assert [victim["explained"]["share"] for victim in read["victims"]] == [1, 0.5, "nan"]
     assert read["victims"][0]["restart_losses"] == [pytest.approx(0.1), "inf"]
+    unknown = report.results(study, None, **given)  # without a truth there is no score
+    assert [victim.keys() for victim in unknown["victims"]] == [
+        {"explained", "loss", "is_finite", "restart_losses"}
+    ] * 3
 
 
 def test_tables_align_their_columns() -> None:
