@@ -143,12 +143,13 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
     columns += ["clip:norm=1, adaptive", "prior only, blind", "random search, noise, blind", "sign, control"]
     rows = [["test", *range(10, 19)], ["test", *range(20, 29)], ["train", *range(30, 39)]]
     asked = {}
-    for table in ("lenet", "lenet_likelihood"):
+    (tmp_path / "defenses").mkdir()
+    for table in ("defenses/lenet", "defenses/lenet_likelihood"):
         path = tmp_path / f"{table}_victims.csv"
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["victims", *columns], *rows])
         asked[table] = differences(path)
-    found = asked["lenet"]
+    found = asked["defenses/lenet"]
     assert {(split, name, what) for _, split, name, what in found} == {
         (split, *what)
         for split in ("test", "train")
@@ -161,7 +162,7 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
             ("clip:norm=1", "blind - class"),
         ]
     }
-    np.testing.assert_array_equal(found["lenet", "test", "sign", "adaptive - class"], [2, 2])
-    np.testing.assert_array_equal(found["lenet", "train", "sign", "adaptive - blind"], [1])
+    np.testing.assert_array_equal(found["defenses/lenet", "test", "sign", "adaptive - class"], [2, 2])
+    np.testing.assert_array_equal(found["defenses/lenet", "train", "sign", "adaptive - blind"], [1])
     # Another objective for every defense is another attack.
-    assert ("lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked["lenet_likelihood"]
+    assert ("defenses/lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked["defenses/lenet_likelihood"]
