@@ -1,6 +1,7 @@
-"""What the benchmarks' tables rest on: corrected p-values, means over rounds, and random search."""
+"""What the benchmarks' tables rest on: corrected p-values, means over rounds, random search, and where they are."""
 
 import csv
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import record
 from attackers import averaged, differs, redrawn
 from flax import nnx
 from holm import differences
@@ -165,4 +167,18 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
     np.testing.assert_array_equal(found["defenses/lenet", "test", "sign", "adaptive - class"], [2, 2])
     np.testing.assert_array_equal(found["defenses/lenet", "train", "sign", "adaptive - blind"], [1])
     # Another objective for every defense is another attack.
-    assert ("defenses/lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked["defenses/lenet_likelihood"]
+    assert ("defenses/lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked[
+        "defenses/lenet_likelihood"
+    ]
+
+
+def test_a_table_is_in_the_folder_of_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/defenses.py", "table", "--name", "defenses_bound"])
+    # The name of a command on record leads to the same file as the script's own.
+    record.write("defenses_bound", "A bound", [{"dB": "11.9"}], victims=[{"id": 0, "dB": 11.9}])
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert written == {"defenses/bound.csv", "defenses/bound.md", "defenses/bound_victims.csv"}
+    (row,) = record.read("defenses/bound")
+    assert row["dB"] == "11.9"
+    assert row["command"] == "python benchmarks/defenses.py table --name defenses_bound"
