@@ -116,7 +116,7 @@ def sums(args: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     notes = f"{args.victims} victims of N clients each; 'unprotected' is the mean gradient itself."
     title = "What the sum of N clients gives away"
-    record.write("aggregated_sums", title, rows, f"{notes} {described(args)}")
+    record.write("sums", title, rows, f"{notes} {described(args)}")
 
 
 def bits(args: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def bits(args: argparse.Namespace) -> None:
         for name, found in psnr.items()
     ]
     notes = f"{args.victims} victims, each the only client of a run."
-    record.write("aggregated_bits", "One client alone in the sum, by bits", rows, f"{notes} {described(args)}")
+    record.write("bits", "One client alone in the sum, by bits", rows, f"{notes} {described(args)}")
 
 
 def views(args: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def views(args: argparse.Namespace) -> None:
         )
         print(rows[-1], flush=True)
     notes = f"{args.views} victims, the first of {clients} clients each; the larger p of two one-sided paired t-tests."
-    record.write("aggregated_views", "An attack on one client's masked update", rows, f"{notes} {described(args)}")
+    record.write("views", "An attack on one client's masked update", rows, f"{notes} {described(args)}")
 
 
 def imprint(args: argparse.Namespace) -> None:
@@ -215,7 +215,7 @@ images. 'Floats' is the sum without a protocol; of the others no entry was clipp
 with one hidden layer, model seed 0. Threat model: malicious server that alters the parameters, the same for all
 clients; it sees the sum, and knows public images.
 """
-    record.write("aggregated_imprint", "Single images out of a sum, by an imprinted layer", rows, notes)
+    record.write("imprint", "Single images out of a sum, by an imprinted layer", rows, notes)
 
 
 def sums_of(updates: Updates, clients: int, params: Params) -> dict[str, Updates]:

@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--size", default="lenet", choices=[*SIZES])
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS + HOMOMORPHIC)
     parser.add_argument("--slices", type=int, default=1, help="of the update, of which one is run")
-    parser.add_argument("--name", default="aggregation", help="of the files in benchmarks/results")
+    parser.add_argument("--name", help="of the table's files; default: the size")
     options = parser.parse_args()
     rows, length = [], SIZES[options.size]
     slices = options.slices
@@ -172,7 +172,7 @@ protocol cannot do without: masks, or shares sealed and opened. On a busy machin
 times as long from one row to the next, and the ratios move with it.
 """ + (sliced if slices > 1 else "")
     title = f"Secure aggregation: costs at the size of {options.size}, {length:,} parameters"
-    record.write(options.name, title, rows, notes, cryptography=cryptography.__version__)
+    record.write(options.name or options.size, title, rows, notes, cryptography=cryptography.__version__)
 
 
 if __name__ == "__main__":

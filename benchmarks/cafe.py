@@ -130,7 +130,7 @@ def exact(args: argparse.Namespace) -> None:
     settings += [(1.5, BATCH_SIZE, rate) for rate in RATES[1:]]
     rows = [exact_row(name, *setting) for name in args.data for setting in settings]
     record.write(
-        "cafe_exact",
+        "exact",
         f"CAFE with exact steps: {NUM_RECORDS} records, 4 workers, float32",
         rows,
         f"The first {NUM_RECORDS} test images, a quarter of every image at each worker; a worker is a fully connected "
@@ -257,10 +257,10 @@ def beside(args: argparse.Namespace) -> None:
         rows.append({"attack": name, "images": count, **solve()})
         print(rows[-1], flush=True)
     record.write(
-        "cafe_beside" + ("_" + args.cases.replace(" ", "_") if args.cases else ""),
+        "beside" + ("_" + args.cases.replace(" ", "_") if args.cases else ""),
         f"CAFE beside others: MNIST, batches of {BATCH_SIZE}, rounds 1.5 times the records, frozen model",
         rows,
-        f"Data and model as in cafe_exact. DLG sees the first round alone, and its images are assigned. Fake: "
+        f"Data and model as in the table `exact`. DLG sees the first round alone, and its images are assigned. Fake: "
         f"`fake_gradients(key, {FAKE_SCALE}, count=1)`. Behind convolutions: a worker has 5x5 convolutions of 8 and 32 "
         "filters, each with ReLU and a maximum over squares of two, before its first fully connected layer; total "
         f"variation weighs 1e-4. Threat model of CAFE: {THREAT.describe()}; of DLG: {ThreatModel().describe()}.",

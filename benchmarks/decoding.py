@@ -85,7 +85,7 @@ def mixup(args: argparse.Namespace) -> None:
                 row["noisy: predicted"] = f"{float(decoding.predicted_psnr(noise_mse, matrix)):.2f}"
                 rows.append(row)
     record.write(
-        "decoding_mixup",
+        "mixup",
         "MixUp decoded by least squares, N=50, k=4, mixing known, float64",
         rows,
         "PSNR in dB of the mean squared error over all images, pixels in [0, 1], not clipped. Noise is white, 0.01 of "
@@ -122,7 +122,7 @@ def instahide(args: argparse.Namespace) -> None:
             | {"seconds": f"{seconds:.0f}"}
         )
     record.write(
-        "decoding_instahide",
+        "instahide",
         "InstaHide decoded from exact encodings with a known mapping, intra-dataset, float32",
         rows,
         "Mean over images of the PSNR in dB, pixels in [0, 1], not clipped. Solved: relative residual of |E| = |M X| "
@@ -155,7 +155,7 @@ def plain(_: argparse.Namespace) -> None:
         shares = (float(jnp.mean(r <= 1e-3)) for r in (least, single, residuals))
         rows.append({"T": epochs} | {name: f"{share:.1%}" for name, share in zip(names, shares)})
     record.write(
-        "decoding_retrieval",
+        "retrieval",
         "Pixels solved up to sign by algorithm, N=50, k=4, every twelfth pixel and channel",
         rows,
         "110 steps a restart in all columns.",
@@ -215,7 +215,7 @@ def inverted(args: argparse.Namespace) -> None:
                 | {"ORACLE": "-" if oracle is None else f"{decibels(pixel_mse(oracle, images.inputs, images.std)):.1f}"}
             )
     record.write(
-        "decoding_inverted",
+        "inverted",
         f"Encodings inverted from gradients of an untrained LeNet, then decoded: N={size}, k={k}, T={epochs}",
         rows,
         f"iDLG, {args.steps} steps of L-BFGS, one restart, batch of one encoding, soft labels granted, mixing known. "
@@ -279,7 +279,7 @@ def mapping(args: argparse.Namespace) -> None:
             )
             print(rows[-1], flush=True)
     record.write(
-        "decoding_mapping" + (f"_{'_'.join(map(str, args.sizes))}" if set(args.sizes) != set(SIZES) else ""),
+        "mapping" + (f"_{'_'.join(map(str, args.sizes))}" if set(args.sizes) != set(SIZES) else ""),
         "Pairs of InstaHide encodings that share an image, from encodings alone",
         rows,
         f"Similarity of squares whitened by {args.public:,} encodings of public training images; the threshold makes "
@@ -317,7 +317,7 @@ def cross_dataset(args: argparse.Namespace) -> None:
             }
         )
     record.write(
-        "decoding_cross_dataset",
+        "cross_dataset",
         "Cross-dataset InstaHide, N=50, T=20: two private and two public images an encoding, private mapping known",
         rows,
         "Public images are noise to the decoder; the factor scales them, 0 being the control and 1 "

@@ -536,7 +536,7 @@ def write_table(
             "while the model hardly moves, and a malicious server at any time"
         )
     record.write(
-        args.name or f"defenses_{args.model}_{stage}",
+        args.name or f"{args.model}_{stage}",
         f"Defenses, {args.model}, {setting.stage}: attackers that do not and that do know the defense",
         rows,
         f"{number} CIFAR-10 images of each split ({', '.join(founds)}), the first {args.per_class} of each class by id "
@@ -639,7 +639,7 @@ def cost(args: argparse.Namespace) -> None:
             row[f"of the step, batch {n}"] = f"{by_size[n] / steps[n]:.2f}" if n in by_size else "-"
         rows.append(row | {"of Gaussian noise": "-"})
     record.write(
-        "defenses_cost",
+        "cost",
         f"What a defense costs a client: ResNet-18, {size:,} parameters",
         rows,
         "Medians of 3 or 7 calls (of one for Soteria at batch 128), milliseconds beside the undefended step (batch 1: "
@@ -686,7 +686,7 @@ def main() -> None:
     parser.add_argument("--rescaled", action="store_true", help="adaptive attackers compare updates of one length")
     parser.add_argument("--likelihood", action="store_true", help="of rounding, in place of its expectation")
     parser.add_argument("--near", type=float, help="PSNR in dB of the truth with noise that attacks start from")
-    parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by model and stage")
+    parser.add_argument("--name", help="of the table's files; default: by model and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:
         # The victims' program is that of the tuning images.

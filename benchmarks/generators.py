@@ -122,7 +122,7 @@ def main() -> None:
             size = sum(leaf.size for leaf in jax.tree.leaves(generator.params))
             rows.append({"data": name, "trained on": half, "parameters": f"{size:,}", "CPU s": f"{spent:.0f}"} | fits)
     record.write(
-        "generators",
+        "table",
         "Decoders of variational autoencoders: how near they come to test images by their latent alone",
         rows,
         f"Trained {args.generator_steps} steps of {BATCH} on the first {args.images} training images, seed 0. PSNR of "

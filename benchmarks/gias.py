@@ -261,7 +261,7 @@ def table(args: argparse.Namespace) -> None:
                 )
                 print(rows[-1], flush=True)
         record.write(
-            f"gias_{name}",
+            name,
             f"GIAS against the same attack without a generator: {name}, untrained LeNet",
             rows,
             f"{args.victims} victims of {args.batch_size} images each, the first test images of classes 5 to 9; model, "
@@ -315,12 +315,12 @@ def meta(args: argparse.Namespace) -> None:
             f"giml_{name}",
             f"GIML: a generator learned from undefended gradients alone: {name}, untrained LeNet",
             rows,
-            f"The untrained generator of `gias_{name}` learned from {args.tasks} clients of {args.batch_size} training "
-            f"images of all classes by Adam at {args.meta_rate:g}, with total variation {weights[0]:g}; their updates "
-            f"were not pruned. Then {args.victims} victims as there, {gradients} gradients for every attacker, total "
-            f"variation {listed(weights)} with a generator and {listed(unaided)} without, by pruned share. Differences "
-            "of victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it covers 0. "
-            f"{CHOSEN[name]}\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
+            f"The untrained generator of the table `{name}` learned from {args.tasks} clients of {args.batch_size} "
+            f"training images of all classes by Adam at {args.meta_rate:g}, with total variation {weights[0]:g}; their "
+            f"updates were not pruned. Then {args.victims} victims as there, {gradients} gradients for every attacker, "
+            f"total variation {listed(weights)} with a generator and {listed(unaided)} without, by pruned share. "
+            "Differences of victims' mean PSNR with a paired bootstrap interval of 95 %, called none where it covers "
+            f"0. {CHOSEN[name]}\n\nThreat model: {THREAT.describe()}; and that the update was pruned.",
         )
 
 

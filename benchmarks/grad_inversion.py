@@ -276,13 +276,13 @@ def tables(args: argparse.Namespace) -> None:
         f"Threat model: {ThreatModel().describe()}, and the statistics of the line."
     )
     record.write(
-        f"grad_inversion_ablation_{args.batch_size}",
+        f"ablation_{args.batch_size}",
         f"GradInversion on CIFAR-10, term by term: {size}",
         table(ABLATION, lambda i: i - 1, "terms"),
         compared.format("the line above") + notes,
     )
     record.write(
-        f"grad_inversion_statistics_{args.batch_size}",
+        f"statistics_{args.batch_size}",
         f"GradInversion on CIFAR-10, by kind of statistics: {size}",
         table(STATISTICS, lambda i: 0, "attacker's statistics"),
         compared.format("the first line") + notes + f" Proxy: {PROXY_IMAGES} training images that nobody trained on.",

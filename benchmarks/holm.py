@@ -18,8 +18,8 @@ CLASS = ("class mean", "of the class")  # the guess that knows the label, of ima
 
 
 def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
-    """Of one table, by its name, the split, the defense, and what is compared."""
-    table = path.stem.removesuffix("_victims")
+    """Of one table, by its folder and name, the split, the defense, and what is compared."""
+    table = f"{path.parent.name}/{path.stem.removesuffix('_victims')}"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     found = {}
@@ -41,7 +41,7 @@ def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
 
 def main() -> None:
     found = {}
-    for path in sorted(record.RESULTS.glob("*_victims.csv")):
+    for path in sorted(record.RESULTS.glob("*/*_victims.csv")):
         # Attacks that start near the truth are controls, and no attacker's.
         if "_near" not in path.stem:
             found |= differences(path)
@@ -70,7 +70,7 @@ def main() -> None:
             }
         )
     record.write(
-        "holm",
+        "table",
         "What stays of all tables of defenses, corrected together",
         rows,
         f"{len(found)} mean differences of every victim's figure (PSNR of images, fields of rows), tested by turning "

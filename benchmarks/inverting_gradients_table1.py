@@ -163,7 +163,7 @@ def sweep(args: argparse.Namespace) -> None:
         found, scores, _ = run(attack, client_fn, params, victims, num_steps=args.steps, name=f"TV {weight:g}")
         rows.append({"TV weight": f"{weight:g}", **figures(scores.psnr, scores.ssim), **cost(found)})
     record.write(
-        "inverting_gradients_sweep",
+        "sweep",
         "Inverting Gradients: weight of total variation, LeNet untrained, 32 CIFAR-10 training images",
         rows,
         f"Model seed 0, attack seed 0, 1 restart, {args.steps} steps. Threat model: {THREAT.describe()}.",
@@ -187,7 +187,7 @@ def cosine(args: argparse.Namespace) -> None:
     seconds = {"compile s": "", "run s": ""}
     rows.append({"model seed": "all", **figures(psnr, ssim), "prior only": "", **seconds})
     record.write(
-        "inverting_gradients_table1",
+        "cosine",
         f"Inverting Gradients, Table 1: LeNet untrained, CIFAR-10 test_00000..{args.victims - 1:05d}, batch 1",
         rows,
         f"Published for this cell: 18.00 +- 3.33 dB (standard deviation over 100 images).\n\n"
@@ -246,7 +246,7 @@ def lbfgs(args: argparse.Namespace) -> None:
     found = _many(peer_psnr, peer_loss)
     rows.append({"solver": f"torch.optim.LBFGS {torch.__version__}", **found, "s an image": f"{spent:.0f}"})
     record.write(
-        "inverting_gradients_lbfgs",
+        "lbfgs",
         "Euclidean matching by L-BFGS without line search, LeNet untrained, 8 CIFAR-10 test images, 4 starts",
         rows,
         "Published, from memory and not checked: 46.25 +- 12.66 dB over 100 images.\n\nThe same starts and weights "
@@ -446,7 +446,7 @@ def trained(args: argparse.Namespace) -> None:
         {"attack": "Levenberg-Marquardt", **figures(scores.psnr, scores.ssim), "prior only": "-", **cost(found)}
     )
     record.write(
-        "inverting_gradients_trained",
+        "trained",
         "LeNet trained on CIFAR-10, 16 test images, batch 1",
         rows,
         f"Trained for {epochs} epochs by Adam (batch 128, 3e-3 falling to 0 by a cosine, seed 0): accuracy "
@@ -469,17 +469,17 @@ def deep(args: argparse.Namespace) -> None:
         curves[name] = found.losses[:, 0]
         rows.append({"model": name, **figures(scores.psnr, scores.ssim), **cost(found)})
     record.write(
-        "inverting_gradients_deep",
+        "deep",
         "Inverting Gradients on deeper nets, untrained, 5 CIFAR-10 test images, batch 1",
         rows,
         f"{steps} steps, TV {args.deep_weight:g}, batch normalisation in evaluation mode, model and attack seed 0, 1 "
-        f"restart. {baselines(victims)}\n\nLoss curves: inverting_gradients_deep_losses.csv.\n\n"
+        f"restart. {baselines(victims)}\n\nLoss curves: deep_losses.csv.\n\n"
         f"Threat model: {THREAT.describe()}.",
     )
     at = np.unique(np.geomspace(1, steps, 60).astype(int)) - 1
     lines = [",".join(["step", *(f"{name} image {i}" for name in curves for i in range(5))])]
     lines += [",".join([str(t), *(f"{curves[name][i, t]:.5f}" for name in curves for i in range(5))]) for t in at]
-    (record.RESULTS / "inverting_gradients_deep_losses.csv").write_text("\n".join(lines) + "\n")
+    (record.folder() / "deep_losses.csv").write_text("\n".join(lines) + "\n")
 
 
 def fedavg(args: argparse.Namespace) -> None:
@@ -513,7 +513,7 @@ def fedavg(args: argparse.Namespace) -> None:
         )
         rows.append({"client": name, **figures(scores.psnr, scores.ssim), "prior only": mean(noise), **cost(found)})
     record.write(
-        "inverting_gradients_fedavg",
+        "fedavg",
         "Federated averaging, LeNet untrained, 8 CIFAR-10 victims",
         rows,
         f"{baselines(victims_of(8))}\n\nOf the batches of four: {baselines(victims_of(8, batch_size=4))}\n\n"
@@ -540,7 +540,7 @@ def analytic(args: argparse.Namespace) -> None:
                 | cost(found)
             )
         record.write(
-            "linear_inversion",
+            "analytic",
             "Analytic inversion of the first layer, 16 CIFAR-10 test images, batch 1, float64",
             rows,
             f"PSNR in dB, model seed 0. Threat model: {THREAT.describe()}.",

@@ -98,7 +98,7 @@ def main() -> None:
                 rows.append({**setting, "labels": "distinct" if distinct else "random", **found})
                 print(rows[-1], flush=True)
     record.write(
-        "labels",
+        "table",
         f"Labels recovered, as a share of the batch's multiset, mean of {args.draws} draws of test images",
         rows,
         "`lenet` has sigmoids and weights from U(-0.5, 0.5), which predict far from 1 / C before any training; "

@@ -88,7 +88,7 @@ def run_cnn6(count: int, seed: int, minutes: float) -> None:
             rows.append(row | {"seconds": f"{seconds:.2f}"})
         print(i, rows[-2]["psnr_db"], rows[-1]["psnr_db"], rows[-1]["seconds"], flush=True)
     done = len(rows) // 2
-    record.write("r_gap_cnn6_images", f"R-GAP on CNN6, {done} images of CIFAR-10, one by one", rows)
+    record.write("cnn6_images", f"R-GAP on CNN6, {done} images of CIFAR-10, one by one", rows)
     table = []
     for precision in ("float64", "float32"):
         mine = [row for row in rows if row["gradient"] == precision]
@@ -106,7 +106,7 @@ def run_cnn6(count: int, seed: int, minutes: float) -> None:
     margins = [float(row["margin"]) for row in rows]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     record.write(
-        "r_gap_cnn6",
+        "cnn6",
         f"R-GAP on CNN6 with one output, CIFAR-10, the first {done} test images by id",
         table,
         f"Label 1 for classes 5 to 9; it is not told to the attack. Default initialisation, seed {seed}; the client "
@@ -153,7 +153,7 @@ def run_twins(count: int, seed: int) -> None:
         outside += right if high <= 1 or low >= 1.6 else []
         print(rows[-1], flush=True)
     record.write(
-        "r_gap_twins",
+        "twins",
         "Which of R-GAP's twins is the image: the box rule against the margin",
         rows,
         "Dense network 3072-64-64-1 without biases (a convolutional one differs only in how each layer is inverted). "
@@ -252,7 +252,7 @@ def run_ranks(count: int, seed: int) -> None:
 
 def write_ranks(rows: Sequence[dict[str, Any]], count: int, seed: int) -> None:
     record.write(
-        "r_gap_ranks",
+        "ranks",
         "Rank analysis before the attack against what R-GAP recovers",
         rows,
         f"{sum(row['agrees'] for row in rows)} of {len(rows)} agree: recovered means {RECOVERED} dB or more, for all "

@@ -1,4 +1,7 @@
-"""Where figures are written: one CSV and one Markdown table a measurement, with everything needed to repeat it."""
+"""Where figures are written: one CSV and one Markdown table a measurement, with everything needed to repeat it.
+
+No other file names the folder of the results. Every script has a folder of its own in it, of the script's name.
+"""
 
 import csv
 import datetime
@@ -32,6 +35,19 @@ def commit() -> str:
         return "unknown"
 
 
+def folder() -> Path:
+    """Makes the folder of the running script's tables, where it is missing, and returns it."""
+    path = RESULTS / Path(sys.argv[0]).stem
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read(table: str) -> list[dict[str, str]]:
+    """Returns the rows of a table, such as "utility/cifar10", as columns to cells."""
+    with (RESULTS / f"{table}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write(
     name: str,
     title: str,
@@ -41,32 +57,32 @@ def write(
     victims: Sequence[dict[str, Any]] = (),
     **more_versions: str,
 ) -> None:
-    """Writes `results/<name>.csv`, a row with its provenance each, and `results/<name>.md`, and prints the table.
+    """Writes `<name>.csv`, a row with its provenance each, and `<name>.md` into the script's folder; prints the latter.
 
     Args:
-        name: File name without its suffix.
+        name: File name without its suffix. The script's own name before it, which commands on record have, is left out.
         title: The table's heading.
         rows: Columns to values; every row has the same columns.
         notes: Markdown below the table: what the figures mean.
-        victims: What the table is the mean of, a row each, for `results/<name>_victims.csv`; none for no such file.
+        victims: What the table is the mean of, a row each, for `<name>_victims.csv`; none for no such file.
         **more_versions: Of packages beside the library's own.
     """
-    script = Path(sys.argv[0]).name
+    script = Path(sys.argv[0])
+    where, name = folder(), name.removeprefix(f"{script.stem}_")
     versions = ", ".join(f"{package} {version}" for package, version in (report.versions() | more_versions).items())
     provenance = {
         "commit": commit(),
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
         "hardware": report.hardware(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+    with (where / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *provenance])
         writer.writeheader()
         writer.writerows({**row, **provenance} for row in rows)
     if victims:
-        with (RESULTS / f"{name}_victims.csv").open("w", newline="") as file:
+        with (where / f"{name}_victims.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(victims[0]))
             writer.writeheader()
             writer.writerows(victims)
@@ -75,10 +91,10 @@ def write(
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
     table = [line(list(rows[0])), line(["---"] * len(rows[0])), *(line(list(row.values())) for row in rows)]
-    where = [f"* {key}: {value}" for key, value in provenance.items()]
-    parts = [f"# {title}", "\n".join(table), *([notes.strip()] if notes else []), "\n".join(where)]
+    origin = [f"* {key}: {value}" for key, value in provenance.items()]
+    parts = [f"# {title}", "\n".join(table), *([notes.strip()] if notes else []), "\n".join(origin)]
     text = "\n\n".join(parts) + "\n"
-    (RESULTS / f"{name}.md").write_text(text)
+    (where / f"{name}.md").write_text(text)
     print(text, flush=True)
 
 

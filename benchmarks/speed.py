@@ -150,7 +150,7 @@ def steps(args: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     torch_version = peer.torch.__version__
     record.write(
-        "speed",
+        "steps",
         "A step of Inverting Gradients (cosine + total variation, box, signed Adam), interleaved with breaching 0.1.2",
         rows,
         f"Medians; {THREADS} threads each, one process, {args.rounds} rounds A/B, evaluation-mode batch normalisation, "
@@ -188,7 +188,7 @@ def lanes(args: argparse.Namespace) -> None:
             {"restarts": str(count), "ms a step a restart": f"{value:.3f}", "to the best": f"{value / best:.2f}"}
         )
     record.write(
-        "speed_lanes",
+        "lanes",
         "LeNet, Inverting Gradients: cost of a restart in `restarts(..., batch_size=16)`",
         rows,
         f"Medians of {args.rounds} interleaved rounds of {num_steps} steps.",
@@ -215,7 +215,7 @@ def compile_and_memory(args: argparse.Namespace) -> None:
     except ImportError:
         print("breaching is not installed: its memory is left out")
     record.write(
-        "speed_compile_memory",
+        "compile_and_memory",
         "Compile seconds, memory and second victims of an Inverting Gradients step, each in a process of its own",
         rows,
         "Compile: trace, lowering and XLA's compile of 8 scanned steps, no cache. Second victim: first call of the "

@@ -172,7 +172,7 @@ def adult() -> Table:
     sizes = tuple(map(len, values))
     entries = len(NUMBERS) + sum(sizes)
     return Table(
-        "tabular_adult",
+        "adult",
         "Adult",
         "MLP of two hidden layers of 100, ReLU",
         rows("data"),

@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=35, help="victims of each class")
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--restarts", type=int, default=1)
-    parser.add_argument("--name", help="of the table's files in benchmarks/results; default: by data and stage")
+    parser.add_argument("--name", help="of the table's files; default: by data and stage")
     parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
     with tempfile.TemporaryDirectory() as folder:
         # The victims' program is that of the tuning rows, and of every defense that shares it.

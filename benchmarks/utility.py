@@ -343,7 +343,7 @@ def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
         for row in rows
     ]
     record.write(
-        f"utility_{name}",
+        name,
         f"Utility and leakage under each defense, {name}",
         rows,
         f"""\

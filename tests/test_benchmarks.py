@@ -1,6 +1,7 @@
-"""What the benchmarks' tables rest on: corrected p-values, means over rounds, and random search."""
+"""What the benchmarks' tables rest on: corrected p-values, means over rounds, random search, and where they are."""
 
 import csv
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import record
 from attackers import averaged, differs, redrawn
 from flax import nnx
 from holm import differences
@@ -143,12 +145,13 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
     columns += ["clip:norm=1, adaptive", "prior only, blind", "random search, noise, blind", "sign, control"]
     rows = [["test", *range(10, 19)], ["test", *range(20, 29)], ["train", *range(30, 39)]]
     asked = {}
-    for table in ("lenet", "lenet_likelihood"):
+    (tmp_path / "defenses").mkdir()
+    for table in ("defenses/lenet", "defenses/lenet_likelihood"):
         path = tmp_path / f"{table}_victims.csv"
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["victims", *columns], *rows])
         asked[table] = differences(path)
-    found = asked["lenet"]
+    found = asked["defenses/lenet"]
     assert {(split, name, what) for _, split, name, what in found} == {
         (split, *what)
         for split in ("test", "train")
@@ -161,7 +164,21 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
             ("clip:norm=1", "blind - class"),
         ]
     }
-    np.testing.assert_array_equal(found["lenet", "test", "sign", "adaptive - class"], [2, 2])
-    np.testing.assert_array_equal(found["lenet", "train", "sign", "adaptive - blind"], [1])
+    np.testing.assert_array_equal(found["defenses/lenet", "test", "sign", "adaptive - class"], [2, 2])
+    np.testing.assert_array_equal(found["defenses/lenet", "train", "sign", "adaptive - blind"], [1])
     # Another objective for every defense is another attack.
-    assert ("lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked["lenet_likelihood"]
+    assert ("defenses/lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked[
+        "defenses/lenet_likelihood"
+    ]
+
+
+def test_a_table_is_in_the_folder_of_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/defenses.py", "table", "--name", "defenses_bound"])
+    # The name of a command on record leads to the same file as the script's own.
+    record.write("defenses_bound", "A bound", [{"dB": "11.9"}], victims=[{"id": 0, "dB": 11.9}])
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert written == {"defenses/bound.csv", "defenses/bound.md", "defenses/bound_victims.csv"}
+    (row,) = record.read("defenses/bound")
+    assert row["dB"] == "11.9"
+    assert row["command"] == "python benchmarks/defenses.py table --name defenses_bound"

@@ -1,8 +1,10 @@
-"""The README's examples are tests, its commands those that the package answers to, and what it links to is there."""
+"""The README's examples are tests, its results those of the tables, and what it links to is there."""
 
 import re
+import sys
 from pathlib import Path
 
+import figures
 import numpy as np
 import pytest
 
@@ -63,6 +65,19 @@ observation = observation._replace(update=jax.tree.map(noise, observation.update
     assert float(names["metrics"].image_scores(names["image"], names["photos"].images).psnr[0]) < 15
 
 
+def test_results_are_those_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    figures.main()
+    changed = tmp_path / "README.md"
+    changed.write_text(README.read_text().replace("18.7 dB", "18.8 dB"))
+    monkeypatch.setattr(figures, "README", changed)
+    with pytest.raises(SystemExit, match="differ"):
+        figures.main()
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    figures.main()
+    assert changed.read_text() == README.read_text()
+
+
 def test_two_commands() -> None:
     start, check = (block.strip() for block in blocks("bash"))
     assert start.endswith("python -m gia_jax")
@@ -84,3 +99,13 @@ def test_what_pages_link_to_and_run_is_there(page: Path) -> None:
     assert scripts
     for script in scripts:
         assert (ROOT / script).exists(), script
+
+
+def test_every_table_is_of_a_script_and_on_the_benchmarks_page() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    tables = sorted((ROOT / "benchmarks" / "results").rglob("*.md"))
+    assert tables
+    for table in tables:
+        assert (ROOT / "benchmarks" / f"{table.parent.name}.py").exists(), table
+        assert table.with_suffix(".csv").exists(), table
+        assert f"({table.relative_to(ROOT / 'benchmarks')})" in page, table
