@@ -38,9 +38,10 @@ def results(
 
     Returns:
         The content, for `to_json`: the settings, the threat model, the versions, the hardware, the times in seconds and
-        milliseconds, the further entries, and under "victims" a record of every victim. A record holds the mean PSNR
-        in dB, SSIM and MSE of the victim's images, the share of right labels in [0, 1], the PSNR of each image, the
-        attacker's loss, whether it is finite, and the losses of all restarts.
+        milliseconds, the further entries, and under "victims" a record of every victim. A record holds how much of the
+        update is explained, the attacker's loss, whether it is finite, and the losses of all restarts. With `scores` it
+        also holds the mean PSNR in dB, SSIM and MSE of the victim's images, the PSNR of each image, and the share of
+        right labels in [0, 1].
 
     Examples:
         >>> import numpy as np
