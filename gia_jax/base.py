@@ -1,4 +1,4 @@
-"""The types that all parts of the library share: batches, observations, attacks and reconstructions, all of them pytrees."""
+"""The types that all parts of the library share, such as batches, observations and attacks: trees of arrays."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ Params = PyTree[Array]
 """Parameters of a model: a tree of arrays of any structure."""
 
 Updates = PyTree[Array]
-"""What a client returns: a tree of the structure and shapes of its parameters, with the sign and scale of a gradient."""
+"""What a client returns: a tree of the shapes of its parameters, with the sign and scale of a gradient."""
 
 Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 """Mean and biased variance, each of shape (features,), of the inputs of every call of a batch-normalisation layer."""

@@ -308,7 +308,7 @@ def protect(
         num_classes: Number of classes of the model.
         head: Name of the last layer, an attribute of the module.
         key: Random key of the initial weights that PRECODE adds. None takes the same public key in every call.
-        batch_norm: Mode of batch normalisation: "evaluation", "training" or "exact", which `models.functional` explains.
+        batch_norm: Mode of batch normalisation, "evaluation", "training" or "exact": `models.functional` explains them.
         make_client: Function from a loss to the client without defenses. Together with DP-SGD or PRECODE it must be
             `clients.federated_sgd` or a `functools.partial` of it. DP-SGD and Soteria take over its `lowering`.
 

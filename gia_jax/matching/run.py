@@ -227,7 +227,8 @@ def continued(first: Attack, second: Attack, *, num_steps: int, num_starts: int 
         >>> import optax
         >>> first, second = gradient_matching(client_fn), gradient_matching(client_fn, optimizer=optax.sgd(0.5))
         >>> attack = continued(first, second, num_steps=50)
-        >>> reconstruction, info = jax.jit(lambda key, seen: run(attack, key, seen, num_steps=1))(jax.random.key(0), seen)
+        >>> attack_fn = jax.jit(lambda key, seen: run(attack, key, seen, num_steps=1))
+        >>> reconstruction, info = attack_fn(jax.random.key(0), seen)
         >>> [round(pixel, 4) for pixel in reconstruction.batch.inputs[0].tolist()], info.loss.shape
         ([0.5, -1.0], (1,))
     """
@@ -280,7 +281,7 @@ def from_starts(attack: Attack, num_starts: int) -> Attack:
 
 
 def best_start(attack: Attack, state: AttackState, observation: Observation) -> Any:
-    """Returns the candidate of the start with the lowest finite loss; under `keep_best`, that start's best candidate."""
+    """Returns the candidate of the start with the lowest finite loss, or its best one under `keep_best`."""
     candidate = state.candidate
     if isinstance(candidate, Best):
         return _lowest(candidate.best, candidate.best_loss)

@@ -230,50 +230,29 @@ def study(
         checkpoint = None
     saved = RunState(checkpoint, fingerprint)
     most = max(stage.num_steps for stage in stages)
-    place, finished, curves, state = saved.load(states, found, Place(total, len(stages), most))
-    compiled = [] if place.first >= total else _compiled(programs)
+    begun = saved.load(states, found, Place(total, len(stages), most))
+    compiled = [] if begun.place.first >= total else _compiled(programs)
     compile_seconds = time.perf_counter() - began
 
-    resumed, last_saved = pace.resume(place), time.perf_counter()
+    run = _Run(stages, compiled, keys, observations, num_restarts, lanes, pace, begun)
+    pace.resume(begun.place)
+    last_saved = time.perf_counter()
     try:
-        while place.first < total:
-            index = _lane_indices(place.first, lanes, total)
-            observation = _select(observations, index // num_restarts)
-            stage = stages[place.stage]
-            start, step = compiled[2 * place.stage : 2 * place.stage + 2]
-            if place.step < 0:
-                before = (state,) if place.stage else ()
-                state, place = start(keys[index], *before, observation), place._replace(step=0)
-            while place.step < stage.num_steps:
-                count = pace.count(place)
-                after, losses = step(keys[index], state, observation, jnp.asarray(place.step), jnp.asarray(count))
-                losses = np.asarray(losses)[:, :count]
-                # Nothing between here and the next call is lost by an interruption: state, curve and place go together.
-                later = place._replace(step=place.step + count, seconds=pace.seconds())
-                state, place, curves = after, later, curves + [losses] * (place.stage == len(stages) - 1)
-                pace.done(count, place)
-                if checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
-                    saved.save(Progress(place, finished, curves, state))
-                    last_saved = time.perf_counter()
-            if place.stage < len(stages) - 1:
-                place = place._replace(stage=place.stage + 1, step=-1)
-                continue
-            assert state is not None
-            done = jax.tree.map(np.asarray, compiled[-1](state.candidate, observation))
-            later = Place(place.first + lanes, 0, -1, pace.seconds())
-            finished, state, place = [*finished, done], None, later._replace(first=min(later.first, total))
+        while not run.is_done:
+            did_steps = run.call()
+            if did_steps and checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
+                saved.save(run.progress)
+                last_saved = time.perf_counter()
     except BaseException as stopped:
-        saved.save(Progress(place._replace(seconds=pace.seconds()), finished, curves, state))
+        saved.save(run.progress._replace(place=run.progress.place._replace(seconds=pace.seconds())))
         if saved.is_kept:
             stopped.add_note(f"the same run goes on from the state kept in {saved.path}")
         raise
-    if resumed is not place:
-        saved.save(Progress(place, finished, curves, None))
-
-    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *finished)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
+    if run.progress is not begun:
+        saved.save(run.progress)
+    place, finished, curves, _ = run.progress
     timing = Timing(compile_seconds, place.seconds, 1e3 * place.seconds / (total * num_steps))
-    chosen = jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
+    chosen = _chosen(finished, victims, num_restarts)
     chosen = chosen._replace(is_finite=chosen.is_finite & finite)
     losses = _joined(curves, num_steps)[:total].reshape(victims, num_restarts, num_steps)
     return Study(chosen, losses, timing, saved.path if saved.is_kept else None)
@@ -449,19 +428,18 @@ class _Pace:
         self._before, self._began = 0.0, time.perf_counter()
         self._called = self._began
 
-    def resume(self, place: Place) -> Place:
+    def resume(self, place: Place) -> None:
         """Starts the clock where the run was left."""
         self._before, self._began = place.seconds, time.perf_counter()
         if place.first or place.stage or place.step > 0:
             self.sign(self._phase(place.stage), place)
-        return place
 
     def seconds(self) -> float:
         """Returns the time that the run took so far in seconds."""
         return self._before + time.perf_counter() - self._began
 
     def count(self, place: Place) -> int:
-        """Returns the number of steps of the next call, which are to take `SECONDS_PER_CALL`; the first call is short."""
+        """Returns the number of steps of the next call, which is to take `SECONDS_PER_CALL`, and less at first."""
         each, left = self._each[place.stage], self._steps[place.stage] - place.step
         wanted = 1 if each is None else int(SECONDS_PER_CALL / max(each, 1e-9))
         self._called = time.perf_counter()
@@ -496,6 +474,90 @@ class _Pace:
 
     def _phase(self, stage: int) -> str:
         return "steps" if stage == len(self._steps) - 1 else "warm-up"
+
+
+class _Run:
+    """A run under way, which calls the programs of its stages in turn.
+
+    `progress` is only ever replaced as a whole: its state, its curves and its place belong together, whenever the run
+    is interrupted.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        compiled: list[Any],
+        keys: Key[Array, " lanes"],
+        observations: Observation,
+        num_restarts: int,
+        lanes: int,
+        pace: _Pace,
+        progress: Progress,
+    ) -> None:
+        self._stages, self._compiled, self._keys, self._observations = stages, compiled, keys, observations
+        self._num_restarts, self._lanes, self._pace = num_restarts, lanes, pace
+        self._selected: tuple[int, Any, Observation] | None = None
+        self.progress = progress
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no lane is left."""
+        return self.progress.place.first >= len(self._keys)
+
+    def call(self) -> bool:
+        """Starts a stage, does steps of it, or ends a batch of lanes; returns whether it did steps."""
+        place = self.progress.place
+        if place.step < 0:
+            self._start()
+        elif place.step < self._stages[place.stage].num_steps:
+            self._do_steps()
+            return True
+        elif place.stage < len(self._stages) - 1:
+            self.progress = self.progress._replace(place=place._replace(stage=place.stage + 1, step=-1))
+        else:
+            self._finish()
+        return False
+
+    def _batch(self) -> tuple[Any, Observation]:
+        """Returns the keys and the observations of the lanes under way."""
+        first = self.progress.place.first
+        if self._selected is None or self._selected[0] != first:
+            index = _lane_indices(first, self._lanes, len(self._keys))
+            self._selected = first, self._keys[index], _select(self._observations, index // self._num_restarts)
+        return self._selected[1:]
+
+    def _start(self) -> None:
+        keys, observation = self._batch()
+        place, _, _, state = self.progress
+        before = (state,) if place.stage else ()
+        state = self._compiled[2 * place.stage](keys, *before, observation)
+        self.progress = self.progress._replace(place=place._replace(step=0), state=state)
+
+    def _do_steps(self) -> None:
+        keys, observation = self._batch()
+        place, finished, curves, state = self.progress
+        count, step = self._pace.count(place), self._compiled[2 * place.stage + 1]
+        state, losses = step(keys, state, observation, jnp.asarray(place.step), jnp.asarray(count))
+        losses = np.asarray(losses)[:, :count]
+        place = place._replace(step=place.step + count, seconds=self._pace.seconds())
+        is_last = place.stage == len(self._stages) - 1
+        self.progress = Progress(place, finished, curves + [losses] * is_last, state)
+        self._pace.done(count, place)
+
+    def _finish(self) -> None:
+        _, observation = self._batch()
+        place, finished, curves, state = self.progress
+        assert state is not None
+        done = jax.tree.map(np.asarray, self._compiled[-1](state.candidate, observation))
+        first = min(place.first + self._lanes, len(self._keys))
+        self.progress = Progress(Place(first, 0, -1, self._pace.seconds()), [*finished, done], curves, None)
+
+
+def _chosen(finished: list[Reconstruction], victims: int, num_restarts: int) -> Reconstruction:
+    """Chooses a restart of every victim from the reconstructions of all batches of lanes."""
+    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: victims * num_restarts], *finished)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
+    return jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
 
 
 def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
