@@ -289,9 +289,9 @@ def protect(
       the given objective.
     * Noise or stochastic rounding is last, after clipping and pruning or alone. The attacker clips and prunes its own
       update with the known settings, since what it then has is the expectation of the observed one. The two are
-      compared by `relative(l1)` for Laplace noise alone, by `relative(euclidean)` for Gaussian noise or a sum of
-      several noises, and by the given objective for rounding and for DP-SGD, after whose clipping little but the
-      direction is left. Rounding in a sum with noise counts as Gaussian noise.
+      compared by `adaptive.relative(l1)` for Laplace noise alone, by `adaptive.relative(euclidean)` for Gaussian noise
+      or a sum of several noises, and by the given objective for rounding and for DP-SGD, after whose clipping little
+      but the direction is left. Rounding in a sum with noise counts as Gaussian noise.
     * Otherwise, such as for pruning after noise, the likelihood of the update is not known. These defenses are not
       modelled, and the attacker acts as if it did not know them.
 
