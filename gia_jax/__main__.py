@@ -1,4 +1,4 @@
-"""`python -m gia_jax`."""
+"""Runs the command line by `python -m gia_jax`, as the program `gia-jax` does."""
 
 from gia_jax.cli import process
 

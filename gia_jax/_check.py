@@ -1,4 +1,4 @@
-"""Checks of concrete arguments. Inside a trace values are unknown and these pass; shapes are always checked."""
+"""Checks of arguments. Values are checked where they are known, which they are not inside of a trace; shapes always."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 
 def is_concrete(tree: PyTree) -> bool:
-    """Whether no leaf is being traced."""
+    """Tells whether the values of all leaves are known, because none of them is being traced."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -30,7 +30,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
-    """Raises ValueError naming the first place where `tree` has not the structure and shapes of `like`."""
+    """Raises ValueError naming the first place where the structure or a shape of `tree` differs from that of `like`."""
     got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     want = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(like)}
     for key in want:
@@ -57,12 +57,12 @@ def _bounded(values: dict[str, Any], holds: Callable[[np.ndarray], np.ndarray], 
 
 
 def positive(**values: Any) -> None:
-    """Raises ValueError naming a concrete number, or leaf of a tree, that is not above zero; None passes."""
+    """Raises ValueError naming a number, or a leaf of a tree, that is known not to be above zero. None passes."""
     _bounded(values, lambda value: value > 0, "be positive")
 
 
 def not_negative(**values: Any) -> None:
-    """Raises ValueError naming a concrete number, or leaf of a tree, below zero; None passes."""
+    """Raises ValueError naming a number, or a leaf of a tree, that is known to be below zero. None passes."""
     _bounded(values, lambda value: value >= 0, "not be negative")
 
 
@@ -75,12 +75,12 @@ def scalar(**values: Any) -> None:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether an array is of random keys of the new style."""
+    """Tells whether an array holds typed random keys, as `jax.random.key` makes them."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def different(**keys: Any) -> None:
-    """Raises ValueError naming two concrete random keys that are the same: what they draw would be related."""
+    """Raises ValueError naming two random keys that are known to be equal, because they would draw the same numbers."""
     known = {name: key for name, key in keys.items() if key is not None and is_concrete(key)}
     data = {name: np.asarray(jax.random.key_data(key) if is_key(key) else key) for name, key in known.items()}
     for (name, one), (other, two) in itertools.combinations(data.items(), 2):
@@ -89,7 +89,7 @@ def different(**keys: Any) -> None:
 
 
 def integer(low: int = 1, high: int | None = None, **values: Any) -> None:
-    """Raises ValueError naming a value that is no integer in [low, high]."""
+    """Raises ValueError naming a value that is not an integer in [low, high]. None as `high` sets no upper limit."""
     for name, value in values.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):
@@ -110,15 +110,15 @@ def fits(num_entries: int, **values: Any) -> None:
 
 
 def examples(inputs: Array | np.ndarray) -> None:
-    """Raises ValueError for inputs of a batch that is empty, or has no axis of examples."""
+    """Raises ValueError for inputs of an empty batch, and for inputs without an axis of examples."""
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {jnp.shape(inputs)}")
 
 
 def batch(inputs: Array, labels: PyTree[Array], num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not of its examples.
+    """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not one for each example.
 
-    Labels are classes only where `num_classes` is given; otherwise they are targets of any kind.
+    Labels must be classes where `num_classes` is given, and may be targets of any kind otherwise.
     """
     examples(inputs)
     for path, leaf in jax.tree.leaves_with_path(labels):
@@ -140,7 +140,8 @@ def batch(inputs: Array, labels: PyTree[Array], num_classes: int | None = None) 
 def classes(labels: Array | np.ndarray, shape: tuple[int, ...], num_classes: int | None = None) -> None:
     """Raises ValueError for labels of a batch that are neither class indices of that shape nor rows of probabilities.
 
-    Rows may add up to less than 1, as where public images are mixed in; to more only by the rounding of bfloat16.
+    A row may add up to less than 1, such as where public images are mixed in, and to no more than 1 with the rounding
+    errors of bfloat16.
     """
     rows = f"({', '.join(map(str, (*shape, 'c' if num_classes is None else num_classes)))})"
     if jnp.shape(labels)[: len(shape)] != shape or jnp.ndim(labels) > len(shape) + 1:

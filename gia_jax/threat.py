@@ -1,4 +1,4 @@
-"""What the adversary sees: the only place where a client's data, or an update on record, become an observation."""
+"""What the adversary sees: here a client's data, or a recorded update, become an observation, and nowhere else."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,20 +19,33 @@ from gia_jax.precision import widened, widened_tree
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Who attacks and what it is granted beside the parameters and the update; print it beside every number.
+    """Who attacks, and what the adversary is granted beside the parameters and the update.
+
+    A result of an attack holds under its threat model only, so `describe` belongs beside every number.
 
     Attributes:
-        name: Who attacks.
-        batch_size: Whether the shape of the batch is known (observation.extra["inputs_like"]).
-        labels: Whether the labels are known, in no particular order (observation.extra["labels"]).
-        label_order: Whether known labels come in the batch's own order. Local steps on minibatches leak through it
-            which example was used when; one gradient of the whole batch does not depend on it.
-        statistics: Whether the batch-normalisation statistics of the client's forward pass are known
-            (observation.extra["statistics"]); True, or their kind where there are several, such as "inferred".
-        batch_indices: Whether it is known which records each of several rounds used
-            (observation.extra["batch_indices"]).
-        draws: Whether the client's own random draws, such as dropout masks and noise layers, are known
-            (observation.extra["draws"], the key that they come from).
+        name: Name of the adversary.
+        batch_size: Whether the adversary knows the number and the shape of the examples, which it finds in
+            `observation.extra["inputs_like"]`.
+        labels: Whether it knows the labels, which it finds in `observation.extra["labels"]`, shuffled.
+        label_order: Whether the known labels are in the order of the batch instead. Of a client with local steps on
+            minibatches, the order tells which example was used when. One gradient of the whole batch does not depend
+            on it.
+        statistics: Whether it knows the batch-normalisation statistics of the client's forward pass, which it finds in
+            `observation.extra["statistics"]`. A string counts as True and names where they come from, such as
+            "inferred", in the description.
+        batch_indices: Whether it knows which examples each of several rounds used, from
+            `observation.extra["batch_indices"]`.
+        draws: Whether it knows the client's own random draws, such as those of dropout masks and noise layers, from the
+            random key in `observation.extra["draws"]`.
+
+    Raises:
+        ValueError: If `label_order` is granted without `labels`.
+
+    Examples:
+        >>> from gia_jax import ThreatModel
+        >>> ThreatModel(labels=True).describe()
+        'honest-but-curious server; knows parameters, update, batch size, labels (unordered)'
     """
 
     name: str = "honest-but-curious server"
@@ -48,7 +61,11 @@ class ThreatModel:
             raise ValueError("label_order=True needs labels=True, got labels=False")
 
     def describe(self) -> str:
-        """One line for a table: who attacks, and what it knows."""
+        """Returns one line that says who attacks, and what the adversary knows.
+
+        Returns:
+            The line, for a table or a plot.
+        """
         known = ["parameters", "update"]
         known += ["batch size"] if self.batch_size else []
         known += [f"labels ({'in order' if self.label_order else 'unordered'})"] if self.labels else []
@@ -63,17 +80,18 @@ class ThreatModel:
         """Returns the threat model under which an observation was made, as far as the observation tells.
 
         Args:
-            observation: The observation. It does not tell whether its labels are in order: they are taken as unordered.
-            name: Who attacks.
+            observation: Observation whose entries are looked at. It does not tell whether its labels are in the order
+                of the batch: they are taken as unordered.
+            name: Name of the adversary, which the observation does not hold.
 
         Returns:
             The threat model.
 
         Examples:
             >>> import jax.numpy as jnp
-            >>> from gia_jax import ThreatModel
-            >>> from gia_jax.threat import observed
-            >>> seen = observed({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, inputs_like=jnp.zeros((1, 3)))
+            >>> from gia_jax import ThreatModel, observed
+            >>> params, update = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([0.5, -1.0])}
+            >>> seen = observed(params, update, inputs_like=jnp.zeros((1, 2)))
             >>> ThreatModel.of(seen).describe()
             'honest-but-curious server; knows parameters, update, batch size'
         """
@@ -94,28 +112,44 @@ def observe(
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
     draws: PRNGKeyArray | None = None,
 ) -> Observation:
-    """Lets the client work on its batch, and keeps of it what the threat model grants.
+    """Runs a client on its batch, and returns what the adversary sees of it under a threat model.
 
     Args:
-        key: Randomness of the threat model: it shuffles granted labels. Never pass it on to an attack.
-        threat: What the adversary is granted.
-        client_fn: `(params, batch) -> update`.
-        params: The parameters the server sent.
-        batch: The client's data; nothing of it reaches the observation unless granted.
-        num_classes: The number of classes, where the labels are classes: then they must be indices (b, *t) below it, or
-            (b, *t, num_classes) probabilities. None leaves them to the client's loss.
-        statistics: The statistics to grant where `threat.statistics` is True.
-        batch_indices: The records of each round of a client of t rounds, such as `clients.vertical_sgd`, whose update
-            has a leading axis of rounds; granted where `threat.batch_indices` is True.
-        draws: The key of a client that draws, such as one with a loss of `models.stochastic`; granted where
-            `threat.draws` is True.
+        key: Random key that shuffles the granted labels. Never pass it on to an attack.
+        threat: Threat model, which says what the adversary is granted.
+        client_fn: Client, a function `(params, batch) -> update`.
+        params: Parameters that the server sent.
+        batch: The client's examples. Nothing of them reaches the observation unless it is granted.
+        num_classes: Number of classes, where the labels are classes. They must then be indices below it, shape (b, *t),
+            or probabilities, shape (b, *t, num_classes). None leaves the labels unchecked, for losses on other targets.
+        statistics: Batch-normalisation statistics of the client's forward pass. They are granted if `threat.statistics`
+            is set.
+        batch_indices: Positions in `batch` of the examples of each of t rounds, shape (t, b), for a client of several
+            rounds such as `clients.vertical_sgd`. Every leaf of its update has a leading axis of length t. They are
+            granted if `threat.batch_indices` is set.
+        draws: Random key of a client that draws numbers, such as one with a loss from `models.stochastic`. It is
+            granted if `threat.draws` is set.
 
     Returns:
-        The observation, all arrays: `vmap` over keys and batches observes many victims.
+        The observation. It holds arrays only, so that `jax.vmap` over keys and batches observes many victims.
 
     Raises:
-        ValueError: An empty batch, labels of another number of examples or out of range, non-finite inputs, labels or
-            parameters, an update unlike `params`, or granted statistics, batch indices or draws that are missing.
+        ValueError: If the batch is empty, its labels are out of range or not one for each example, the inputs, the
+            labels, the parameters or the update are not finite, the update has not the structure and shapes of
+            `params`, or what the threat model grants was not given.
+
+    Examples:
+        Known labels are shuffled, since the order of a batch is no part of its gradient:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, observe
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params = {"kernel": jnp.array([1.0, 1.0])}
+        >>> batch = Batch(jnp.array([[0.0, 2.0], [2.0, 4.0]]), jnp.array([3, 7]))
+        >>> seen = observe(jax.random.key(0), ThreatModel(labels=True), client_fn, params, batch)
+        >>> seen.update["kernel"].tolist(), sorted(seen.extra["labels"].tolist()), seen.extra["inputs_like"].tolist()
+        ([1.0, 3.0], [3, 7], [[0.0, 0.0], [0.0, 0.0]])
     """
     _check.batch(batch.inputs, batch.labels, num_classes)
     _check.finite("params", params)
@@ -139,12 +173,12 @@ def observed(
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
     draws: PRNGKeyArray | None = None,
 ) -> Observation:
-    """Makes an observation of an update that somebody recorded, such as the log of a server.
+    """Makes an observation from a recorded update, such as one from the log of a server.
 
-    No client is run and no truth is needed. What is not given is not known to the attack. The update must have the sign
-    and scale of a gradient: `interop.pseudo_gradient` makes it from the parameters before and after local training, and
-    `interop.from_torch` brings both from PyTorch or Flower. All checks are of concrete values and of shapes, before
-    anything is compiled.
+    No client is run and no true data are needed. What is not given is not known to the attack. The update must have the
+    sign and scale of a gradient: `interop.pseudo_gradient` makes it from the parameters before and after local
+    training, and `interop.from_torch` brings both from PyTorch or Flower. Values and shapes are checked before anything
+    is compiled.
 
     Args:
         params: Parameters that the server sent, a tree of arrays of JAX or NumPy.
@@ -159,8 +193,9 @@ def observed(
         num_classes: Number of classes, where labels are classes. None reads it from the logits of `apply_fn`, if these
             are one array of shape (b, c), and else checks no range.
         statistics: Batch-normalisation statistics of the client's forward pass, where the attacker knows them.
-        batch_indices: The records of each of t rounds, where the update is of several rounds.
-        draws: The key of the client's random draws, where the attacker knows it.
+        batch_indices: Positions of the examples of each of t rounds, shape (t, b), where the update is of several
+            rounds.
+        draws: Random key that the client drew from, where the attacker knows it.
 
     Returns:
         The observation, which every attack takes.
@@ -174,8 +209,7 @@ def observed(
         A linear model's update gives its image away:
 
         >>> import jax, jax.numpy as jnp
-        >>> from gia_jax import attacks, labels
-        >>> from gia_jax.threat import observed
+        >>> from gia_jax import attacks, labels, observed
         >>> params = {"head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
         >>> image, error = jnp.array([0.5, -1.0, 2.0]), jnp.array([-0.5, 0.5])
         >>> update = {"head": {"kernel": jnp.outer(image, error), "bias": error}}
@@ -259,18 +293,33 @@ def grants(
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
     draws: PRNGKeyArray | None = None,
 ) -> dict[str, Any]:
-    """What the threat model grants beside the parameters and the update: `Observation.extra`.
+    """Returns what a threat model grants beside the parameters and the update: the entries of `Observation.extra`.
+
+    `observe` does this for a single client. It is of use by itself for an update that comes from elsewhere, such as a
+    sum over clients.
 
     Args:
-        key: Randomness of the threat model: it shuffles granted labels.
-        threat: What the adversary is granted.
-        batch: The data behind the update: of one client, or of all clients behind a sum.
-        statistics: The statistics to grant where `threat.statistics` is True.
-        batch_indices: The records of each round, to grant where `threat.batch_indices` is True.
-        draws: The key of the client's draws, to grant where `threat.draws` is True.
+        key: Random key that shuffles the granted labels.
+        threat: Threat model, which says what the adversary is granted.
+        batch: Examples behind the update: those of one client, or of all clients behind a sum.
+        statistics: Batch-normalisation statistics, granted if `threat.statistics` is set.
+        batch_indices: Positions of the examples of each of t rounds, shape (t, b), granted if `threat.batch_indices` is
+            set.
+        draws: Random key that the client drew from, granted if `threat.draws` is set.
+
+    Returns:
+        The entries by name, which `Observation` describes.
 
     Raises:
-        ValueError: Granted statistics, batch indices or draws that are missing.
+        ValueError: If statistics, batch indices or draws are granted and not given.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, ThreatModel, grants
+        >>> batch = Batch(jnp.array([[0.5, -1.0]]), jnp.array([3]))
+        >>> entries = grants(jax.random.key(0), ThreatModel(labels=True, label_order=True), batch)
+        >>> {name: entry.tolist() for name, entry in entries.items()}
+        {'inputs_like': [[0.0, 0.0]], 'labels': [3]}
     """
     extra: dict[str, Any] = {}
     if threat.batch_size:
@@ -308,7 +357,28 @@ def _first_round(update: Updates, num_rounds: int) -> Updates:
 
 
 def granted(observation: Observation, name: str) -> Any:
-    """`observation.extra[name]`, or a ValueError that says which grant is missing."""
+    """Returns an entry of `observation.extra`, for the parts of an attack that need it.
+
+    Args:
+        observation: Observation that the attack received.
+        name: Name of the entry, such as "labels". `Observation` lists the names.
+
+    Returns:
+        The entry.
+
+    Raises:
+        ValueError: If the threat model does not grant it. The message names the entry and those that are there.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation, granted
+        >>> seen = Observation(params={}, update={}, extra={"inputs_like": jnp.zeros((1, 2))})
+        >>> granted(seen, "inputs_like").shape
+        (1, 2)
+        >>> granted(seen, "labels")
+        Traceback (most recent call last):
+        ValueError: the threat model does not grant 'labels'; observation.extra has ['inputs_like']
+    """
     if name not in observation.extra:
         known = sorted(observation.extra) or "nothing"
         raise ValueError(f"the threat model does not grant {name!r}; observation.extra has {known}")
@@ -316,30 +386,49 @@ def granted(observation: Observation, name: str) -> Any:
 
 
 def granted_labels(observation: Observation) -> PyTree[Array]:
-    """The label rule of an adversary that knows the labels."""
+    """Returns the labels that the threat model grants: the label rule of an adversary that knows them.
+
+    It is the `label_fn` of an attack under a threat model with `labels=True`. `gia_jax.labels` holds rules that infer
+    the labels from the update instead.
+
+    Args:
+        observation: Observation that the attack received.
+
+    Returns:
+        The labels, class indices (b,), class probabilities (b, c), or the targets of the client's loss.
+
+    Raises:
+        ValueError: If the threat model does not grant the labels.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Observation, granted_labels
+        >>> granted_labels(Observation(params={}, update={}, extra={"labels": jnp.array([3, 7])})).tolist()
+        [3, 7]
+    """
     return granted(observation, "labels")
 
 
 def stack(observations: Sequence[Observation]) -> Observation:
-    """Puts the observations of several victims of one model together, for `jax.vmap` or `sweep.study`.
+    """Joins the observations of several victims that hold the same parameters, for `jax.vmap` or `sweep.study`.
 
     Args:
         observations: Observations of the same parameters, one of each victim, at least 1. Their updates and what is
             granted must have equal structures, shapes and types.
 
     Returns:
-        One observation, whose update and extra have a leading axis of victims. The parameters are those of the first.
+        One observation, in which every leaf of `update` and `extra` has a leading axis of victims. The parameters are
+        those of the first observation.
 
     Raises:
-        ValueError: If there are no observations, or if one is unlike the first.
+        ValueError: If there are no observations, or if the structure, a shape or a type of one differs from the first.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from gia_jax import Observation
-        >>> from gia_jax.threat import stack
-        >>> params = {"w": jnp.ones(3)}
-        >>> stack([Observation(params, {"w": jnp.full(3, v)}, {}) for v in (1.0, 2.0)]).update["w"].shape
-        (2, 3)
+        >>> from gia_jax import Observation, stack
+        >>> params, first, second = ({"w": jnp.array(values)} for values in ([1.0, 1.0], [2.0, 3.0], [4.0, 5.0]))
+        >>> stack([Observation(params, first), Observation(params, second)]).update["w"].tolist()
+        [[2.0, 3.0], [4.0, 5.0]]
     """
     if not observations:
         raise ValueError("observations must hold at least 1 observation, got none")
@@ -353,28 +442,29 @@ def stack(observations: Sequence[Observation]) -> Observation:
 
 
 def control(key: PRNGKeyArray, observations: Observation) -> Observation:
-    """Replaces the updates by noise of their norms. What an attack makes of noise is the work of its prior alone: a
-    figure says something of the gradient only as far as it is better.
+    """Replaces the updates by Gaussian noise of the same norms: the negative control of an attack.
+
+    What an attack makes of noise comes from its prior and its starting point. So the score of an attack says something
+    about the gradient only as far as it is better than the score of the same attack on the control.
 
     Args:
-        key: Key of the noise. Every victim gets noise of its own.
+        key: Random key of the noise. Every victim gets noise of its own.
         observations: Observations with a leading axis of victims, such as those of `stack`. The updates must be of a
             floating-point type.
 
     Returns:
-        The observations. Each leaf of an update has the norm and the type that it had. A leaf of zeros stays zeros, and
-        one that holds a NaN or an infinity becomes NaN.
+        The observations with noise for updates, and all else as it was. Each leaf of an update keeps its L2 norm and
+        its type. A leaf of zeros stays zeros, and one that holds a NaN or an infinity becomes NaN.
 
     Raises:
         ValueError: If there are no updates, or if a leaf is of integers or lacks the axis of victims.
 
     Examples:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from gia_jax import Observation
-        >>> from gia_jax.threat import control
-        >>> seen = Observation({"w": jnp.ones(3)}, {"w": jnp.array([[3.0, 0.0, 4.0]])}, {})
-        >>> round(float(jnp.linalg.norm(control(jax.random.key(0), seen).update["w"])), 4)
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Observation, control
+        >>> seen = Observation({"w": jnp.array([1.0, 1.0, 1.0])}, {"w": jnp.array([[3.0, 0.0, 4.0]])})
+        >>> noise = jax.jit(control)(jax.random.key(0), seen).update["w"]
+        >>> round(float(jnp.linalg.norm(noise)), 4)
         5.0
     """
     leaves = jax.tree.leaves_with_path(observations.update)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 from collections import Counter
 
@@ -18,6 +19,18 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_name_at_the_root_is_documented_with_an_example() -> None:
+    missing, seen = Counter(), 0
+    for name in gia_jax.__all__:
+        member = getattr(gia_jax, name)
+        if inspect.ismodule(member):
+            assert member.__doc__
+        elif getattr(member, "__module__", "").startswith("gia_jax"):  # not so the aliases of types
+            missing[name], seen = ">>>" not in (member.__doc__ or ""), seen + 1
+    assert seen > 20
+    assert not +missing
 
 
 @pytest.mark.parametrize("package", [attacks, defenses])

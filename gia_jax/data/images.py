@@ -19,7 +19,7 @@ class ImageData(NamedTuple):
         ids: One name for each image. The order of all arrays follows them.
         class_names: One name for each class.
         mean: Mean of each channel. It is public: taken over the training set, or else over other images than these, or
-            a constant of the set, as for `photos` and `digits`.
+            a constant of the set, such as that of `photos` and `digits`.
         std: Standard deviation of each channel, over the same images as the mean.
 
     Examples:

@@ -28,7 +28,7 @@ class Precode(NamedTuple):
             the attacker never has. None takes the mean code. One key is for one call on one batch: later calls draw the
             same noise, and so do calls mapped over the examples. A client that calls its loss more than once (`dp_sgd`,
             `per_example`, `federated_averaging`) is therefore weaker than PRECODE. Give `dp_sgd` the function itself
-            with a `loss_key`: `protection.protect` does so, and refuses local steps.
+            with a `loss_key`: `defenses.protected.protect` does so, and refuses local steps.
         params: Parameters {"features": the given ones, "encoder", "decoder", "head"}. The last three are dense layers,
             {"kernel", "bias"}.
 

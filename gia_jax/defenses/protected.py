@@ -1,4 +1,4 @@
-"""Defenses by the names of the command line, any number of them in one client, and the attacker that knows them."""
+"""Clients with any number of defenses, by the names of these, and what an attacker does who knows the defenses."""
 
 import functools
 import math
@@ -22,23 +22,41 @@ from gia_jax.threat import ThreatModel, observe
 
 
 class Part(NamedTuple):
-    """One defense and its settings, a key of `DEFENSES` and values for its settings."""
+    """One defense with its settings.
+
+    Attributes:
+        name: Name of the defense, a key of `DEFENSES`.
+        settings: Value of every setting of the defense, by its name.
+
+    Examples:
+        >>> from gia_jax.defenses.protected import Part
+        >>> part = Part("prune", {"ratio": 0.9})
+        >>> str(part), part.acts_on
+        ('prune:ratio=0.9', 'update')
+    """
 
     name: str
     settings: dict[str, Any]
 
     @property
     def acts_on(self) -> str:
-        """What it acts on: "update", "client", "input" or "model"."""
+        """What the defense acts on: "update", "client", "input" or "model"."""
         return DEFENSES[self.name].acts_on
 
     def __str__(self) -> str:
-        """The part as it is written on the command line."""
+        """Returns the text from which `parse` makes this part."""
         return self.name + (":" + ",".join(f"{k}={v:.15g}" for k, v in self.settings.items()) if self.settings else "")
 
 
 class Named(NamedTuple):
-    """What the command line says of a defense: one line, its settings with their defaults, and what it acts on."""
+    """The facts about a defense.
+
+    Attributes:
+        summary: What the defense does and which paper it is from, in one line.
+        settings: Default of every setting, by its name.
+        acts_on: What the defense acts on: "update" is for a change of the finished update, "client" for another way to
+            compute it, "input" for a change of the examples, and "model" for a change of the network.
+    """
 
     summary: str
     settings: dict[str, float]
@@ -80,17 +98,20 @@ ZEROING = ("prune", "topk", "ternary", "quantize", "soteria")  # a zero they sha
 
 
 class Protected(NamedTuple):
-    """A client with its defenses.
+    """A client with its defenses, as `protect` builds it, and what an attacker assumes who knows the defenses.
 
     Attributes:
-        apply_fn: `(params, inputs) -> logits`.
-        params: The initial parameters; PRECODE has more of them than the module.
-        encode_fn: `(key, batch) -> batch`, before the client sees it.
-        client_fn: `(key) -> ClientFn`, the victim's, all of its randomness from the key. Behind MixUp or InstaHide it
-            refuses class indices, which no encoded batch has: `observe` encodes, and is the way to use a client.
-        assumed_fn: The client that an attacker assumes who knows the defenses but not the key.
-        adapt_fn: Makes from the objective of an attacker that does not know the defenses that of one that does.
-        modelled: Whether the attacker makes use of what it knows of the defenses of the update: see `protect`.
+        apply_fn: Model of the client, a function `(params, inputs) -> logits`.
+        params: Initial parameters of the model. With PRECODE they are more than those of the module.
+        encode_fn: Function `(key, batch) -> batch` that encodes the examples before the client sees them. It changes
+            nothing without MixUp or InstaHide.
+        client_fn: Function `(key) -> client` that returns the victim, which draws all of its random numbers from the
+            key. Behind MixUp or InstaHide the client refuses a batch with class indices, because that was not encoded.
+            `observe` encodes first.
+        assumed_fn: Client that is assumed by an attacker who knows the defenses but not the key, a function
+            `(params, batch) -> update`.
+        adapt_fn: Function from the objective of an attacker who does not know the defenses to that of one who does.
+        modelled: Whether the attacker has a use for what it knows of the defenses of the update. `protect` says when.
     """
 
     apply_fn: ApplyFn
@@ -104,21 +125,21 @@ class Protected(NamedTuple):
     def observe(
         self, key: PRNGKeyArray, threat: ThreatModel, batch: Batch, others: Batch | None = None, **granted: Any
     ) -> Observation:
-        """Lets the client work on its batch behind its defenses, and keeps of it what the threat model grants.
+        """Encodes the batch, runs the client with its defenses, and returns what the adversary sees of it.
 
         Args:
-            key: Key of this client and this round: of its encoding, of its defenses, and of the threat model. Never
+            key: Random key of this client and this round, for its encoding, its defenses and the threat model. Never
                 pass it on to an attack.
-            threat: What the adversary is granted.
-            batch: The client's examples of this round, labels (b,) or (b, c).
+            threat: Threat model, which says what the adversary is granted.
+            batch: The client's examples of this round, with labels of shape (b,) or (b, c).
             others: The client's other examples, which MixUp and InstaHide may mix in. None if it has none.
-            **granted: `num_classes`, `statistics`, `batch_indices` and `draws` of `gia_jax.observe`.
+            **granted: Arguments `num_classes`, `statistics`, `batch_indices` and `draws` of `gia_jax.observe`.
 
         Returns:
-            The observation. Granted labels are those that the client trained on: mixed, where images were.
+            The observation. Granted labels are those that the client trained on, which MixUp and InstaHide mix.
 
         Raises:
-            ValueError: If the examples do not fit each other, and what `gia_jax.observe` refuses.
+            ValueError: If `batch` and `others` do not fit each other, or `gia_jax.observe` refuses its arguments.
 
         Examples:
             >>> import jax, jax.numpy as jnp
@@ -128,8 +149,8 @@ class Protected(NamedTuple):
             >>> module = models.MLP((3,), 2, hidden=(), rngs=nnx.Rngs(0))
             >>> protected = protect(parse("mixup:k=2"), module, num_classes=2)
             >>> batch = Batch(jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([0, 1]))
-            >>> seen = protected.observe(jax.random.key(0), ThreatModel(labels=True), batch)
-            >>> seen.extra["labels"].shape  # mixed labels are probabilities
+            >>> observe_fn = jax.jit(lambda key: protected.observe(key, ThreatModel(labels=True), batch))
+            >>> observe_fn(jax.random.key(0)).extra["labels"].shape  # mixed labels are probabilities
             (2, 2)
         """
         key_encode, key_client, key_threat = jax.random.split(key, 3)
@@ -139,16 +160,24 @@ class Protected(NamedTuple):
 
 
 def parse(text: str) -> tuple[Part, ...]:
-    """The defenses that "NAME" or "NAME:setting=value,setting=value" means: one, or those of a combination.
+    """Reads the text that names a defense, or a combination of defenses, and its settings.
 
     Args:
-        text: Such as "prune:ratio=0.99"; a name of `NAMES`, those of `COMBINATIONS` and "none" without settings.
+        text: Name of a defense, or a name, a colon and settings between commas, such as "prune:ratio=0.99". `NAMES`
+            lists the names. "none" and the names of combinations take no settings.
 
     Returns:
-        The parts, every setting filled in; none of them for "none".
+        The defense or those of the combination, with the default of every setting that was not given. There is none
+        for "none".
 
     Raises:
-        ValueError: An unknown name or setting, a value that is no number, or one that the defense refuses.
+        ValueError: If the name or a setting is unknown, a setting is given twice, or a value is no number or is refused
+            by the defense.
+
+    Examples:
+        >>> from gia_jax.defenses.protected import parse
+        >>> [str(part) for part in parse("prune:ratio=0.99")], [str(part) for part in parse("prune_mixup")]
+        (['prune:ratio=0.99'], ['mixup:k=4', 'prune:ratio=0.9'])
     """
     name, colon, rest = text.partition(":")
     if name == "none" or name in COMBINATIONS:
@@ -176,7 +205,7 @@ def parse(text: str) -> tuple[Part, ...]:
 
 
 def _check_part(part: Part) -> None:
-    """Raises ValueError, naming the defense, for settings that it does not have or refuses, without data or a model."""
+    """Raises ValueError for settings that a defense does not have or refuses, before there is a model or data."""
     if part.name not in DEFENSES:
         raise ValueError(f"defense must be one of {', '.join(DEFENSES)}, got {part.name!r}")
     if part.settings.keys() != DEFENSES[part.name].settings.keys():
@@ -207,12 +236,22 @@ def _check_part(part: Part) -> None:
 
 
 def check_together(parts: Sequence[Part], *, local_steps: int = 1) -> None:
-    """Raises ValueError for defenses that cannot be in one client, and for those that local steps would weaken.
+    """Checks that defenses can be in one client.
 
     Args:
-        parts: Defenses from `parse`; of DP-SGD, PRECODE, Soteria and the encodings there can be one each.
-        local_steps: Number of local steps of the client; in more than one, the noise of DP-SGD and PRECODE would be
-            the same in every step.
+        parts: Defenses, as `parse` returns them.
+        local_steps: Number of local steps of the client, at least 1. DP-SGD and PRECODE are for a single step, because
+            their noise would be the same in every one.
+
+    Raises:
+        ValueError: If there are two of DP-SGD, two of PRECODE, two of Soteria, or two of MixUp and InstaHide, or if
+            DP-SGD or PRECODE meets several local steps.
+
+    Examples:
+        >>> from gia_jax.defenses.protected import check_together, parse
+        >>> check_together(parse("mixup") + parse("instahide"))
+        Traceback (most recent call last):
+        ValueError: defenses must name one encoding at most, got mixup and instahide
     """
     alone = {"encoding": ("mixup", "instahide"), "client": ("dpsgd",), "model": ("precode",), "pruning": ("soteria",)}
     for kind, names in alone.items():
@@ -234,45 +273,65 @@ def protect(
     batch_norm: BatchNormMode = "evaluation",
     make_client: Callable[[LossFn], ClientFn] = clients.federated_sgd,
 ) -> Protected:
-    """Any defenses in one client: encodings, then the model, then what acts on examples and features, then the update.
+    """Builds a client with any number of defenses, and what an attacker assumes who knows them.
 
-    What an attacker does that knows the chain of the update's defenses, DP-SGD's noise being drawn before all of them:
+    The client applies its defenses in this order: encodings of the examples, a changed model, defenses of examples and
+    features (DP-SGD and Soteria), and last the defenses of the update, in the order of `parts`.
 
-    * signs, with anything but noise: `adaptive.sign_hinge`, as nothing else turns a sign; a zero is one of the gradient
-      where nothing prunes or rounds, Soteria included;
-    * clipping and pruning only: `adaptive.pruned`, or the given objective where nothing is pruned, between updates of
-      the observed length (`adaptive.rescaled`): a norm of clipping is not known, and what pruning's penalty weighs
-      beside a direction must not depend on how long the update is of the image that the search is at;
-    * clipping and pruning, then noise or stochastic rounding: it clips and prunes its own update, which is then the
-      expectation, and takes `relative(l1)` for Laplace noise alone, `relative(euclidean)` for Gaussian noise or a sum
-      of noises, the given objective for rounding and for DP-SGD, whose clipping leaves little but a direction. The
-      norms are given: noise lengthens the update;
-    * else, such as noise and then signs, pruning or clipping, no likelihood is at hand: the chain is not modelled, and
-      the attack is that of an attacker that does not know of it.
+    The attacker knows the defenses and their settings, but not the random key and not the norm of a clipping that
+    nothing random follows. What it does depends on the defenses of the update, before which DP-SGD has drawn its noise:
 
-    With PRECODE it takes the mean code and compares the features' layers only; their gradients' lengths are then not
-    quite the expectation's. In a sum with other noise, that of rounding is taken for Gaussian. Noise and rounding hide
-    the zeros of Soteria: the last layer is then left out. Beside pruning, whose penalty is for entries that are zero,
-    what Soteria may have removed is free of it: the zeros of the last layer. A ratio or a scale of 0 is no defense, and
-    changes neither the update nor the attacker; DP-SGD with noise of 0 only clips, to a norm that is given.
+    * There are signs, and no noise. It takes the objective `adaptive.sign_hinge`, because no other of these defenses
+      turns a sign. A zero counts as a zero of the gradient only if no defense prunes, rounds or is Soteria.
+    * There are only clipping and pruning. Simulated updates are scaled to the length of the observed one by
+      `adaptive.rescaled`, because the norm of the clipping is not known, and because the penalty of pruning is to weigh
+      the same for short and for long updates. They are compared by `adaptive.pruned` if a defense prunes, and else by
+      the given objective.
+    * Noise or stochastic rounding is last, after clipping and pruning or alone. The attacker clips and prunes its own
+      update with the known settings, since what it then has is the expectation of the observed one. The two are
+      compared by `adaptive.relative(l1)` for Laplace noise alone, by `adaptive.relative(euclidean)` for Gaussian noise
+      or a sum of several noises, and by the given objective for rounding and for DP-SGD, after whose clipping little
+      but the direction is left. Rounding in a sum with noise counts as Gaussian noise.
+    * Otherwise, such as for pruning after noise, the likelihood of the update is not known. These defenses are not
+      modelled, and the attacker acts as if it did not know them.
+
+    Against PRECODE the attacker assumes the mean code, and compares only the layers that compute the features. Their
+    gradients then differ a little in length from the expectation. Against Soteria it does not compare the entries that
+    are zero, beside pruning only those of the last layer. It leaves out the last layer where noise or rounding hides
+    these zeros. A ratio or a scale of 0 is no defense, and changes neither the update nor the attacker. DP-SGD with a
+    noise multiplier of 0 only clips, to a norm that the attacker knows.
 
     Args:
-        parts: Defenses from `parse`. Those that act on the update are chained in this order; of DP-SGD, PRECODE,
-            Soteria and the encodings there can be one each.
-        module: A model whose last operation is the dense layer `head`.
+        parts: Defenses, as `parse` returns them. There can be one DP-SGD, one PRECODE, one Soteria, and one of MixUp
+            and InstaHide.
+        module: Model of the client, a flax module whose last operation is the dense layer `head`.
         num_classes: Number of classes of the model.
-        head: Name of its last layer.
-        key: Key of the initial weights that PRECODE adds; None takes the same public key in every call.
-        batch_norm: Mode of batch normalisation, as for `models.functional`.
-        make_client: Makes from a loss the client without a defense. Beside DP-SGD and PRECODE it must be
-            `clients.federated_sgd` or a `functools.partial` of it. DP-SGD and Soteria take the lowering of such a one.
+        head: Name of the last layer, an attribute of the module.
+        key: Random key of the initial weights that PRECODE adds. None takes the same public key in every call.
+        batch_norm: Mode of batch normalisation, "evaluation", "training" or "exact": `models.functional` explains them.
+        make_client: Function from a loss to the client without defenses. Together with DP-SGD or PRECODE it must be
+            `clients.federated_sgd` or a `functools.partial` of it. DP-SGD and Soteria take over its `lowering`.
 
     Returns:
         The protected client.
 
     Raises:
-        ValueError: A setting that its defense refuses, the same one twice where one is meant, or DP-SGD or PRECODE with
-            another client than that of one step: their noise would be the same in every step.
+        ValueError: If a defense refuses its settings, there are several where only one can be, or DP-SGD or PRECODE
+            meets a client of several steps, in which their noise would be the same in every step.
+
+    Examples:
+        The client keeps only the largest half of the entries of each tensor:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import Batch, models
+        >>> from gia_jax.defenses.protected import parse, protect
+        >>> module = models.MLP((3,), 2, hidden=(), rngs=nnx.Rngs(0))
+        >>> protected = protect(parse("prune:ratio=0.5"), module, num_classes=2)
+        >>> batch = Batch(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([0]))
+        >>> update = jax.jit(protected.client_fn(jax.random.key(0)))(protected.params, batch)
+        >>> int((update["head"]["kernel"] != 0).sum())
+        3
     """
     for part in parts:
         _check_part(part)
@@ -337,7 +396,7 @@ def protect(
 
 
 def _of_encodings(name: str, client_fn: ClientFn) -> ClientFn:
-    """The client, which refuses a batch that was not encoded: it would share it undefended."""
+    """Makes a client refuse a batch that was not encoded, which it would share without its defense."""
 
     def of_encodings(params: Params, batch: Batch) -> Updates:
         if jnp.ndim(batch.labels) == 1:
@@ -373,14 +432,19 @@ def _encoding(settings: dict[str, Any], num_classes: int) -> InputDefenseFn:
 
 
 class _Reading(NamedTuple):
-    """How an attacker that knows the update's chain reads it: what it does to its own update, and how it compares."""
+    """What an attacker does who knows the defenses of the update.
+
+    Attributes:
+        simulated: Defenses that it applies to its own update.
+        adapt_fn: Function that changes its objective.
+    """
 
     simulated: Sequence[Part]
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn]
 
 
 def _reading(parts: Sequence[Part]) -> _Reading | None:
-    """How an attacker reads a chain, as the docstring of `protect` says; None for a chain that is not modelled."""
+    """Returns what an attacker does who knows the defenses, or None if they are not modelled, as `protect` explains."""
     drawn_first = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
     chain = drawn_first + [part for part in parts if part.acts_on == "update"]
     names = {part.name for part in chain}
@@ -431,21 +495,29 @@ def promises(
     information: Float[Array, "d d"] | None = None,
     covariance: Float[Array, "d d"] | None = None,
 ) -> list[str]:
-    """What one release of a batch of known size promises by its noise.
+    """Writes what the noise of a client promises for one release of a batch of known size.
 
     Args:
-        parts: Defenses from `parse`.
-        information: Fisher information of the update with DP-SGD's noise, as for `metrics.privacy_lines`.
-        covariance: Covariance of the images, as for `metrics.privacy_lines`.
+        parts: Defenses of the client, as `parse` returns them.
+        information: Fisher information of the update with DP-SGD's noise about the d numbers of an example, averaged
+            over the prior, shape (d, d). None leaves out the bounds on the error of a reconstruction.
+        covariance: Covariance of the Gaussian prior of an example, shape (d, d). None leaves out the bound of van
+            Trees.
 
     Returns:
-        For DP-SGD, lines on epsilon and on gamma for one of `CANDIDATES` equally likely examples, which are encodings
-        where the client shares those. A line that there is no epsilon for noise without clipping before it, for DP-SGD
-        beside Soteria, which chooses features by the images, and without the extra `privacy`. No line for other noise
-        after clipping, whose epsilon is not computed.
+        Lines of text. For DP-SGD they state epsilon and the largest chance gamma that one of `CANDIDATES` equally
+        likely examples is reconstructed, where MixUp and InstaHide make an example an encoding. One line states that
+        there is no epsilon where noise is added without clipping before it, where Soteria chooses features by the
+        images beside DP-SGD, and where the extra `privacy` is not installed. There is no line for other noise after
+        clipping, whose epsilon is not computed.
 
     Raises:
-        ValueError: `information` or `covariance` is given where there is no noise of DP-SGD, or Soteria beside it.
+        ValueError: If `information` or `covariance` is given and there is no noise of DP-SGD, or Soteria beside it.
+
+    Examples:
+        >>> from gia_jax.defenses.protected import parse, promises
+        >>> promises(parse("gaussian:scale=0.1"))
+        ['no epsilon: the sensitivity is unbounded']
     """
     names = [part.name for part in parts]
     noise = [i for i, part in enumerate(parts) if part.name in ("gaussian", "laplace") and part.settings["scale"] > 0]
@@ -478,20 +550,33 @@ def promises(
 def live_shares(
     parts: Sequence[Part], apply_fn: ApplyFn, params: Params, inputs: Float[Array, "v b *d"], *, head: str = "head"
 ) -> Float[Array, " v"]:
-    """The share that Soteria prunes of the features that are not 0 for every example of a batch, in [0, 1].
+    """Computes the share that Soteria prunes of the live features, which are not 0 for every example of a batch.
 
     Args:
-        parts: Defenses of the client; Soteria is one of them.
-        apply_fn: The client's model.
-        params: Its parameters.
-        inputs: Batches of v victims, as the model sees them, of a floating type and finite.
-        head: The name of the model's last layer.
+        parts: Defenses of the client, with Soteria among them.
+        apply_fn: Model of the client, a function `(params, inputs) -> logits`.
+        params: Parameters of the model.
+        inputs: Batches of v victims as the model sees them, shape (v, b, *d), of a floating-point type and finite.
+        head: Name of the last layer, a key of the parameters.
 
     Returns:
-        One share for each victim.
+        The share for each victim, in [0, 1], shape (v,).
 
     Raises:
-        ValueError: There is no Soteria among `parts`, or `inputs` are not such batches.
+        ValueError: If Soteria is not among `parts`, or `inputs` have another shape or type, are empty or not finite.
+
+    Examples:
+        Half of the four features are pruned:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> from gia_jax.defenses.protected import live_shares, parse
+        >>> apply_fn, params = models.functional(models.MLP((4,), 2, hidden=(), rngs=nnx.Rngs(0)))
+        >>> inputs = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
+        >>> share_fn = jax.jit(lambda params: live_shares(parse("soteria:ratio=0.5"), apply_fn, params, inputs))
+        >>> share_fn(params).tolist()
+        [0.5]
     """
     if jnp.ndim(inputs) < 3 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(f"inputs must be floating (v, b, *d), nothing of it 0, got {inputs.dtype} {jnp.shape(inputs)}")
@@ -507,19 +592,31 @@ def live_shares(
 
 
 def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: Batch) -> Batch:
-    """The first encodings of a client's whole data set, as many as `batch` has examples.
+    """Encodes the examples of this round, into which all examples of the client may be mixed.
 
     Args:
-        encode_fn: MixUp or InstaHide, or what returns a batch as it is.
-        key: The client's key.
-        batch: The examples of this round, labels (b,) or (b, c).
-        others: The client's other examples, which may be mixed in, none or more, with labels of the same kind.
+        encode_fn: Function `(key, batch) -> batch` of MixUp or InstaHide, or one that returns the batch as it is.
+        key: Random key of the client.
+        batch: The client's examples of this round, with labels of shape (b,) or (b, c).
+        others: The client's other examples, m of them with m at least 0, with labels of the same kind.
 
     Returns:
-        Encoding i mixes example i of `batch` with others, labels of shape (b, c); or the batch as it is.
+        The b encodings, of which encoding i mixes example i of `batch` with other examples and has labels of shape
+        (b, c). A function that returns the batch as it is gives `batch`.
 
     Raises:
-        ValueError: The examples of the two do not fit each other, or a batch and its labels.
+        ValueError: If `batch` and `others` differ in structure, shapes or types, or the labels of one are not one for
+            each example.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, defenses
+        >>> from gia_jax.defenses.protected import encoded
+        >>> batch = Batch(jnp.array([[1.0, 2.0]]), jnp.array([0]))
+        >>> others = Batch(jnp.array([[3.0, 4.0], [5.0, 6.0]]), jnp.array([1, 2]))
+        >>> encode_fn = defenses.mixup(3, k=2)
+        >>> jax.eval_shape(lambda key: encoded(encode_fn, key, batch, others), jax.random.key(0)).labels.shape
+        (1, 3)
     """
     if jax.tree.structure(batch) != jax.tree.structure(others):
         raise ValueError(f"others must be {jax.tree.structure(batch)} like batch, got {jax.tree.structure(others)}")

@@ -36,15 +36,15 @@ def soteria(
 ) -> ClientFn:
     """Builds the client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
 
-    r is what enters the last layer. Of its d features exactly floor(ratio * d) lose their row of the last kernel's
-    gradient; every other entry of the update is shared as it is.
+    r is the input of the last layer, with f features r_i, and x the client's input. Exactly floor(ratio * f) features
+    lose their row of the last kernel's gradient; every other entry of the update is shared as it is.
 
     The scores of the examples of a batch are added. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned
     first, although its row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
 
-    Departure, if asked for: the lengths of f derivatives cost f passes for every example. From m directions v of
-    independent normal entries, the same for all examples, |dr_i / dx|^2 is estimated as the mean of (dr_i / dx . v)^2,
-    of all features at once. The length then has a relative standard error of about sqrt(1 / 2m).
+    Departure, if `num_probes` is not 0: the lengths of f derivatives cost f passes for every example. From m directions
+    v of independent normal entries, the same for all examples, |dr_i / dx|^2 is estimated as the mean of
+    (dr_i / dx . v)^2, of all features at once. The length then has a relative standard error of about sqrt(1 / 2m).
 
     An attacker that knows the defense attacks the undefended client on what it sees not to be zero
     (`matching.adaptive.supported`), or without the last layer (`matching.objectives.selected`).

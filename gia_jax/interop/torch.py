@@ -159,15 +159,17 @@ def load_torch(
     Args:
         module: A `flax.nnx` module. It is not changed.
         tensors: State dict of the PyTorch model, or its arrays in order, with the running statistics.
-        names: Path of the module's layer for PyTorch's prefix, as for `from_torch`.
-        flatten: What dense layers flatten, as for `from_torch`.
-        transposed: Paths of the transposed convolutions, as for `from_torch`.
+        names: Path of the module's layer, such as "block1.conv", for the prefix of PyTorch's, such as "net.3". It is a
+            mapping, a function, or a list in the order of `tensors`. None pairs layers by their names and shapes.
+        flatten: Shape that is flattened before a dense layer: "auto" finds it, a mapping from the layer's path to
+            (channels, height, width) says it, and None says that no order changes. `from_torch` explains it further.
+        transposed: Paths of the layers that are transposed convolutions.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: As `from_torch`, and if running statistics are missing.
+        ValueError: If `from_torch` refuses the arrays, or running statistics are missing.
 
     Examples:
         >>> import numpy as np

@@ -23,7 +23,7 @@ def pseudo_gradient(
 
     Without a learning rate it is before - after, which is known up to a positive factor only. Then take what does not
     depend on the scale: cosine objectives such as that of Inverting Gradients, and label rules that read signs or
-    order, such as `labels.dense`. A client with momentum, weight decay or Adam sends no mean of gradients: simulate
+    order, such as `labels.idlg`. A client with momentum, weight decay or Adam sends no mean of gradients: simulate
     it by a client of your own.
 
     A client that sends the change after - before instead of its parameters is read with zeros as `before`.

@@ -1,4 +1,8 @@
-"""Label rules that count classes from the gradient of the last bias, grad b_c = mean_j (p_jc - 1[y_j = c])."""
+"""Label rules that count classes from the gradient of the last bias, grad b_c = mean_j (p_jc - 1[y_j = c]).
+
+Here p_jc is the probability that the model predicts for class c of example j, y_j the label of the example, B the size
+of the batch, C the number of classes, and n_c how often class c occurs among the labels.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -22,9 +22,11 @@ NEGLIGIBLE = 1e-6
 def ilrg(classifier_fn: ClassifierFn) -> LabelFn:
     """Builds the rule that solves a linear system between the class counts and the bias gradient.
 
+    Here B is the size of the batch, C the number of classes, and W and b are the kernel and the bias of the last layer.
     The mean feature of class c is estimated as h_c = grad W_c / grad b_c, its prediction as p^c = softmax(h_c W + b),
-    and the counts n solve B grad b = P^T n - n with sum n = B. P^T - I has rank C - 1 at most (its columns sum to
-    zero), so that the sum is a row of the system. Counts are then rounded to integers >= 0 with that sum.
+    and the counts n solve B grad b = P^T n - n with sum n = B, where row c of P is p^c. P^T - I has rank C - 1 at most
+    (its columns sum to zero), so that the sum is a row of the system. Counts are then rounded to integers >= 0 with
+    that sum.
 
     The rule is exact where the features of the whole batch are alike (any batch size). Otherwise h_c mixes in the
     features of other classes, by the p_c of each example. Classes that do not occur have meaningless rows, and as the

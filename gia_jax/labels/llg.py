@@ -21,10 +21,10 @@ from gia_jax.labels.classifier import (
 def llg(classifier_fn: ClassifierFn) -> LabelFn:
     """Builds LLG: labels from the sums G_c of the rows of the last layer's gradient, knowing only the gradient.
 
-    One example of class c is taken to add m = (1 + 1 / C) / B * (sum of the negative G_c) to G_c. Every class of
-    negative G_c gets a label, and then always the most negative one (algorithm 1). The rule is right for distinct
-    labels of few of the classes in an untrained network with features h >= 0. Duplicates are approximate, and a trained
-    network's predictions bias them.
+    For a batch of B examples and a model of C classes, one example of class c is taken to add
+    m = (1 + 1 / C) / B * (sum of the negative G_c) to G_c. Every class of negative G_c gets a label, and then always
+    the most negative one (algorithm 1). The rule is right for distinct labels of few of the classes in an untrained
+    network with features of at least 0. Duplicates are approximate, and a trained network's predictions bias them.
 
     Args:
         classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
@@ -55,7 +55,7 @@ def llg(classifier_fn: ClassifierFn) -> LabelFn:
 def llg_plus(
     client_fn: ClientFn, classifier_fn: ClassifierFn, *, num_dummies: int = 16, key: PRNGKeyArray | None = None
 ) -> LabelFn:
-    """Builds LLG+: as `llg`, with the impact of a label and the offsets of the classes measured on random inputs.
+    """Builds LLG+, the rule `llg` with the impact of a label and the offsets of the classes measured on random inputs.
 
     The impact m is the mean over classes of what a dummy batch of one class adds to its own G_c per example. The offset
     s_c is G_c of a dummy batch of all the other classes, taken off before the second stage (section 4.2, white box).

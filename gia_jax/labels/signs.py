@@ -13,7 +13,8 @@ def idlg(classifier_fn: ClassifierFn) -> LabelFn:
     """Builds the rule of iDLG (Zhao et al., 2020, equation 5), for a batch of one example.
 
     It returns the class whose row of the last layer's gradient has the smallest sum. It is exact for one example with a
-    hard label and features h >= 0 that are not all zero (ReLU, sigmoid): only the true class has p_c - 1 < 0.
+    hard label and features h >= 0 that are not all zero (ReLU, sigmoid). The gradient of the logits is p_c, the
+    predicted probability, for a wrong class c, and p_c - 1 < 0 for the true class only.
 
     Args:
         classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.
@@ -46,10 +47,11 @@ def idlg(classifier_fn: ClassifierFn) -> LabelFn:
 def column_minimum(classifier_fn: ClassifierFn) -> LabelFn:
     """Builds the rule of GradInversion (Yin et al., CVPR 2021, equation 6), for distinct labels.
 
-    It returns the B classes with the most negative entries in the last layer's gradient. It is right where all labels
-    are distinct, features are >= 0 and each label has a feature of its own. It never gives a label twice. With features
-    >= 0 only a class of the batch has a negative entry. Fewer of them than examples therefore prove that labels repeat,
-    or that predictions are too far from 1 / C for this rule.
+    For a batch of B examples it returns the B classes with the most negative entries in the last layer's gradient. It
+    is right where all labels are distinct, features are >= 0 and each label has a feature of its own. It never gives a
+    label twice. With features >= 0 only a class of the batch has a negative entry. Fewer of them than examples
+    therefore prove that labels repeat, or that predictions are too far from 1 / C, with C the number of classes, for
+    this rule.
 
     Args:
         classifier_fn: Function that picks the last layer, such as `dense("head")`. It needs no bias.

@@ -33,7 +33,7 @@ def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> Object
     known.
 
     Args:
-        objective_fn: Objective D, `(simulated, observed) -> ` scalar, that compares the two updates on the support S.
+        objective_fn: Objective D, `(simulated, observed) -> distance`, that compares the two updates on the support S.
         weight: Weight of the penalty, at least 0 and finite. With 0 only the support is compared, as `masked_cosine`
             does it.
 
@@ -80,7 +80,7 @@ def supported(objective_fn: ObjectiveFn = cosine, *, among: Callable[[str], bool
     It holds for any defense that sets entries to zero by a rule that the attacker does not model.
 
     Args:
-        objective_fn: Objective `(simulated, observed) -> ` scalar that compares the entries that are left.
+        objective_fn: Objective `(simulated, observed) -> distance` that compares the entries that are left.
         among: Function that says for the key path of a leaf, such as "['fc']['kernel']", whether the zeros of that leaf
             are left out. By default they are left out of all leaves. Choose fewer where `objective_fn` uses the zeros
             of the rest, as `pruned` does.
@@ -176,9 +176,9 @@ def rounding_likelihood(bits: int | np.integer) -> ObjectiveFn:
     probability 1 - |g - o| / d, and never where they are more than d apart. Below a probability of 1e-2 the logarithm
     goes on along its tangent.
 
-    `protection` compares with the expectation instead, by the attack's own objective. Started from what that finds,
-    this objective finds more at 2 bits (.2 to .7 dB in the benchmarks) and up to 2.1 dB less at 4 bits. There the
-    narrow intervals are not met, and the search ends far above the value at the true data.
+    `defenses.protected.protect` compares with the expectation instead, by the attack's own objective. Started from what
+    that finds, this objective finds more at 2 bits (.2 to .7 dB in the benchmarks) and up to 2.1 dB less at 4 bits.
+    There the narrow intervals are not met, and the search ends far above the value at the true data.
 
     Args:
         bits: Number of bits of the defense, an integer in [2, 16].
@@ -223,7 +223,7 @@ def relative(objective_fn: ObjectiveFn) -> ObjectiveFn:
     noise and `relative(l1)` for Laplace noise: each is minus the log-likelihood up to a factor.
 
     Args:
-        objective_fn: Objective `(simulated, observed) -> ` scalar.
+        objective_fn: Objective, a function `(simulated, observed) -> distance`.
 
     Returns:
         The objective. It is 1 where the simulated update is all zeros and the objective's value there is positive.
@@ -254,7 +254,7 @@ def rescaled(objective_fn: ObjectiveFn) -> ObjectiveFn:
     contains the noise, so that the objective is no longer least at the true data.
 
     Args:
-        objective_fn: Objective `(simulated, observed) -> ` scalar. `cosine` compares directions already, and is
+        objective_fn: Objective `(simulated, observed) -> distance`. `cosine` compares directions already, and is
             returned as it is.
 
     Returns:

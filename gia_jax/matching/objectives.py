@@ -1,4 +1,4 @@
-"""Objectives: how far a simulated update is from the observed one, `(simulated, observed) -> ` scalar, lower is closer.
+"""Objectives, functions `(simulated, observed) -> distance` of two updates, whose result is a scalar.
 
 A layer is one array (leaf) of the update. Sums run over all entries of all layers, in float32 or wider whatever their
 type. `weighted` and `selected` change what a layer counts.
@@ -301,8 +301,8 @@ def linear_decay(layers: Sequence[str] | None = None) -> Callable[[Updates], Upd
             leaves in the order of `jax.tree`, which for dicts is alphabetical.
 
     Returns:
-        Function `(update) -> ` a tree like it with one weight for each leaf. It raises ValueError for a key that is not
-        among `layers`.
+        Function `(update) -> weights` to a tree like the update with one weight for each leaf. It raises ValueError for
+        a key that is not among `layers`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -322,8 +322,8 @@ def exponential_decay(layers: Sequence[str] | None = None) -> Callable[[Updates]
             leaves in the order of `jax.tree`, which for dicts is alphabetical.
 
     Returns:
-        Function `(update) -> ` a tree like it with one weight for each leaf. It raises ValueError for a key that is not
-        among `layers`.
+        Function `(update) -> weights` to a tree like the update with one weight for each leaf. It raises ValueError for
+        a key that is not among `layers`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -362,8 +362,8 @@ def largest(count: int) -> Callable[[Updates], Updates]:
         count: Number of layers that are kept, at least 1.
 
     Returns:
-        Function `(observed) -> ` a tree like it with weight 1 for each leaf that is kept and 0 for the others. It
-        raises ValueError where the update has fewer than `count` leaves.
+        Function `(observed) -> weights` to a tree like the update with weight 1 for each leaf that is kept and 0 for
+        the others. It raises ValueError where the update has fewer than `count` leaves.
 
     Raises:
         ValueError: If `count` is not a positive integer.
@@ -395,7 +395,7 @@ def weighted(objective_fn: ObjectiveFn, weights_fn: Callable[[Updates], Updates]
     products count `weight` times.
 
     Args:
-        objective_fn: Objective `(simulated, observed) -> ` scalar, any of this module.
+        objective_fn: Objective `(simulated, observed) -> distance`, any of this module.
         weights_fn: Function that maps the observed update to a tree like it with one weight, at least 0, for each leaf,
             such as `linear_decay()`.
 
@@ -426,7 +426,7 @@ def selected(objective_fn: ObjectiveFn, keep_fn: Callable[[str], bool]) -> Objec
     """Restricts an objective to some of the layers.
 
     Args:
-        objective_fn: Objective `(simulated, observed) -> ` scalar, any of this module.
+        objective_fn: Objective `(simulated, observed) -> distance`, any of this module.
         keep_fn: Function that says for the key path of a leaf, such as "['fc']['kernel']", whether the leaf counts.
 
     Returns:

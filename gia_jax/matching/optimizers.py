@@ -25,7 +25,7 @@ def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
         num_steps: Number of steps of the attack, at least 1.
 
     Returns:
-        The schedule, `(step) -> ` learning rate.
+        The schedule, a function `(step) -> learning rate`.
 
     Raises:
         ValueError: If `learning_rate` is not positive and finite, or `num_steps` is not a positive integer.
@@ -90,7 +90,7 @@ def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformatio
     transformations in one chain draw the same noise.
 
     Args:
-        scale: Standard deviation of the noise, at least 0 and finite, or a schedule `(step) -> ` standard deviation.
+        scale: Standard deviation of the noise, at least 0 and finite, or a schedule `(step) -> scale` of it.
 
     Returns:
         The transformation. Its update needs the extra argument `key`, which the matching step passes.

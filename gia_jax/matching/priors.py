@@ -1,4 +1,4 @@
-"""Priors: what the attacker believes about images, `(batch, observation) -> ` scalar, lower is more plausible.
+"""Priors, functions `(batch, observation) -> penalty` that are lower for images which the attacker finds plausible.
 
 Images have shape (b, h, w, c) and are in the model's own space. All arithmetic is in float32 or wider.
 """
@@ -176,9 +176,9 @@ def batch_norm_statistics(
     (Yin et al., DeepInversion, CVPR 2020, equation 4; GradInversion, CVPR 2021, equation 9).
 
     Args:
-        statistics_fn: Function `(params, inputs) -> ` mean and biased variance of the input of every
-            batch-normalisation layer.
-        target_fn: Function `(observation) -> ` the statistics to match. By default those that the threat model grants,
+        statistics_fn: Function `(params, inputs) -> statistics` to the mean and the biased variance of the input of
+            every batch-normalisation layer.
+        target_fn: Function `(observation) -> statistics` to those to match. By default the threat model grants them,
             observation.extra["statistics"].
         first_layer_weight: Weight of the first layer, at least 0 and finite. Every other layer has weight 1.
 

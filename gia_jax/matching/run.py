@@ -1,4 +1,4 @@
-"""Drivers of attacks: they scan, map and choose, and know nothing of what is attacked."""
+"""Functions that run attacks: many steps, several restarts, and the choice among what was found, for any attack."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,18 +16,37 @@ from gia_jax.precision import wide_dtype
 def advance(
     attack: Attack, key: PRNGKeyArray, state: Any, observation: Observation, *, start: Any, num_steps: int
 ) -> tuple[Any, AttackInfo]:
-    """`num_steps` steps from step number `start`: step t draws from `fold_in(key, t)`, so a run may be cut anywhere.
+    """Does some steps of an attack, from the state that earlier steps left.
+
+    Step t draws from `jax.random.fold_in(key, t)`. So a run that is cut into several calls computes what one call does.
 
     Args:
-        attack: The attack.
-        key: The key that the whole run passes to every call.
-        state: State from `attack.init` or the last call.
-        observation: The observation.
-        start: Number of steps done so far; it may be traced.
-        num_steps: Number of steps to do, static.
+        attack: Attack whose steps are done.
+        key: Random key of the steps, the same one in every call of a run.
+        state: State that `attack.init` or the last call returned.
+        observation: What the attack receives.
+        start: Number of steps that are done already, at least 0. It may be traced.
+        num_steps: Number of steps to do, a Python integer of at least 0.
 
     Returns:
-        The state and the stacked info, leaves (num_steps,).
+        The new state, and the `AttackInfo` of these steps, with fields of shape (num_steps,).
+
+    Examples:
+        Two steps are followed by three more:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import advance, gradient_matching, observed
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> attack, key = gradient_matching(client_fn), jax.random.key(0)
+        >>> def two_and_three(key, seen):
+        ...     state, first = advance(attack, key, attack.init(key, seen), seen, start=0, num_steps=2)
+        ...     state, second = advance(attack, key, state, seen, start=2, num_steps=3)
+        ...     return first.loss, second.loss
+        >>> [losses.shape for losses in jax.eval_shape(two_and_three, key, seen)]
+        [(2,), (3,)]
     """
 
     def body(carry: Any, t: Array) -> tuple[Any, AttackInfo]:
@@ -39,20 +58,38 @@ def advance(
 def run(
     attack: Attack, key: PRNGKeyArray, observation: Observation, *, num_steps: int
 ) -> tuple[Reconstruction, AttackInfo]:
-    """An attack from start to end.
+    """Runs an attack from start to end.
+
+    Nothing is compiled here: call it inside `jax.jit`, with the observation as an argument, so that the program serves
+    every victim.
 
     Args:
-        attack: The attack.
-        key: The attacker's own randomness, never the client's.
-        observation: What the threat model grants.
-        num_steps: Steps, >= 1, static.
+        attack: Attack to run.
+        key: Random key of the attacker, never one that the client used.
+        observation: What the attack receives.
+        num_steps: Number of steps, a Python integer of at least 1.
 
     Returns:
-        The reconstruction and the stacked info of every step.
+        The reconstruction, and the `AttackInfo` of all steps, with fields of shape (num_steps,).
 
     Raises:
-        ValueError: A `num_steps` that is no positive integer, or an observation with non-finite values (outside of a
-            trace).
+        ValueError: If `num_steps` is no positive integer or its losses do not fit into memory, or if the observation
+            holds values that are not finite, which is not checked inside of a trace.
+
+    Examples:
+        The update of this client is its input, and the attack finds it:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import gradient_matching, observed, run
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> attack = gradient_matching(client_fn)
+        >>> attack_fn = jax.jit(lambda key, seen: run(attack, key, seen, num_steps=200))
+        >>> reconstruction, info = attack_fn(jax.random.key(0), seen)
+        >>> [round(pixel, 2) for pixel in reconstruction.batch.inputs[0].tolist()], info.loss.shape
+        ([0.5, -1.0], (200,))
     """
     _check.integer(1, 2**31 - 1, num_steps=num_steps)
     _check.fits(len(AttackInfo._fields) * num_steps, num_steps=num_steps)
@@ -64,7 +101,13 @@ def run(
 
 
 class Best(NamedTuple):
-    """The best candidate so far and its loss, infinite until a step has measured one, beside the latest candidate."""
+    """The candidate of an attack under `keep_best`.
+
+    Attributes:
+        best: Candidate of the lowest loss so far.
+        best_loss: Its loss, infinite before the first step.
+        last: Latest candidate, from which the attack goes on.
+    """
 
     best: Any
     best_loss: Float[Array, ""]
@@ -72,9 +115,32 @@ class Best(NamedTuple):
 
 
 def keep_best(attack: Attack) -> Attack:
-    """The attack with the reconstruction of its lowest loss so far, the last one included, instead of its last.
+    """Makes an attack return the candidate of its lowest loss, instead of its last candidate.
 
-    The loss is the attacker's own; a candidate is stored with the loss measured at that very candidate.
+    The loss is that of the attacker, which needs no true data. The last candidate takes part in the comparison.
+
+    Args:
+        attack: Attack to wrap. Its steps stay the same.
+
+    Returns:
+        The attack with the best candidate beside the last one in its state.
+
+    Examples:
+        A learning rate that is too large makes the attack diverge, and its starting point is then the best candidate:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import gradient_matching, keep_best, observed, run
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> import optax
+        >>> attack = gradient_matching(client_fn, optimizer=optax.sgd(2.0))
+        >>> def losses(key, seen):
+        ...     return [run(one, key, seen, num_steps=3)[0].loss for one in (attack, keep_best(attack))]
+        >>> last, best = jax.jit(losses)(jax.random.key(0), seen)
+        >>> bool(best < last)
+        True
     """
 
     def watched(state: AttackState, observation: Observation) -> AttackState:
@@ -110,14 +176,14 @@ def keep_best(attack: Attack) -> Attack:
 
 
 def warmed_up(attack: Attack, warm_up: WarmUp) -> Attack:
-    """The attack started from where another one ends.
+    """Makes an attack start from where another one ends.
 
     Args:
-        attack: The attack; its own `init` is not used.
-        warm_up: What runs first, inside of the new `init`.
+        attack: Attack that runs second. Its own `init` is not used.
+        warm_up: Attack that runs first, inside of the new `init`, with its number of steps and how it hands over.
 
     Returns:
-        The attack; only its own steps are counted and reported.
+        The attack. Its `num_steps` and its info are of the second attack's steps only.
     """
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
@@ -130,20 +196,41 @@ def warmed_up(attack: Attack, warm_up: WarmUp) -> Attack:
 
 
 def continued(first: Attack, second: Attack, *, num_steps: int, num_starts: int = 1) -> Attack:
-    """`second`, started from where `num_steps` of `first` end: a cheap solver for the way, an exact one for the end.
+    """Builds an attack that starts from where another one ends.
+
+    A cheap optimizer can thus lead near the solution, and an exact one finish. The unknowns are handed over. The labels
+    and the state of the optimizer are those that `second` starts with.
 
     Args:
-        first: A gradient-matching attack, plain or under `keep_best`.
-        second: A gradient-matching attack with the same unknowns; its labels and optimizer start as it says.
-        num_steps: Number of steps of `first`, done in `init`, at least 1.
-        num_starts: Number of independent starts of `first`, at least 1; `second` goes on from the one of the lowest
+        first: Gradient-matching attack that runs first, as it is or under `keep_best`, whose best candidate is then
+            handed over.
+        second: Gradient-matching attack that runs second, with the same unknowns.
+        num_steps: Number of steps of `first`, which are done inside `init`, at least 1.
+        num_starts: Number of independent starts of `first`, at least 1. `second` goes on from the one of the lowest
             finite loss.
 
     Returns:
-        The attack; only the steps of `second` are counted and reported.
+        The attack. Its number of steps and its info are those of `second` only.
 
     Raises:
-        ValueError: A count that is no positive integer.
+        ValueError: If a count is no positive integer.
+
+    Examples:
+        Adam reaches a loss of about 1e-3, and plain gradient descent ends the search in one step:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import continued, gradient_matching, observed, run
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> import optax
+        >>> first, second = gradient_matching(client_fn), gradient_matching(client_fn, optimizer=optax.sgd(0.5))
+        >>> attack = continued(first, second, num_steps=50)
+        >>> attack_fn = jax.jit(lambda key, seen: run(attack, key, seen, num_steps=1))
+        >>> reconstruction, info = attack_fn(jax.random.key(0), seen)
+        >>> [round(pixel, 4) for pixel in reconstruction.batch.inputs[0].tolist()], info.loss.shape
+        ([0.5, -1.0], (1,))
     """
     _check.integer(num_steps=num_steps, num_starts=num_starts)
 
@@ -160,14 +247,15 @@ def continued(first: Attack, second: Attack, *, num_steps: int, num_starts: int 
 
 
 def from_starts(attack: Attack, num_starts: int) -> Attack:
-    """Independent starts of an attack side by side, every leaf of the state with a leading axis of starts.
+    """Builds an attack that runs another one from several independent starts side by side.
 
     Args:
-        attack: The attack.
-        num_starts: Number of starts, at least 1; `best_start` picks one.
+        attack: Attack to run.
+        num_starts: Number of starts, at least 1. `best_start` picks one of them.
 
     Returns:
-        The attack; its info is that of the start of the lowest finite loss, and so is its reconstruction.
+        The attack. Every leaf of its state has a leading axis of starts. Its info and its reconstruction are those of
+        the start of the lowest finite loss.
     """
     keys_of = functools.partial(jax.random.split, num=num_starts)
 
@@ -193,7 +281,7 @@ def from_starts(attack: Attack, num_starts: int) -> Attack:
 
 
 def best_start(attack: Attack, state: AttackState, observation: Observation) -> Any:
-    """The candidate of the lowest finite loss of all starts of `from_starts`, or the best one that `keep_best` kept."""
+    """Returns the candidate of the start with the lowest finite loss, or its best one under `keep_best`."""
     candidate = state.candidate
     if isinstance(candidate, Best):
         return _lowest(candidate.best, candidate.best_loss)
@@ -201,23 +289,41 @@ def best_start(attack: Attack, state: AttackState, observation: Observation) -> 
 
 
 def _lowest(stacked: PyTree[Array], losses: Float[Array, " n"]) -> PyTree[Array]:
-    """The member of a stack that has the lowest finite loss."""
+    """Returns the member of a stack that has the lowest finite loss, the first one where none is finite."""
     index = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def restarts(reconstruct_fn: ReconstructFn, num_restarts: int, *, batch_size: int | None = 16) -> ReconstructFn:
-    """Repeats an attack from independent keys and keeps the reconstruction of the lowest finite loss.
+    """Repeats an attack with independent random keys and keeps the reconstruction of the lowest finite loss.
+
+    The loss is that of the attacker: the true data play no part in the choice.
 
     Args:
-        reconstruct_fn: `(key, observation) -> reconstruction`.
-        num_restarts: >= 1.
-        batch_size: Restarts under one `vmap`, one batch after the other; None for all at once. More lanes than a
-            processor can feed are slower each: 8 to 16 is best on a CPU.
+        reconstruct_fn: Attack to repeat, a function `(key, observation) -> reconstruction`.
+        num_restarts: Number of restarts, at least 1.
+        batch_size: Number of restarts that run side by side under one `jax.vmap`, at least 1. Batches run one after the
+            other. None runs all restarts at once. On a CPU 8 to 16 are fastest.
 
     Returns:
-        `(key, observation) -> ` the chosen reconstruction with the `restart_losses` of all. A restart that is not
-        finite is never chosen unless all are, and then `is_finite` is False.
+        The repeated attack, a function `(key, observation) -> reconstruction`. Its `restart_losses` hold the losses of
+        all restarts. A restart that is not finite is chosen only if none is finite, and then `is_finite` is False.
+
+    Raises:
+        ValueError: If a count is no positive integer.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import gradient_matching, observed, restarts, run
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> attack = gradient_matching(client_fn)
+        >>> attack_fn = restarts(lambda key, seen: run(attack, key, seen, num_steps=5)[0], num_restarts=3)
+        >>> reconstruction = jax.jit(attack_fn)(jax.random.key(0), seen)
+        >>> reconstruction.restart_losses.shape, bool(reconstruction.loss == reconstruction.restart_losses.min())
+        ((3,), True)
     """
     _check.integer(1, 2**31 - 1, num_restarts=num_restarts)
     if batch_size is not None:
@@ -233,6 +339,24 @@ def restarts(reconstruct_fn: ReconstructFn, num_restarts: int, *, batch_size: in
 
 
 def choose(found: Reconstruction) -> Reconstruction:
-    """The stacked reconstruction (leading axis r) of the lowest finite loss, with the losses of all."""
+    """Chooses the reconstruction of the lowest finite loss.
+
+    Args:
+        found: Reconstructions of r restarts, every leaf with a leading axis of length r, at least 1.
+
+    Returns:
+        The chosen reconstruction without that axis. Its `restart_losses` are the losses of all, shape (r,).
+
+    Examples:
+        The third restart diverged, and the second has the lower loss of the others:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, Reconstruction, choose
+        >>> batch = Batch(jnp.array([[[1.0]], [[2.0]], [[3.0]]]), jnp.array([[0], [0], [0]]))
+        >>> losses, is_finite = jnp.array([0.5, 0.1, jnp.nan]), jnp.array([True, True, False])
+        >>> chosen = jax.jit(choose)(Reconstruction(batch, losses, is_finite))
+        >>> chosen.batch.inputs.tolist(), chosen.restart_losses.shape
+        ([[2.0]], (3,))
+    """
     chosen = _lowest(found, jnp.where(found.is_finite, found.loss, jnp.inf))
     return chosen._replace(restart_losses=found.loss)

@@ -1,4 +1,4 @@
-"""Gradient matching: the one place where a client's gradient is differentiated with respect to dummy data."""
+"""Gradient matching: the search for data whose simulated update is close to the observed one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,11 +32,11 @@ from gia_jax.threat import granted_labels
 
 
 class Candidate(NamedTuple):
-    """The point that a matching attack has reached.
+    """The point that a gradient-matching attack has reached.
 
     Attributes:
-        variables: Unknowns that the attack optimises.
-        labels: Labels that the label rule gave, () where they are among the unknowns.
+        variables: Unknowns that the attack optimises, a tree of arrays.
+        labels: Labels that the label rule returned. It is the empty tuple where labels are among the unknowns.
     """
 
     variables: PyTree[Array]
@@ -55,36 +55,40 @@ def gradient_matching(
     optimizer: optax.GradientTransformation | None = None,
     residual_fn: Callable[[Updates, Updates], Updates] = euclidean_residuals,
 ) -> Attack:
-    """Builds the attack that searches data whose update, by the client it assumes, looks like the observed one:
+    """Builds an attack that searches for data whose simulated update is close to the observed one.
 
-        min over z of  D(client(params, decode(z)), update) + prior(decode(z)).
+    With unknowns z, an objective D and a prior, it minimises
 
-    The unknowns z, the updates that D compares, and the loss are float32 or wider. The client sees inputs in the type
-    of the granted ones, or of the parameters where none are granted, and the reconstructed inputs have that type.
+        D(client(params, decode(z)), update) + prior(decode(z))  over z.
+
+    The unknowns, the updates that D compares, and the loss are float32 or wider. The client sees inputs of the type of
+    `extra["inputs_like"]`, or of the parameters where that is not granted, and the reconstructed inputs have that type.
 
     Args:
-        client_fn: Client `(params, batch) -> update` that the attacker assumes. For a defended client, this is the
-            defended `client_fn`.
-        init_fn: Function `(key, observation) -> z` that returns the first unknowns. By default normal pixels.
-        objective_fn: Objective D, `(simulated, observed) -> ` scalar.
-        prior_fn: Prior `(batch, observation) -> ` scalar that is added to the objective. None adds nothing.
-        label_fn: Function `(observation) -> labels` that the attacker uses to find the labels, called once in `init`.
-            By default the labels that the threat model grants, whatever targets these are. None where the labels are
-            among the unknowns.
-        decode_fn: Function `(z, labels) -> Batch` that makes the dummy batch from the unknowns. By default z are the
-            inputs.
-        project_fn: Function `z -> z` that is applied to the unknowns after every update, such as `box`. None applies
-            none.
-        optimizer: Optimiser of z. By default Adam at a learning rate of 0.1. It is passed `key`, `value`, `grad`,
-            `value_fn` and `residual_fn`.
-        residual_fn: Function `(simulated, observed) -> ` tree whose sum of squares is D, for least-squares solvers.
+        client_fn: Client that the attacker assumes, a function `(params, batch) -> update`. To attack a defended
+            client with knowledge of its defense, pass the defended one.
+        init_fn: Function `(key, observation) -> z` that returns the first unknowns. By default every input is drawn
+            from the standard normal distribution.
+        objective_fn: Objective D, a function `(simulated, observed) -> distance` of two updates that returns a scalar.
+        prior_fn: Function `(batch, observation) -> penalty` that returns a scalar, which is added to the objective.
+            None adds nothing.
+        label_fn: Function `(observation) -> labels` by which the attacker finds the labels, called once in `init`. By
+            default it is given the labels by the threat model. None is for labels that are among the unknowns.
+        decode_fn: Function `(z, labels) -> Batch` that makes the dummy batch from the unknowns. By default z is the
+            array of inputs.
+        project_fn: Function `z -> z` that is applied to the unknowns after every step, such as `box`. None leaves them
+            as they are.
+        optimizer: Optimizer of z. By default it is Adam with a learning rate of 0.1. Its `update` is also passed `key`,
+            `value`, `grad`, `value_fn` and `residual_fn`, for optimizers that take them.
+        residual_fn: Function `(simulated, observed) -> residuals` that returns a tree whose sum of squares is D. Only
+            least-squares solvers, such as `matching.levenberg_marquardt`, use it.
 
     Returns:
-        The attack. Its `init` raises ValueError where the observation's update does not fit its parameters, a grant is
-        missing, or granted inputs are integers.
+        The attack. Its `init` raises ValueError if the observation's update does not fit its parameters, the threat
+        model does not grant what a part of the attack needs, or the granted inputs are integers.
 
     Examples:
-        The match of the dummy's gradient improves with every step:
+        The simulated gradient comes closer to the observed one with every step:
 
         >>> import jax
         >>> import jax.numpy as jnp
@@ -160,14 +164,15 @@ def gradient_matching(
 
 
 def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
-    """Builds the projection onto pixels between two bounds.
+    """Builds the projection of inputs onto a box: every entry is clipped to its bounds.
 
     Args:
-        low: Lower bound, a number or an array that broadcasts to the pixels, such as one number per channel.
-        high: Upper bound, likewise, above `low`.
+        low: Lower bound in the units of the model's inputs, a number or an array that broadcasts to them, such as one
+            number for each channel.
+        high: Upper bound above `low`, a number or an array of this kind.
 
     Returns:
-        The projection `inputs -> inputs`, a clipping.
+        The projection, a function `inputs -> inputs`, for the `project_fn` of `gradient_matching`.
 
     Raises:
         ValueError: If a concrete `low` is not below `high`, or one of them holds a NaN.

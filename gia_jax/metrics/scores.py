@@ -15,8 +15,15 @@ from gia_jax.precision import widened
 
 
 class Scores(NamedTuple):
-    """The scores of every victim (batch): PSNR in dB, SSIM and MSE of each image, shape (v, b), the share of right
-    labels in [0, 1], shape (v,), and the reconstructed images in the order of the true ones, shape (v, b, h, w, c).
+    """Scores of the reconstructed images of v victims with b images each.
+
+    Attributes:
+        psnr: Peak signal-to-noise ratio of each image in dB, shape (v, b). It is infinite for an exact reconstruction.
+        ssim: Structural similarity of each image, at most 1, shape (v, b).
+        mse: Mean squared error of the pixels of each image, in [0, 1], shape (v, b).
+        label_correct: Share of the labels of each victim that were recovered, in [0, 1], shape (v,). It is NaN where
+            labels are not compared.
+        images: Reconstructed images in the order of the true ones, pixels in [0, 1], shape (v, b, h, w, c).
     """
 
     psnr: np.ndarray
@@ -27,21 +34,37 @@ class Scores(NamedTuple):
 
 
 def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
-    """Scores of reconstructions in the model's space against the truth in it, in float32 or wider.
+    """Scores the reconstructed images of several victims against the true ones, in float32 or wider.
+
+    Each reconstructed image is compared with the true image that it is assigned to, for an attack does not know the
+    order of a batch.
 
     Args:
-        reconstructed: Batches of v victims, inputs of shape (v, b, h, w, c). Pixels are clipped to [0, 1], and NaN
-            counts as 0.5.
-        truth: The true batches, images of `data` as `ImageData.normalize` gives them.
-        data: The images' mean and deviation, one number for each channel.
+        reconstructed: Reconstructed batches of v victims, with normalised inputs of shape (v, b, h, w, c). Their pixels
+            are clipped to [0, 1], and a pixel that is NaN counts as 0.5.
+        truth: True batches of the same shape, as `ImageData.normalize` returns them.
+        data: Set of images whose mean and standard deviation, one number for each channel, undo the normalisation.
 
     Returns:
-        The scores. Labels that are neither class indices (v, b) nor probabilities (v, b, c) are not compared: the share
-        of right ones is then NaN.
+        The scores, in pixels of [0, 1]. Labels are compared if they are class indices (v, b) or probabilities
+        (v, b, c), and the share of right labels is NaN otherwise.
 
     Raises:
-        ValueError: Inputs of another shape or of integers, true pixels outside of [0, 1], or labels of other shapes
-            than the victims'.
+        ValueError: If the inputs have different shapes or are integers, true pixels are outside of [0, 1], the mean or
+            the standard deviation is not one number for each channel, or labels are not one for each image.
+
+    Examples:
+        Images are the same whatever their order, and one of the two labels is right:
+
+        >>> import numpy as np
+        >>> from gia_jax import Batch, data
+        >>> from gia_jax.metrics.scores import score
+        >>> pixels = np.stack([np.zeros((11, 11, 1), np.float32), np.ones((11, 11, 1), np.float32)])
+        >>> images = data.ImageData("two", pixels, np.array([0, 1]), ["a", "b"], ["a", "b"], mean=[0.5], std=[0.5])
+        >>> inputs = images.normalize(pixels)[None]
+        >>> scores = score(Batch(inputs[:, ::-1], np.array([[0, 0]])), Batch(inputs, np.array([[0, 1]])), images)
+        >>> scores.mse.tolist(), scores.label_correct.tolist()
+        ([[0.0, 0.0]], [0.5])
     """
     for name, inputs in (("truth.inputs", truth.inputs), ("reconstructed.inputs", reconstructed.inputs)):
         check_pixels(name, inputs, ("v", "b", "h", "w", "c"), in_range=False)
@@ -90,23 +113,44 @@ def baselines(
     labels: np.ndarray | None = None,
     gallery_labels: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """PSNR in dB of guesses that use no gradient, each of the shape of `truth` without its image axes.
+    """Computes the PSNR of guesses that use no gradient, with which an attack's PSNR is to be compared.
+
+    The guesses are, by their names in the result:
+
+    * "grey": pixels of 0.5 everywhere;
+    * "data mean": the mean of the public images;
+    * "nearest image": the public image closest to the true one. Nobody can make this guess without the true image;
+    * "class mean": the mean of the public images of the same class, where labels are given;
+    * "nearest of the class": the closest public image of the same class, where labels are given. Nobody can make this
+      guess without the true image either.
 
     Args:
-        truth: Pixels in [0, 1], shape (..., h, w, c).
-        gallery: Public images of the same kind, none of them a victim, shape (n, h, w, c); with n = 0 no guess is made
-            from them.
-        labels: The class of each true image, an integer, shape (...); None where it is not known.
-        gallery_labels: The class of each public image, shape (n,); with `labels` only.
+        truth: True images, pixels in [0, 1], shape (..., h, w, c).
+        gallery: Public images of the same kind, none of them a victim's, pixels in [0, 1], shape (n, h, w, c). With
+            n = 0 the only guess is "grey".
+        labels: Class index of each true image, shape (...). None is for classes that are not known.
+        gallery_labels: Class index of each public image, shape (n,). It is given if `labels` are.
 
     Returns:
-        "grey" (0.5 everywhere) and, where there are public images, "data mean" (the gallery's mean image) and "nearest
-        image" (the gallery's closest to the truth: an oracle); with labels "class mean" and "nearest of the class" (an
-        oracle too). Infinite for a guess that is the truth.
+        The PSNR in dB of every guess by its name, of the shape (...) of `truth` without the axes of an image. It is
+        infinite for a guess that equals the truth.
 
     Raises:
-        ValueError: Images of integers, outside of [0, 1] or of shapes that differ; labels of one kind only, of another
-            shape than their images, that are no integers, or of a class that no public image has.
+        ValueError: If images are integers, are outside of [0, 1] or differ in shape, if only one of `labels` and
+            `gallery_labels` is given, or if labels are no integers, are not one for each image, or are of a class that
+            no public image has.
+
+    Examples:
+        A white image is guessed from a grey and a lighter one:
+
+        >>> import numpy as np
+        >>> from gia_jax.metrics.scores import baselines
+        >>> gallery = np.stack([np.full((2, 2, 1), 0.5), np.full((2, 2, 1), 0.9)])
+        >>> for name, psnr in baselines(np.ones((1, 2, 2, 1)), gallery).items():
+        ...     print(f"{name}: {psnr[0]:.1f} dB")
+        grey: 6.0 dB
+        data mean: 10.5 dB
+        nearest image: 20.0 dB
     """
     check_pixels("truth", truth, ("...", "h", "w", "c"))
     if gallery.ndim != 4 or gallery.shape[1:] != truth.shape[-3:]:

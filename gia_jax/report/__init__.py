@@ -1,4 +1,4 @@
-"""What people read of a study: a record in JSON, tables and pictures."""
+"""What people read of a study: a record in JSON, tables in plain text, and pictures."""
 
 from gia_jax.report.plots import loss_curves, picture_grid
 from gia_jax.report.records import hardware, results, to_json, versions

@@ -1,4 +1,4 @@
-"""Pictures of what leaked. They need matplotlib (the extra `demo`)."""
+"""Pictures of reconstructions and of losses. They need matplotlib, which the extra `demo` installs."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ def picture_grid(
         columns: Images of shape (n, h, w, c) under each heading, with c of one or three. Pixels are clipped to [0, 1],
             and NaN is drawn as 0.5. The first 16 images are drawn, and the title says so where there are more.
         path: Path of the file, whose folder must exist.
-        captions: Text lines under a heading, one for each image, such as its PSNR. Not every column needs captions, and
-            None draws none.
+        captions: Lines of text under the images of a column, such as their PSNR, by the column's heading: one line for
+            each image. Columns without captions are left out. None draws no captions.
         title: Text above the grid. By default only the number of images is stated, where some are left out.
 
     Raises:
-        ValueError: If there are no columns, an array is no images or of integers, columns have different numbers of
-            images, or captions are of no column or not one for each image.
+        ValueError: If there are no columns, an array is of integers or has not the shape of images, columns have
+            different numbers of images, or captions are not one for each image of a column.
 
     Examples:
         >>> import tempfile

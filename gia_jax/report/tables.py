@@ -4,10 +4,25 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text columns: the first flush left, the others flush right.
+    """Formats a table in plain text, with the first column aligned left and the others aligned right.
+
+    Args:
+        header: Headings of the columns.
+        rows: Rows of the table, each with a cell for every column.
+
+    Returns:
+        The lines of the table, without a line break at the end.
 
     Raises:
-        ValueError: A row has another number of cells than the header.
+        ValueError: If a row has another number of cells than the header.
+
+    Examples:
+        >>> from gia_jax.report import table
+        >>> print(table(["attack", "PSNR"], [["DLG", "31.5"], ["iDLG", "9.0"]]))
+        attack  PSNR
+        ------------
+        DLG     31.5
+        iDLG     9.0
     """
     for row in rows:
         if len(row) != len(header):

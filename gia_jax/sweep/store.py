@@ -52,7 +52,7 @@ class Progress(NamedTuple):
 class RunState:
     """The file that keeps the state of one run, named by the fingerprint of all that its result depends on.
 
-    Runs that differ in anything have files of their own, so that none takes or removes the state of another.
+    Runs that differ in any of it have different files, so that no run takes or removes the state of another.
 
     Args:
         folder: Folder in which the file is kept, made if needed. None keeps nothing.
@@ -65,7 +65,7 @@ class RunState:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the file is there, as it was saved or loaded last."""
+        """Whether the state that was saved or loaded last is in the file."""
         return self.path is not None and self.path.exists() and not self._failed
 
     def save(self, progress: Progress) -> None:
@@ -109,7 +109,7 @@ class RunState:
             The progress. The leaves of its state are on the default device.
 
         Raises:
-            ValueError: If the file is none that a study wrote, or was changed since.
+            ValueError: If no study wrote the file, or it was changed afterwards.
         """
         if self.path is None or not self.path.exists():
             return Progress(Place(), [], [], None)

@@ -1,6 +1,7 @@
-"""One attack on many victims from many starts: what the command line and the benchmarks run.
+"""Runs one attack on many victims with many restarts.
 
-This is a driver: it compiles, runs lanes in batches, shows progress, and can be interrupted and resumed.
+The functions here compile the attack, run it in batches, report progress, and can be interrupted and resumed. A lane is
+one restart on one victim, and the lanes of a batch run side by side under one `jax.vmap`.
 """
 
 import hashlib
@@ -28,14 +29,14 @@ MAX_STEPS_PER_CALL = 4_096
 
 
 class Sign(NamedTuple):
-    """A sign of life of a study.
+    """What a study reports while it runs.
 
     Attributes:
-        phase: "compiling", "warm-up" (of an attack that has one) or "steps".
-        done: Steps done, over all lanes, warm-up included.
-        total: Steps in all.
-        seconds: Seconds that the run took so far, those before an interruption included.
-        seconds_left: About how many seconds are left; None where nothing is known yet.
+        phase: What the study is doing: "compiling", "warm-up" or "steps". A warm-up is what some attacks run first.
+        done: Number of steps done, summed over all restarts of all victims, with those of warm-ups.
+        total: Number of steps in all.
+        seconds: Time that the run took so far in seconds, with the time before an interruption.
+        seconds_left: Estimate of the time that is left in seconds. None where nothing is known yet.
     """
 
     phase: str
@@ -46,12 +47,17 @@ class Sign(NamedTuple):
 
 
 ProgressFn = Callable[[Sign], None]
+"""Function that a study calls with its progress."""
 
 
 class Timing(NamedTuple):
-    """Wall-clock cost: seconds to compile, seconds to run, and milliseconds of one step of one restart.
+    """How long a study took, by the clock on the wall.
 
-    The seconds to run count all parts of a run that was interrupted and resumed, those to compile the last one only.
+    Attributes:
+        compile_seconds: Time to compile the attack in seconds. Of a run that was resumed, it is that of the last part.
+        run_seconds: Time to run the attack in seconds. Of a run that was resumed, it is that of all parts together.
+        ms_per_step_per_restart: Time of one step of one restart on one victim in milliseconds: `run_seconds` divided by
+            the number of all steps, without those of warm-ups. An analytic attack counts as one step.
     """
 
     compile_seconds: float
@@ -60,14 +66,15 @@ class Timing(NamedTuple):
 
 
 class Study(NamedTuple):
-    """The outcome.
+    """What a study of v victims with r restarts found.
 
     Attributes:
-        reconstruction: The chosen restart of every victim, leading axis v; `restart_losses` has shape (v, r).
-        losses: The loss at every step of every restart, shape (v, r, num_steps); (v, r, 0) for an analytic attack.
-        timing: Its cost.
-        checkpoint: The file that keeps this outcome, so that nothing is computed again before it is written elsewhere:
-            remove it then. None where nothing was kept.
+        reconstruction: Reconstruction of the lowest finite loss of every victim, each leaf an array with a leading axis
+            of length v. Its `restart_losses` have shape (v, r).
+        losses: Loss at every step of every restart, shape (v, r, num_steps). An analytic attack has no steps.
+        timing: Time that the study took.
+        checkpoint: Path of the file that keeps this outcome, so that the same study computes nothing again. Remove it
+            once the outcome is stored elsewhere. None where nothing was kept.
     """
 
     reconstruction: Reconstruction
@@ -77,19 +84,29 @@ class Study(NamedTuple):
 
 
 def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> Key[Array, "v r"]:
-    """The key of every restart of every victim, shape (v, r): independent of how many of each there are."""
+    """Makes a random key for every restart of every victim, which does not depend on how many of them there are.
+
+    Args:
+        key: Random key of the attacker.
+        num_victims: Number v of victims.
+        num_restarts: Number r of restarts of each victim.
+
+    Returns:
+        The keys, shape (v, r).
+    """
     per_victim = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_victims))
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(per_victim, jnp.arange(num_restarts))
 
 
 class Stage(NamedTuple):
-    """A part of a run, of which warm-ups come first: how it starts from the last part's state, and its steps.
+    """A part of a run: a warm-up of the attack, or the attack's own steps, which come last.
 
     Attributes:
-        start: `(key, state, observation) -> state`, with the key of the lane; that of the first stage reads no state.
-        attack: The attack whose steps these are.
+        start: Function `(key, state, observation) -> state` from the key of the lane and the last state of the stage
+            before to the first state of this one. The first stage does not read the state that it is given.
+        attack: Attack whose steps these are.
         num_steps: Number of steps.
-        steps_key: Makes from the key of the lane the key of these steps.
+        steps_key: Function from the key of the lane to the key of these steps.
     """
 
     start: Callable[[PRNGKeyArray, Any, Observation], AttackState]
@@ -99,7 +116,15 @@ class Stage(NamedTuple):
 
 
 def stages_of(attack: Attack, num_steps: int) -> list[Stage]:
-    """What `gia_jax.run` does in one piece, with the same keys, as stages that a driver can show and save."""
+    """Divides what `gia_jax.run` does into stages, with the same random keys.
+
+    Args:
+        attack: Attack to be run.
+        num_steps: Number of its own steps.
+
+    Returns:
+        The stages in their order, warm-ups first.
+    """
 
     def stages(attack: Attack, num_steps: int, init_key: Callable, steps_key: Callable) -> list[Stage]:
         warm_up = attack.warm_up
@@ -130,30 +155,50 @@ def study(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30,
 ) -> Study:
-    """Runs an attack on victims that share the server's parameters.
+    """Runs an attack on several victims that hold the same parameters, with restarts.
+
+    A study can be interrupted and resumed: its result does not depend on where that happened, bit for bit.
 
     Args:
-        attack: The attack.
-        key: The attacker's randomness.
-        observations: `params` once, the leaves of `update` and `extra` with a leading axis of victims. A victim whose
-            observation is not finite is named in a warning, and its reconstruction is marked by `is_finite`; the
-            others are not affected.
-        num_steps: Steps of every restart, at least 1.
-        num_restarts: Restarts of every victim, at least 1; the one of the lowest finite loss is kept.
-        lanes: Restarts under one `vmap`, at least 1.
-        progress_fn: Called with a `Sign` before compiling, and every few seconds while steps are done.
-        checkpoint: A folder for the state of the run, in a file of its own. A run of the same attack with equal
-            arguments goes on from it, after an interruption (Ctrl-C, an exception in `progress_fn`, a kill) as after
-            its end; the caller removes the file, `Study.checkpoint`, once the outcome is safe. The result does not
-            depend on where a run was interrupted, bit for bit. Where the state cannot be written, a warning says so.
-        checkpoint_seconds: Least number of seconds between two saves.
+        attack: Attack to run.
+        key: Random key of the attacker.
+        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
+            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+            finite. Their reconstruction has `is_finite` False, and the others are not affected.
+        num_steps: Number of steps of every restart, at least 1.
+        num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
+        lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1.
+        progress_fn: Function that is called with a `Sign` before compiling, and every few seconds from then on. None
+            reports nothing.
+        checkpoint: Folder in which the state of the run is kept, in a file with a name of its own. A study of the same
+            attack with equal arguments goes on from it after an interruption (Ctrl-C, an exception in `progress_fn`, a
+            killed process), and returns the outcome at once after the end. Remove the file, `Study.checkpoint`, when
+            the outcome is stored elsewhere. If the state cannot be written, a warning says so and the study goes on.
+            None keeps nothing.
+        checkpoint_seconds: Least time between two saves in seconds, at least 0.
 
     Returns:
         The study.
 
     Raises:
-        ValueError: A count below one or too large for memory, parameters that are not finite, no victim whose
-            observation is finite, or a file in `checkpoint` that was changed.
+        ValueError: If a count is no positive integer or too large for memory, `checkpoint_seconds` is negative, the
+            key is no random key, the parameters are not finite, no victim has a finite observation, or a file in
+            `checkpoint` was changed.
+
+    Examples:
+        Two victims, whose updates are their inputs, are attacked from three starting points each:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Observation, gradient_matching
+        >>> from gia_jax.sweep import study
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, updates = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.0]])}
+        >>> extra = {"inputs_like": jnp.zeros((2, 1, 2)), "labels": jnp.array([[0], [0]])}
+        >>> attack = gradient_matching(client_fn)
+        >>> found = study(attack, jax.random.key(0), Observation(params, updates, extra), num_steps=9, num_restarts=3)
+        >>> found.reconstruction.batch.inputs.shape, found.losses.shape
+        ((2, 1, 2), (2, 3, 9))
     """
     _check.integer(num_restarts=num_restarts, lanes=lanes)
     _check.integer(1, 2**31 - 1, num_steps=num_steps)
@@ -185,50 +230,29 @@ def study(
         checkpoint = None
     saved = RunState(checkpoint, fingerprint)
     most = max(stage.num_steps for stage in stages)
-    place, finished, curves, state = saved.load(states, found, Place(total, len(stages), most))
-    compiled = [] if place.first >= total else _compiled(programs)
+    begun = saved.load(states, found, Place(total, len(stages), most))
+    compiled = [] if begun.place.first >= total else _compiled(programs)
     compile_seconds = time.perf_counter() - began
 
-    resumed, last_saved = pace.resume(place), time.perf_counter()
+    run = _Run(stages, compiled, keys, observations, num_restarts, lanes, pace, begun)
+    pace.resume(begun.place)
+    last_saved = time.perf_counter()
     try:
-        while place.first < total:
-            index = _lane_indices(place.first, lanes, total)
-            observation = _select(observations, index // num_restarts)
-            stage = stages[place.stage]
-            start, step = compiled[2 * place.stage : 2 * place.stage + 2]
-            if place.step < 0:
-                before = (state,) if place.stage else ()
-                state, place = start(keys[index], *before, observation), place._replace(step=0)
-            while place.step < stage.num_steps:
-                count = pace.count(place)
-                after, losses = step(keys[index], state, observation, jnp.asarray(place.step), jnp.asarray(count))
-                losses = np.asarray(losses)[:, :count]
-                # Nothing between here and the next call is lost by an interruption: state, curve and place go together.
-                later = place._replace(step=place.step + count, seconds=pace.seconds())
-                state, place, curves = after, later, curves + [losses] * (place.stage == len(stages) - 1)
-                pace.done(count, place)
-                if checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
-                    saved.save(Progress(place, finished, curves, state))
-                    last_saved = time.perf_counter()
-            if place.stage < len(stages) - 1:
-                place = place._replace(stage=place.stage + 1, step=-1)
-                continue
-            assert state is not None
-            done = jax.tree.map(np.asarray, compiled[-1](state.candidate, observation))
-            later = Place(place.first + lanes, 0, -1, pace.seconds())
-            finished, state, place = [*finished, done], None, later._replace(first=min(later.first, total))
+        while not run.is_done:
+            did_steps = run.call()
+            if did_steps and checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
+                saved.save(run.progress)
+                last_saved = time.perf_counter()
     except BaseException as stopped:
-        saved.save(Progress(place._replace(seconds=pace.seconds()), finished, curves, state))
+        saved.save(run.progress._replace(place=run.progress.place._replace(seconds=pace.seconds())))
         if saved.is_kept:
             stopped.add_note(f"the same run goes on from the state kept in {saved.path}")
         raise
-    if resumed is not place:
-        saved.save(Progress(place, finished, curves, None))
-
-    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *finished)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
+    if run.progress is not begun:
+        saved.save(run.progress)
+    place, finished, curves, _ = run.progress
     timing = Timing(compile_seconds, place.seconds, 1e3 * place.seconds / (total * num_steps))
-    chosen = jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
+    chosen = _chosen(finished, victims, num_restarts)
     chosen = chosen._replace(is_finite=chosen.is_finite & finite)
     losses = _joined(curves, num_steps)[:total].reshape(victims, num_restarts, num_steps)
     return Study(chosen, losses, timing, saved.path if saved.is_kept else None)
@@ -241,19 +265,34 @@ def study_analytic(
     *,
     progress_fn: ProgressFn | None = None,
 ) -> Study:
-    """`study` of an attack that needs no steps.
+    """Runs an analytic attack, which has no steps, on several victims that hold the same parameters.
 
     Args:
-        reconstruct_fn: `(key, observation) -> reconstruction`.
-        key: The attacker's randomness.
-        observations: Observations as `study` takes them; victims that are not finite are treated as it treats them.
-        progress_fn: Called with a `Sign` before compiling, before running and at the end.
+        reconstruct_fn: Attack to run, a function `(key, observation) -> reconstruction`.
+        key: Random key of the attacker.
+        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
+            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+            finite. Their reconstruction has `is_finite` False, and the others are not affected.
+        progress_fn: Function that is called with a `Sign` before compiling, before running and at the end. None reports
+            nothing.
 
     Returns:
-        The study, of one restart for every victim.
+        The study, with one restart of every victim.
 
     Raises:
-        ValueError: Parameters that are not finite, or no victim whose observation is.
+        ValueError: If the key is no random key, the parameters are not finite, or no victim has a finite observation.
+
+    Examples:
+        The update of this client is its input:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation, Reconstruction
+        >>> from gia_jax.sweep import study_analytic
+        >>> def reconstruct_fn(key, observation):
+        ...     return Reconstruction(Batch(observation.update[None], jnp.array([0])), jnp.array(0.0), jnp.array(True))
+        >>> observations = Observation(params=jnp.array([1.0, 1.0]), update=jnp.array([[0.5, -1.0], [2.0, 0.0]]))
+        >>> study_analytic(reconstruct_fn, jax.random.key(0), observations).reconstruction.batch.inputs.tolist()
+        [[[0.5, -1.0]], [[2.0, 0.0]]]
     """
     key = _typed(key)
     victims, finite = finite_victims(observations)
@@ -273,7 +312,7 @@ def study_analytic(
 
 
 def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
-    """A key of the new style, also of one of the old style."""
+    """Returns a typed random key, made from a raw one where it is one; raises ValueError where it is no key."""
     shapes = [()] if isinstance(key, jax.Array) and _check.is_key(key) else [(2,), (4,)]  # raw: threefry, rbg
     if not isinstance(key, jax.Array) or key.shape not in shapes:
         raise ValueError(f"key must be one random key, got {key!r}")
@@ -282,10 +321,17 @@ def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
 
 
 def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v"]]:
-    """The number of victims, and which of them have a finite observation; a warning names the others.
+    """Counts the victims, and finds those with a finite observation. A warning names the others.
+
+    Args:
+        observations: Observations of v victims in one, as `gia_jax.stack` makes it.
+
+    Returns:
+        The number v, and for every victim whether its observation is finite, shape (v,).
 
     Raises:
-        ValueError: The parameters are not finite, or no victim's observation is.
+        ValueError: If the parameters are not finite, no victim has a finite observation, or a leaf of the updates or of
+            what is granted has no leading axis of victims.
     """
     _check.finite("observations.params", observations.params)
     both = {"update": observations.update, "extra": observations.extra}
@@ -313,8 +359,9 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
 def _programs(
     stages: list[Stage], attack: Attack, lanes: int, keys: Any, example: Observation
 ) -> tuple[list[Any], list[Any], Any]:
-    """The programs that start every stage and do its steps, and one that ends the run; the shapes of the states of
-    the stages, and of what the run gives.
+    """Lowers the programs of a run, and returns them with the shapes of the states of its stages and of its result.
+
+    There are two programs for each stage, which start it and do its steps, and a last one that ends the run.
     """
     programs, states, state = [], [], None
     for number, stage in enumerate(stages):
@@ -338,7 +385,7 @@ def _programs(
 
 
 def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
-    """One program for up to `MAX_STEPS_PER_CALL` steps: what a step computes does not depend on their number."""
+    """Returns a function that does up to `MAX_STEPS_PER_CALL` steps, each as if it were done alone."""
     size = max(1, min(stage.num_steps, MAX_STEPS_PER_CALL))
 
     def steps_fn(
@@ -360,7 +407,7 @@ def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
 
 
 def _compiled(programs: list[Any]) -> list[Any]:
-    """Compiles the programs side by side, to use every core; the last one, which runs only at the end, in haste."""
+    """Compiles the programs side by side, the last one without costly optimisation, for it runs only at the end."""
     options = [RUN_ONCE if i == len(programs) - 1 else None for i in range(len(programs))]
     pool = ThreadPoolExecutor()
     try:
@@ -370,7 +417,7 @@ def _compiled(programs: list[Any]) -> list[Any]:
 
 
 class _Pace:
-    """How fast the stages go: how many steps a call may do, and how much time is left."""
+    """Measures how fast the stages go, decides how many steps a call does, and reports the progress."""
 
     def __init__(self, stages: list[Stage], lanes: int, total: int, progress_fn: ProgressFn | None) -> None:
         self._steps, self._lanes, self._total = [stage.num_steps for stage in stages], lanes, total
@@ -381,26 +428,25 @@ class _Pace:
         self._before, self._began = 0.0, time.perf_counter()
         self._called = self._began
 
-    def resume(self, place: Place) -> Place:
+    def resume(self, place: Place) -> None:
         """Starts the clock where the run was left."""
         self._before, self._began = place.seconds, time.perf_counter()
         if place.first or place.stage or place.step > 0:
             self.sign(self._phase(place.stage), place)
-        return place
 
     def seconds(self) -> float:
-        """Seconds that the run took so far."""
+        """Returns the time that the run took so far in seconds."""
         return self._before + time.perf_counter() - self._began
 
     def count(self, place: Place) -> int:
-        """Steps of the next call: about `SECONDS_PER_CALL` long, the first ones short."""
+        """Returns the number of steps of the next call, which is to take `SECONDS_PER_CALL`, and less at first."""
         each, left = self._each[place.stage], self._steps[place.stage] - place.step
         wanted = 1 if each is None else int(SECONDS_PER_CALL / max(each, 1e-9))
         self._called = time.perf_counter()
         return max(1, min(wanted, self._most[place.stage], left, MAX_STEPS_PER_CALL))
 
     def done(self, count: int, place: Place) -> None:
-        """Notes how long a call took, and shows where the run is."""
+        """Notes how long a call took, and reports the progress."""
         self._each[place.stage] = (time.perf_counter() - self._called) / count
         self._most[place.stage] = 8 * count
         self._calls[place.stage] += 1
@@ -430,8 +476,92 @@ class _Pace:
         return "steps" if stage == len(self._steps) - 1 else "warm-up"
 
 
+class _Run:
+    """A run under way, which calls the programs of its stages in turn.
+
+    `progress` is only ever replaced as a whole: its state, its curves and its place belong together, whenever the run
+    is interrupted.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        compiled: list[Any],
+        keys: Key[Array, " lanes"],
+        observations: Observation,
+        num_restarts: int,
+        lanes: int,
+        pace: _Pace,
+        progress: Progress,
+    ) -> None:
+        self._stages, self._compiled, self._keys, self._observations = stages, compiled, keys, observations
+        self._num_restarts, self._lanes, self._pace = num_restarts, lanes, pace
+        self._selected: tuple[int, Any, Observation] | None = None
+        self.progress = progress
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no lane is left."""
+        return self.progress.place.first >= len(self._keys)
+
+    def call(self) -> bool:
+        """Starts a stage, does steps of it, or ends a batch of lanes; returns whether it did steps."""
+        place = self.progress.place
+        if place.step < 0:
+            self._start()
+        elif place.step < self._stages[place.stage].num_steps:
+            self._do_steps()
+            return True
+        elif place.stage < len(self._stages) - 1:
+            self.progress = self.progress._replace(place=place._replace(stage=place.stage + 1, step=-1))
+        else:
+            self._finish()
+        return False
+
+    def _batch(self) -> tuple[Any, Observation]:
+        """Returns the keys and the observations of the lanes under way."""
+        first = self.progress.place.first
+        if self._selected is None or self._selected[0] != first:
+            index = _lane_indices(first, self._lanes, len(self._keys))
+            self._selected = first, self._keys[index], _select(self._observations, index // self._num_restarts)
+        return self._selected[1:]
+
+    def _start(self) -> None:
+        keys, observation = self._batch()
+        place, _, _, state = self.progress
+        before = (state,) if place.stage else ()
+        state = self._compiled[2 * place.stage](keys, *before, observation)
+        self.progress = self.progress._replace(place=place._replace(step=0), state=state)
+
+    def _do_steps(self) -> None:
+        keys, observation = self._batch()
+        place, finished, curves, state = self.progress
+        count, step = self._pace.count(place), self._compiled[2 * place.stage + 1]
+        state, losses = step(keys, state, observation, jnp.asarray(place.step), jnp.asarray(count))
+        losses = np.asarray(losses)[:, :count]
+        place = place._replace(step=place.step + count, seconds=self._pace.seconds())
+        is_last = place.stage == len(self._stages) - 1
+        self.progress = Progress(place, finished, curves + [losses] * is_last, state)
+        self._pace.done(count, place)
+
+    def _finish(self) -> None:
+        _, observation = self._batch()
+        place, finished, curves, state = self.progress
+        assert state is not None
+        done = jax.tree.map(np.asarray, self._compiled[-1](state.candidate, observation))
+        first = min(place.first + self._lanes, len(self._keys))
+        self.progress = Progress(Place(first, 0, -1, self._pace.seconds()), [*finished, done], curves, None)
+
+
+def _chosen(finished: list[Reconstruction], victims: int, num_restarts: int) -> Reconstruction:
+    """Chooses a restart of every victim from the reconstructions of all batches of lanes."""
+    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: victims * num_restarts], *finished)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
+    return jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
+
+
 def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
-    """The losses of all lanes in turn, shape (lanes, num_steps), from pieces of a batch of lanes after the other."""
+    """Joins the pieces of the loss curves, batch after batch of lanes, into an array of shape (lanes, num_steps)."""
     rows, batch, length = [], [], 0
     for curve in curves:
         batch.append(curve)
@@ -443,7 +573,18 @@ def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
 
 
 def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
-    """`vmap` of `fn`; but a single lane runs as it is, so that `lax.cond` really skips what it need not compute."""
+    """Maps a function over lanes by `jax.vmap`, but calls it as it is for a single lane.
+
+    Under `jax.vmap` both branches of a `jax.lax.cond` are computed, and for a single lane only the one that is needed.
+
+    Args:
+        fn: Function of one lane.
+        in_axes: Axes of the arguments as for `jax.vmap`, each 0 or None or a tree of them.
+        lanes: Number of lanes.
+
+    Returns:
+        The function of all lanes, whose results have a leading axis of lanes.
+    """
     if lanes > 1:
         return jax.vmap(fn, in_axes)
 
@@ -458,7 +599,7 @@ def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> 
 
 
 def _lane_indices(first: int, lanes: int, total: int) -> np.ndarray:
-    """`lanes` indices from `first`; where they run out the last one is repeated, and its results are dropped."""
+    """Returns the indices of a batch of lanes. The last index fills up the last batch, and its results are dropped."""
     return np.minimum(np.arange(first, first + lanes), total - 1)
 
 
@@ -469,7 +610,7 @@ def _select(observations: Observation, victims: np.ndarray) -> Observation:
 
 
 def _fingerprint(programs: list[Any], keys: Key[Array, " lanes"], observations: Observation, settings: tuple) -> str:
-    """A hash of everything a result depends on; the attack and its settings are in the programs they became."""
+    """Returns a hash of all that a result depends on. The attack and its settings are part of its programs."""
     digest = hashlib.sha256(repr(settings).encode())
     for program in programs:
         digest.update(program.as_text().encode())
