@@ -25,8 +25,10 @@ from scipy.spatial.distance import cdist
 from gia_jax import Batch, Observation, ThreatModel, data, models
 from gia_jax.base import Params, Updates
 from gia_jax.cli.aggregated import see_aggregated
-from gia_jax.cli.cases import PRIOR_ONLY, Case, attack, load_case, see
+from gia_jax.cli.cases import Case, load_case
 from gia_jax.cli.names import make_protocol
+from gia_jax.cli.outcomes import PRIOR_ONLY
+from gia_jax.cli.simulated import attack, see
 from gia_jax.clients import cross_entropy, federated_sgd
 from gia_jax.secure_aggregation import aggregate, limits, observe
 from gia_jax.secure_aggregation.protocol import decode
@@ -65,7 +67,7 @@ def psnr_of(case: Case, observations: dict[str, Observation], args: argparse.Nam
             lanes=8,
             prior_only=name if i == len(observations) - 1 else None,
         )
-        found |= {group: outcome.scores.psnr for group, outcome in outcomes.items()}
+        found |= {group: outcome.psnr for group, outcome in outcomes.items()}
     return found
 
 

@@ -40,7 +40,7 @@ from gia_jax import (
 from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks import gias, giml, inverting_gradients
 from gia_jax.base import ClientFn, Params
-from gia_jax.cli.cases import joined
+from gia_jax.cli.outcomes import joined
 from gia_jax.defenses import prune
 from gia_jax.matching.adaptive import supported
 from gia_jax.sweep.study import SHARED_PARAMS

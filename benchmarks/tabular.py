@@ -28,7 +28,7 @@ from training import accuracy, train, uniform
 
 from gia_jax import Attack, Batch, Observation, control, gradient_matching
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.cli.cases import joined
+from gia_jax.cli.outcomes import joined
 from gia_jax.defenses.protected import Protected, parse, protect
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine

@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gia_jax.cli import attack, console, demonstration, names, options
+from gia_jax.cli import attack, console, demonstration, federation, listing, parser
 
 TERMINATED = "terminated"
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 for success, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
     """
-    args = options.parser().parse_args(argv)
+    args = parser.parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # so that what was printed before a kill is not lost
     try:
@@ -35,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
             if args.out == "":
                 raise ValueError("--out must name a folder, got ''")
             if args.command == "list":
-                names.show()
+                listing.show()
             elif args.command == "attack":
                 attack.run(args)
+            elif args.command == "federation":
+                federation.run(args)
             else:
                 demonstration.run(Path(args.out), args.seed)
     except (ValueError, ImportError, OSError, OverflowError) as error:
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _terminating() -> Iterator[None]:
+def _terminating() -> Generator[None]:
     """Within it, a request to terminate (SIGTERM) raises KeyboardInterrupt, so that the state of a run is saved."""
 
     def interrupt(*_: Any) -> None:

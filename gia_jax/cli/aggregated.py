@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, Observation
 from gia_jax.cli.cases import Case
-from gia_jax.cli.names import TARGETS
+from gia_jax.cli.protocols import TARGETS
 from gia_jax.defenses.protected import Protected, encoded
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate

@@ -1,10 +1,12 @@
 """What the command line prints, and the files that it writes."""
 
+import argparse
 import contextlib
+import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +14,17 @@ import jax
 import numpy as np
 
 import gia_jax
-from gia_jax import ThreatModel, metrics, report
+from gia_jax import ThreatModel, report
 from gia_jax._files import write_unclaimed
-from gia_jax.cli.cases import Case, Outcome
-from gia_jax.defenses.protected import Protected
+from gia_jax.cli.cases import Case
+from gia_jax.cli.outcomes import Outcome
+from gia_jax.data import ImageData
+from gia_jax.defenses.protected import Part, Protected
 from gia_jax.report import picture_grid
 from gia_jax.sweep.study import Sign
 
-RESULTS = "results.json"
+RESULTS, RECONSTRUCTION = "results.json", "reconstruction.npz"
 QUIET_SECONDS = 10.0  # between two lines on a standard error that is no terminal
-
-
-def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
-    """A row of `table`: an attack, whether it knew the labels, and the same attack on random updates.
-
-    Medians and means are over the victims whose reconstruction is finite, or over all where none is. The median of
-    the attack on random updates is over all.
-    """
-    scores, timing, finite = outcome.scores, outcome.study.timing, outcome.study.reconstruction.is_finite
-    name += "" if finite.all() else f" ({np.sum(~finite)} of {finite.size} not finite)"
-    kept = finite if finite.any() else np.ones_like(finite)
-    return [
-        name,
-        "known" if known else "inferred",
-        _list_of(scores.psnr),
-        f"{np.median(scores.psnr[kept]):.1f}",
-        f"{np.median(scores.ssim[kept]):.2f}",
-        f"{np.mean(scores.label_correct[kept]):.0%}",
-        _share(outcome.explained, kept),
-        "-" if prior is None else f"{np.median(prior.scores.psnr):.1f}, {np.median(prior.explained.share):.0%}",
-        f"{timing.compile_seconds:.0f}",
-        f"{timing.run_seconds:.0f}",
-    ]
-
-
-def table(rows: list[list[str]], guesses: dict[str, np.ndarray]) -> str:
-    """Attacks and, below them, guesses without a gradient, their PSNR in dB."""
-    rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", *[""] * 6] for name, psnr in guesses.items()]
-    header = [
-        "attack or guess",
-        "labels",
-        "PSNR",
-        "median",
-        "SSIM",
-        "labels right",
-        "explained",
-        "prior only",
-        "compile s",
-        "run s",
-    ]
-    return report.table(header, rows)
-
-
-def _share(found: metrics.Explained, kept: np.ndarray) -> str:
-    """The median share of the victims' updates that is explained, and the scale where it is far from 1."""
-    scale = np.median(found.scale[kept])
-    return f"{np.median(found.share[kept]):.0%}" + ("" if 0.5 < scale < 2 else f" at scale {scale:.2g}")
-
-
-def _list_of(psnr: np.ndarray) -> str:
-    values = psnr.reshape(-1)
-    return " ".join(f"{value:.1f}" for value in values[:4]) + (" ..." if len(values) > 4 else "")
 
 
 def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) -> None:
@@ -117,13 +69,68 @@ def states(out: Path) -> Path:
     return out / "states"
 
 
+def write_reconstruction(out: Path, outcome: Outcome, since: float) -> None:
+    """Writes the arrays that an attack found, inputs as the model sees them and labels, to `RECONSTRUCTION`.
+
+    Args:
+        out: Folder of the file.
+        outcome: What the attack achieved, of which the first victim is written.
+        since: When the run began, as for `write`.
+    """
+    batch, content = outcome.study.reconstruction.batch, io.BytesIO()
+    np.savez(content, inputs=np.asarray(batch.inputs)[0], labels=np.asarray(batch.labels)[0])
+    print(f"wrote {write_unclaimed(out / RECONSTRUCTION, content.getvalue(), since)}")
+
+
 def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str, since: float) -> None:
-    """Draws originals, shape (v, b, h, w, c) in [0, 1], beside what attacks made of them; `since` as for `write`."""
+    """Draws originals beside what attacks made of them.
+
+    Args:
+        path: Path of the picture.
+        pixels: Originals, shape (v, b, h, w, c), in [0, 1].
+        outcomes: What attacks achieved, with scores, by their names.
+        title: Words above the picture.
+        since: When the run began, as for `write`.
+    """
     flat = pixels.reshape(-1, *pixels.shape[2:])
     columns, captions = {"original": flat}, {}
     for name, outcome in outcomes.items():
+        assert outcome.scores is not None
         columns[name] = outcome.scores.images.reshape(flat.shape)
-        captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.scores.psnr.reshape(-1)]
+        captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.psnr.reshape(-1)]
+    _draw(path, columns, captions, title, since)
+
+
+def picture_without_truth(
+    path: Path, outcome: Outcome, images: ImageData, name: str, title: str, since: float, *, has_range: bool
+) -> None:
+    """Draws what an attack made of an update whose images nobody knows, or says why there is no picture.
+
+    Args:
+        path: Path of the picture.
+        outcome: What the attack achieved.
+        images: Images of the kind, with the mean and deviation that lead from the model's space to pixels.
+        name: Name of the attack.
+        title: Words above the picture.
+        since: When the run began, as for `write`.
+        has_range: Whether the mean and deviation are known. Without them images that leave [0, 1] are rescaled, each
+            by its own darkest and brightest entry, and the title says so.
+    """
+    inputs = np.asarray(outcome.study.reconstruction.batch.inputs, np.float64)
+    if inputs.ndim != 5 or inputs.shape[-1] not in (1, 3):
+        print(f"no picture: inputs of shape {inputs.shape[2:]} are no images (h, w, c) of 1 or 3 channels")
+        return
+    flat = inputs.reshape(-1, *inputs.shape[2:]) * np.asarray(images.std) + np.asarray(images.mean)
+    flat = np.nan_to_num(flat, nan=0.5)
+    if not has_range and (flat.min() < 0 or flat.max() > 1):
+        low, high = flat.min((1, 2, 3), keepdims=True), flat.max((1, 2, 3), keepdims=True)
+        flat = (flat - low) / np.where(high > low, high - low, 1)
+        title += ", each rescaled to [0, 1]"
+    _draw(path, {name: np.clip(flat, 0, 1)}, {}, title, since)
+
+
+def _draw(path: Path, columns: dict[str, np.ndarray], captions: dict[str, list[str]], title: str, since: float) -> None:
+    """Writes a grid of images to a path that no other run has claimed."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         drawing = Path(folder) / path.name
         picture_grid(columns, drawing, captions=captions, title=title)
@@ -161,12 +168,37 @@ def banner(case: Case, model: str, protected: Protected, clients: int = 1) -> No
     )
 
 
-def threat(known: bool, defense: str, adaptive: bool, statistics: bool = False) -> str:
-    """What the server is, has and knows, in words."""
-    card = ThreatModel(labels=known, statistics=statistics).describe()
-    if defense == "none":
-        return card
-    return f"{card}; {'knows' if adaptive else 'does not know'} the defense {defense}"
+def words(parts: Sequence[Part]) -> str:
+    """Returns the words for the defenses of a client, "none" without any."""
+    return " ".join(map(str, parts)) or "none"
+
+
+def threat(
+    model: ThreatModel, parts: Sequence[Part], args: argparse.Namespace | None = None, *, modelled: bool = True
+) -> str:
+    """Says what the server is, has and knows.
+
+    Args:
+        model: Threat model of the observation.
+        parts: Defenses of the client.
+        args: Options of the attacker. None for one that knows of no defense and has nothing of its own.
+        modelled: Whether an attacker that knows these defenses makes use of it.
+
+    Returns:
+        One line.
+    """
+    adaptive = args is not None and args.adaptive
+    said = [model.describe()]
+    if parts:
+        said.append(f"{'knows' if adaptive else 'does not know'} the defense {words(parts)}")
+    if adaptive and not modelled:
+        said[-1] += ", but no likelihood for this chain: attacks as if it did not"
+    if args is not None and args.statistics == "running":
+        said.append("matches running statistics")
+    if args is not None and args.attack == "gias":
+        trained = "untrained" if args.generator == "untrained" else f"trained: {args.generator}"
+        said.append(f"has a generator, {trained}")
+    return "; ".join(said)
 
 
 def progress(name: str) -> Callable[[Sign], None]:

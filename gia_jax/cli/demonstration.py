@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from gia_jax import ThreatModel, metrics, report
-from gia_jax.cli import console
-from gia_jax.cli.cases import PRIOR_ONLY, attack, load_case, see
+from gia_jax.cli import console, tables
+from gia_jax.cli.cases import load_case
 from gia_jax.cli.names import ATTACKS
+from gia_jax.cli.outcomes import PRIOR_ONLY
+from gia_jax.cli.simulated import attack, see
 from gia_jax.defenses.protected import parse, promises
 
 # Strengths of the literature, the noise and the clipping in proportion to LeNet.
@@ -62,15 +64,15 @@ def run(out: Path, seed: int) -> None:
             checkpoint=console.states(out),
         )
     guesses = metrics.baselines(case.pixels, case.gallery)
-    rows = [console.row(name, knows[name], outcomes["none"], outcomes[PRIOR_ONLY]) for name, outcomes in found.items()]
-    print(console.table(rows, guesses))
+    rows = [tables.row(name, knows[name], outcomes["none"], outcomes[PRIOR_ONLY]) for name, outcomes in found.items()]
+    print(tables.table(rows, guesses))
     print(
         "\nPSNR in dB after clipping to [0, 1]: above 20 a photograph is recognisable, above 40 it is a copy.\n"
         "Restarts are chosen by the attacker's own loss. 'prior only' is the same attack on a random update.\n"
         "Seconds are for all the defenses below together.\n\n"
         "The same attacks, which know of no defense, when the client defends itself; median PSNR in dB:\n"
     )
-    medians = [[name, *(f"{np.median(o[shown].scores.psnr):.1f}" for shown in SHOWN)] for name, o in found.items()]
+    medians = [[name, *(f"{np.median(o[shown].psnr):.1f}" for shown in SHOWN)] for name, o in found.items()]
     print(report.table(["attack", *SHOWN], medians))
     print()
     for name, chosen in parts.items():
@@ -92,9 +94,9 @@ def run(out: Path, seed: int) -> None:
                 outcomes[shown].scores,
                 explained=outcomes[shown].explained,
                 settings=setting | {"restarts": restarts, "defense": shown},
-                threat_model=console.threat(knows[name], shown, False),
+                threat_model=console.threat(ThreatModel(labels=knows[name]), parts[shown]),
                 extra={
-                    "prior_only_psnr": outcomes[PRIOR_ONLY].scores.psnr.tolist(),
+                    "prior_only_psnr": outcomes[PRIOR_ONLY].psnr.tolist(),
                     "prior_only_explained": outcomes[PRIOR_ONLY].explained.share.tolist(),
                 },
             )

@@ -1,6 +1,7 @@
 """The federation of the command line in which workers hold different parts of the same images, and CAFE on it."""
 
 import argparse
+import time
 from pathlib import Path
 
 import jax
@@ -12,8 +13,8 @@ import gia_jax
 from gia_jax import _check, attacks, clients, data, metrics, report
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS, batch_condition, check_identifiable
 from gia_jax.base import Batch, Observation, Params, Reconstruction
-from gia_jax.cli import console, options
-from gia_jax.cli.cases import Outcome, explained
+from gia_jax.cli import console, options, tables
+from gia_jax.cli.outcomes import Outcome, explained
 from gia_jax.labels import Dense, dense
 from gia_jax.models.layers import fan_in_uniform
 from gia_jax.sweep.study import study_analytic
@@ -21,11 +22,19 @@ from gia_jax.threat import ThreatModel, observe
 
 NUM_WORKERS, WIDTH, OUTPUTS = 4, 32, 10
 THREAT = ThreatModel(batch_indices=True)
+OPTIONS = ("data", "records", "rounds", "batch_size")
 
 
 def parameters(key: PRNGKeyArray, slice_size: int, num_classes: int) -> Params:
-    """Parameters of four workers with two dense layers, from a slice to ten numbers, and of a server with one, in
-    PyTorch's default initialisation.
+    """Draws the parameters of four workers and of a server, in PyTorch's default initialisation.
+
+    Args:
+        key: Random key of the draw.
+        slice_size: Number of pixels of a slice. A worker has two dense layers, from a slice to ten numbers.
+        num_classes: Number of classes. The server has one dense layer, from the numbers of all workers to the logits.
+
+    Returns:
+        The parameters, with a list of those of the "workers" and those of the "server".
     """
 
     def layer(key: PRNGKeyArray, inputs: int, features: int) -> Params:
@@ -43,18 +52,18 @@ def parameters(key: PRNGKeyArray, slice_size: int, num_classes: int) -> Params:
 
 
 def fully_connected(layer: Params, inputs: Float[Array, "b d"]) -> Float[Array, "b f"]:
-    """A layer of `parameters`; the server's is one."""
+    """Applies a dense layer of `parameters`, such as the server's."""
     return inputs @ layer["kernel"] + layer["bias"]
 
 
 def worker(params: Params, part: Array) -> Float[Array, "b f"]:
-    """Two layers: the slice of an image to the numbers that the server gets."""
+    """Applies the two layers of a worker, which turn slices of images into the numbers that the server gets."""
     hidden = jax.nn.relu(fully_connected(params["first"], part.reshape(len(part), -1)))
     return fully_connected(params["last"], hidden)
 
 
 def first_layers(tree: Params) -> list[Dense]:
-    """The first layer of every worker, in the parameters or an update."""
+    """Returns the first layer of every worker, in the parameters or an update."""
     return [Dense(own["first"]["kernel"], own["first"]["bias"]) for own in tree["workers"]]
 
 
@@ -64,20 +73,20 @@ apply = clients.vertical_model(clients.quadrants, worker, fully_connected)
 def cafe_on_federation(
     images: data.ImageData, key: PRNGKeyArray, *, batch_size: int, rounds: int
 ) -> tuple[Outcome, np.ndarray, float]:
-    """CAFE by exact steps on one federation that holds all the images, a quarter of each at every worker.
+    """Runs CAFE by exact steps on one federation that holds all the images, a quarter of each at every worker.
 
     Args:
         images: Images of even height and width.
-        key: Key of the parameters, the batches and the attack.
-        batch_size: Number of records of a round, drawn without replacement.
-        rounds: Number of rounds, of a model that stays as it is.
+        key: Random key of the parameters, the batches and the attack.
+        batch_size: Number of records of a round, at least 1, which are drawn without replacement.
+        rounds: Number of rounds of a model that stays as it is, at least 1.
 
     Returns:
-        The outcome with every record as a victim, at its own place, the images, shape (n, 1, h, w, c), and the
+        The outcome with every record as a victim, at its own place; the images, shape (n, 1, h, w, c); and the
         condition number of the selection matrix, by which rounding errors of the updates may grow.
 
     Raises:
-        ValueError: Batches larger than the data, images that have no quarters, or batches that cannot identify them.
+        ValueError: If batches are larger than the data, images have no quarters, or the batches do not identify them.
     """
     count = len(images.labels)
     if batch_size > count:
@@ -105,17 +114,18 @@ def cafe_on_federation(
     return outcome, images.images[:, None], batch_condition(indices, count)
 
 
-def run(args: argparse.Namespace, began: float) -> None:
+def run(args: argparse.Namespace) -> None:
     """Attacks a federation by CAFE, prints the table and writes the results and a picture.
 
     Args:
-        args: Options of the command line.
-        began: When the run began, in seconds as `time.time` counts them.
+        args: Options of the command line. Those that were not given are None, and get their defaults here.
 
     Raises:
         ValueError: If an option is out of its range.
         OSError: If the results cannot be written.
     """
+    began = time.time()
+    options.check_counts(args, OPTIONS[1:])
     defaults = {"data": "mnist", "records": NUM_RECORDS, "rounds": NUM_ROUNDS, "batch_size": BATCH_SIZE}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
@@ -136,11 +146,11 @@ def run(args: argparse.Namespace, began: float) -> None:
     small = args.data in ("photos", "digits")
     gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
     guesses = metrics.baselines(pixels, gallery)
-    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*options.CAFE_OPTIONS, "seed")}
+    settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*OPTIONS, "seed")}
     content = report.results(
         outcome.study, outcome.scores, explained=outcome.explained, settings=settings, threat_model=threat
     )
     console.write(out, content, [outcome], began)
-    print(console.table([console.row("cafe", False, outcome, None)], guesses) + "\n")
+    print(tables.table([tables.row("cafe", False, outcome, None)], guesses) + "\n")
     first = outcome._replace(scores=jax.tree.map(lambda field: field[:8], outcome.scores))
     console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)

@@ -227,7 +227,7 @@ def must_fit(argument: str, given: Mapping[str, Struct], like_name: str, wanted:
         raise several(argument, like_name, problems)
 
 
-def unflatten(tensors: Mapping[str, Tensor], like: PyTree[Struct]) -> PyTree[Array]:
+def unflatten(tensors: Mapping[str, Tensor], like: PyTree[Struct] | None = None) -> PyTree[Array]:
     """Puts arrays with the names of a model's own parameters into the tree of these parameters.
 
     It is the way back from `save_tensors` and `load_tensors`. Arrays with PyTorch's names and layouts take
@@ -235,14 +235,15 @@ def unflatten(tensors: Mapping[str, Tensor], like: PyTree[Struct]) -> PyTree[Arr
 
     Args:
         tensors: Arrays by name, a path's keys joined by dots, such as "conv1.kernel".
-        like: Tree of arrays or of their shapes and types, such as the parameters of `models.functional`.
+        like: Tree of arrays or of their shapes and types, such as the parameters of `models.functional`. None makes
+            nested dicts, one for every dot in a name.
 
     Returns:
-        A tree of the structure, shapes and types of `like`.
+        A tree of the structure, shapes and types of `like`, or nested dicts of the arrays in their own types.
 
     Raises:
         ValueError: If arrays are missing, are too many, are not finite, or have another shape or kind of number. The
-            message names each of them.
+            message names each of them. Without `like`, if a name is that of an array and of a dict.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -252,9 +253,29 @@ def unflatten(tensors: Mapping[str, Tensor], like: PyTree[Struct]) -> PyTree[Arr
         >>> tree = interop.unflatten({"head.kernel": np.ones((2, 3)), "head.bias": np.ones(3)}, like)
         >>> tree["head"]["kernel"].shape, tree["head"]["bias"].dtype
         ((2, 3), dtype('float32'))
+        >>> interop.unflatten({"fc.0.weight": np.ones(2), "scale": np.ones(())})["fc"]["0"]["weight"].shape
+        (2,)
     """
     arrays = named(dict(tensors), "tensors")
+    if like is None:
+        return _nested(arrays)
     wanted = {joined(path): leaf for path, leaf in jax.tree.leaves_with_path(like)}
     must_fit("tensors", arrays, "like", wanted)
     leaves = [fitted(f"tensors[{name!r}]", arrays[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, PyTree[Array]]:
+    """Returns nested dicts of the arrays, or raises ValueError where a name is that of an array and of a dict."""
+    tree: dict[str, PyTree[Array]] = {}
+    for name, array in arrays.items():
+        *outer, own = name.split(".")
+        node = tree
+        for key in outer:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or own in node:
+            raise ValueError(f"tensors must have names of an array or of a group of them, got both beside {name!r}")
+        node[own] = jnp.asarray(array)
+    return tree

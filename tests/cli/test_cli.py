@@ -20,9 +20,10 @@ from flax import nnx
 
 from gia_jax import Batch, ThreatModel, data, models
 from gia_jax.cli import demonstration, main
-from gia_jax.cli.cases import load_case, see
+from gia_jax.cli.cases import load_case
 from gia_jax.cli.console import progress
-from gia_jax.cli.names import ATTACKS, SOLVERS
+from gia_jax.cli.names import ATTACKS, LABEL_RULES, SOLVERS
+from gia_jax.cli.simulated import see
 from gia_jax.defenses.protected import COMBINATIONS, DEFENSES, parse, promises
 from gia_jax.sweep.study import Sign
 
@@ -47,8 +48,8 @@ def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled before the arguments were checked")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr("gia_jax.cli.cases.study", refuse)
-    monkeypatch.setattr("gia_jax.cli.cases.study_analytic", refuse)
+    monkeypatch.setattr("gia_jax.cli.outcomes.study", refuse)
+    monkeypatch.setattr("gia_jax.cli.outcomes.study_analytic", refuse)
 
 
 def _read(out: Path) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def test_gias_uses_the_generator_that_it_names(tmp_path: Path) -> None:
 
 def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--records", "24", "--rounds", "40", "--batch-size", "6"]
-    assert main(["attack", "--attack", "cafe", "--data", "digits", "--out", str(tmp_path), *size]) == 0
+    assert main(["federation", "--data", "digits", "--out", str(tmp_path), *size]) == 0
     read = _read(tmp_path)
     assert len(read["victims"]) == 24
     assert min(victim["psnr"] for victim in read["victims"]) > 60  # float32
@@ -142,12 +143,12 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "batch indices" in read["threat_model"]
     assert (tmp_path / "reconstructions.png").exists()
     size[3] = "20"  # fewer rounds than records
-    assert main(["attack", "--attack", "cafe", "--data", "digits", "--out", str(tmp_path), *size]) == 2
+    assert main(["federation", "--data", "digits", "--out", str(tmp_path), *size]) == 2
     output = capsys.readouterr()
     assert "the batches identify every record: rank 24, condition number" in output.out
     assert "batch_indices cannot identify the records" in output.err
-    assert main(["attack", "--attack", "cafe", "--restarts", "3", "--out", str(tmp_path)]) == 2
-    assert "--restarts is not for --attack cafe, got 3" in capsys.readouterr().err
+    assert main(["federation", "--rounds", "0", "--out", str(tmp_path)]) == 2
+    assert "--rounds must be at least 1 and below 2^31, got 0" in capsys.readouterr().err
 
 
 def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
@@ -288,6 +289,16 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     assert victims[0] == victims[1] != victims[2]
 
 
+def test_a_label_rule_by_its_name_infers_the_labels(tmp_path: Path) -> None:
+    """Inverting Gradients takes labels as known: with a rule it does not."""
+    assert main([*QUICK, "--batch-size", "2", "--steps", "3", "--label-rule", "ilrg", "--out", str(tmp_path)]) == 0
+    read = _read(tmp_path)
+    assert read["threat_model"] == ThreatModel().describe()
+    assert (read["settings"]["labels"], read["settings"]["label_rule"]) == ("inferred", "ilrg")
+    assert main([*QUICK, "--batch-size", "2", "--attack", "linear", "--out", str(tmp_path)]) == 0
+    assert _read(tmp_path)["settings"]["label_rule"] == "bias_counts"
+
+
 def test_the_linear_attack_is_exact_and_says_what_it_knew(tmp_path: Path) -> None:
     assert main([*QUICK, "--attack", "linear", "--out", str(tmp_path)]) == 0
     read = _read(tmp_path)
@@ -337,7 +348,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--attack", "magic"], f"--attack must be one of {', '.join([*ATTACKS, 'cafe'])}, got 'magic'"),
+        (["--attack", "magic"], f"--attack must be one of {', '.join(ATTACKS)}, got 'magic'"),
         (["--model", "magic"], f"--model must be one of {', '.join(models.MODELS)}, got 'magic'"),
         (
             ["--aggregation", "magic"],
@@ -349,8 +360,13 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
             "--attack r_gap needs a batch of one image, got 2",
         ),
-        (["--attack", "cafe"], "--model is not for --attack cafe, got 'linear'"),
-        (["--attack", "dlg", "--rounds", "5"], "--rounds is not for --attack dlg, got 5"),
+        (["--attack", "cafe"], f"--attack must be one of {', '.join(ATTACKS)}, got 'cafe'"),
+        (["--label-rule", "magic"], f"--label-rule must be one of {', '.join(LABEL_RULES)}, got 'magic'"),
+        (["--label-rule", "llg", "--labels", "known"], "--label-rule infers labels, got 'llg' with --labels known"),
+        (["--attack", "dlg", "--label-rule", "llg"], "--label-rule is not for --attack dlg, got 'llg'"),
+        (["--label-rule", "idlg", "--batch-size", "2"], "--label-rule idlg infers the label of one image, got 2"),
+        (["--params", "p.npz"], "--params needs --update, got 'p.npz'"),
+        (["--head", "fc"], "--head needs --update, got 'fc'"),
         (["--attack", "linear", "--restarts", "7"], "--restarts is not for --attack linear, got 7"),
         (["--attack", "linear", "--steps", "5"], "--steps is not for --attack linear, got 5"),
         (["--attack", "linear", "--solver", "lbfgs"], "--solver is not for --attack linear, got 'lbfgs'"),
@@ -364,7 +380,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             ["--attack", "grad_inversion", "--solver", "levenberg_marquardt"],
-            "--solver levenberg_marquardt solves for one seed only, got --attack grad_inversion",
+            "--solver of --attack grad_inversion must be one of paper, adam, fixed_step_lbfgs, lbfgs, got 'levenberg_",
         ),
         (["--clip", "nan"], "--clip needs --aggregation, got nan"),
         (["--clients", "7"], "--clients needs --aggregation, got 7"),

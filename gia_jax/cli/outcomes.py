@@ -1,0 +1,170 @@
+"""What an attack of the command line achieves: one program on all victims and on random updates, and its scores."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from gia_jax import metrics
+from gia_jax._compile import RUN_ONCE
+from gia_jax.base import Batch, ClientFn, Observation, Updates
+from gia_jax.cli.names import INVERTIBLE, Target, make_analytic, make_attack
+from gia_jax.data import ImageData
+from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic
+from gia_jax.threat import control
+
+PRIOR_ONLY = "prior only"
+
+
+class Outcome(NamedTuple):
+    """What an attack achieved on some of the victims that were attacked together.
+
+    Attributes:
+        study: Study with a reconstruction of each victim.
+        scores: Scores of the reconstructions against the truth. None where there is no truth.
+        explained: How much of each victim's update its reconstruction explains, arrays of shape (victims,).
+    """
+
+    study: Study
+    scores: metrics.Scores | None
+    explained: metrics.Explained
+
+    @property
+    def psnr(self) -> np.ndarray:
+        """PSNR of every image in dB, shape (victims, b); there is none without a truth."""
+        assert self.scores is not None
+        return self.scores.psnr
+
+
+def attack_target(
+    target: Target,
+    observations: Mapping[str, Observation],
+    name: str,
+    key: PRNGKeyArray,
+    *,
+    model: str,
+    labels: str,
+    label_rule: str | None = None,
+    solver: str = "paper",
+    num_steps: int,
+    num_restarts: int = 1,
+    lanes: int = 16,
+    prior_only: str | None = None,
+    progress_fn: ProgressFn | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, Outcome]:
+    """Runs one attack, as one program, on all observations and on random updates.
+
+    Args:
+        target: What the attacker knows of the victims.
+        observations: Observations by name, with a leading axis of victims and of the same parameters.
+        name: Key of `ATTACKS`.
+        key: Random key of the attacker.
+        model: Name of the model, for analytic attacks.
+        labels: "known" or "inferred".
+        label_rule: Key of `LABEL_RULES` for labels that are inferred. None takes the attack's own.
+        solver: Key of `SOLVERS`.
+        num_steps: Number of steps of every restart, at least 1; analytic attacks do not use it.
+        num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
+        lanes: Number of restarts under one `vmap`, at least 1.
+        prior_only: Name of the observations that random updates imitate. None leaves them out.
+        progress_fn: Function that is called with signs of life, as by `study`.
+        checkpoint: Folder for the state of the run, as for `study`. None keeps nothing.
+
+    Returns:
+        Outcomes without scores, by the names of the observations, and of the random updates by "prior only".
+
+    Raises:
+        ValueError: If a name is unknown, or the attack refuses the target or the observations.
+    """
+    key_attack, key_random = jax.random.split(key)
+    groups = dict(observations)
+    if prior_only is not None:
+        groups[PRIOR_ONLY] = jax.jit(control)(key_random, observations[prior_only])
+    together = joined(list(groups.values()))
+    if name in INVERTIBLE:
+        inversion = make_analytic(name, target, model=model, labels=labels, rule=label_rule)
+        found = study_analytic(inversion, key_attack, together, progress_fn=progress_fn)
+    else:
+        found = study(
+            make_attack(name, target, labels=labels, solver=solver, num_steps=num_steps, rule=label_rule),
+            key_attack,
+            together,
+            num_steps=num_steps,
+            num_restarts=num_restarts,
+            lanes=lanes,
+            progress_fn=progress_fn,
+            checkpoint=checkpoint,
+        )
+    shares = explained(target.client_fn, together, found.reconstruction.batch, lanes=lanes)
+    victims, outcomes = len(found.reconstruction.loss) // len(groups), {}
+    for i, group in enumerate(groups):
+        part = slice(i * victims, (i + 1) * victims)
+        reconstruction, own_shares = jax.tree.map(lambda leaf, part=part: leaf[part], (found.reconstruction, shares))
+        own = found._replace(reconstruction=reconstruction, losses=found.losses[part])
+        outcomes[group] = Outcome(own, None, own_shares)
+    return outcomes
+
+
+def with_scores(outcomes: Mapping[str, Outcome], truth: Batch, images: ImageData) -> dict[str, Outcome]:
+    """Scores the reconstructions of several outcomes for the same victims against the truth, as one program.
+
+    Args:
+        outcomes: Outcomes by name.
+        truth: True batches in the model's space, with a leading axis of victims.
+        images: Images of the same kind, whose mean and deviation lead from the model's space to pixels.
+
+    Returns:
+        The outcomes with their scores.
+
+    Raises:
+        ValueError: If the truth is not of such images.
+    """
+    found = [outcome.study.reconstruction.batch for outcome in outcomes.values()]
+    every = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *found)
+    repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(found)), truth)
+    scores, victims = metrics.score(every, repeated, images), len(truth.inputs)
+    return {
+        name: outcome._replace(scores=jax.tree.map(lambda leaf, i=i: leaf[i * victims : (i + 1) * victims], scores))
+        for i, (name, outcome) in enumerate(outcomes.items())
+    }
+
+
+def explained(client_fn: ClientFn, observations: Observation, batch: Batch, *, lanes: int = 16) -> metrics.Explained:
+    """Measures for every victim how much of its update its reconstruction explains.
+
+    Args:
+        client_fn: Client that the attacker assumes.
+        observations: Observations with a leading axis of victims.
+        batch: Reconstructions with the same leading axis.
+        lanes: Number of victims under one `vmap`, at least 1.
+
+    Returns:
+        What `metrics.explained` says, arrays of shape (victims,).
+    """
+
+    def of_one(victim: tuple[Updates, Batch]) -> metrics.Explained:
+        update, found = victim
+        return metrics.explained(client_fn, Observation(observations.params, update, {}), found)
+
+    of_all = jax.jit(lambda victims: jax.lax.map(of_one, victims, batch_size=lanes), compiler_options=RUN_ONCE)
+    return jax.tree.map(np.asarray, of_all((observations.update, jax.tree.map(jnp.asarray, batch))))
+
+
+def joined(observations: Sequence[Observation]) -> Observation:
+    """Joins the victims of several observations of the same parameters to one observation.
+
+    Args:
+        observations: Observations with leading axes of victims, at least one observation.
+
+    Returns:
+        The observation of all victims, with the parameters of the first.
+    """
+    updates_and_extras = [(observation.update, observation.extra) for observation in observations]
+    return Observation(
+        observations[0].params, *jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *updates_and_extras)
+    )
