@@ -18,7 +18,7 @@ from gia_jax.base import (
     Reconstruction,
     Updates,
 )
-from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
+from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run, solve
 from gia_jax.matching.solver import box, gradient_matching
 from gia_jax.sweep.devices import map_sharded
 from gia_jax.threat import ThreatModel, control, granted, granted_labels, grants, observe, observed, stack
@@ -67,5 +67,6 @@ __all__ = [
     "observed",
     "restarts",
     "run",
+    "solve",
     "stack",
 ]

@@ -207,6 +207,8 @@ class Attack(NamedTuple):
             and evaluates its loss.
         warm_up: Another attack that runs inside `init`, or None. A driver may run it step by step in place of `init`,
             to show progress and to survive an interruption. `gia_jax.matching.run.warmed_up` sets it.
+        num_steps: Number of steps that a schedule inside `step` is made for, such as that of the learning rate, or None
+            where any number will do. Drivers take it from here and refuse another one.
 
     Examples:
         An attack on a client whose update is its input. Each step halves the distance to the observed update:
@@ -233,6 +235,7 @@ class Attack(NamedTuple):
     step: Callable[[PRNGKeyArray, AttackState, Observation], tuple[AttackState, AttackInfo]]
     finalize: Callable[[Any, Observation], Reconstruction]
     warm_up: "WarmUp | None" = None
+    num_steps: int | None = None
 
 
 class WarmUp(NamedTuple):

@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 def named(name: str, solver: str) -> Callable[[Target], Attack]:
     labels = ATTACKS[name].labels
-    return lambda target: make_attack(name, target, labels=labels, solver=solver, num_steps=100)
+    return lambda target: make_attack(name, target, labels=labels, solver=solver, num_steps=NUM_STEPS)
 
 
 def dlg(target: Target) -> Attack:
@@ -71,7 +71,7 @@ def idlg(target: Target) -> Attack:
 
 
 def inverting_gradients(target: Target) -> Attack:
-    return attacks.inverting_gradients(target.client_fn, bounds=target.bounds, num_steps=100)
+    return attacks.inverting_gradients(target.client_fn, bounds=target.bounds, num_steps=NUM_STEPS)
 
 
 def grad_inversion(target: Target) -> Attack:
@@ -81,7 +81,7 @@ def grad_inversion(target: Target) -> Attack:
         statistics_fn=lambda params, inputs: [(jnp.mean(inputs, (0, 1, 2)), jnp.var(inputs, (0, 1, 2)))],
         known_statistics_fn=lambda observation: [(jnp.zeros(3), jnp.ones(3))],
         num_seeds=2,
-        num_steps=100,
+        num_steps=NUM_STEPS,
         num_warm_up_steps=0,
     )
 
@@ -98,15 +98,15 @@ def generator() -> dict[str, Any]:
 
 
 def latent_search(target: Target) -> Attack:
-    return attacks.latent_search(target.client_fn, **generator())
+    return attacks.latent_search(target.client_fn, **generator(), num_steps=NUM_STEPS)
 
 
 def gias(target: Target) -> Attack:
-    return attacks.gias(target.client_fn, **generator(), num_latent_steps=2, num_latents=2)
+    return attacks.gias(target.client_fn, **generator(), num_latent_steps=2, num_latents=2, num_steps=NUM_STEPS)
 
 
 def deep_image_prior(target: Target) -> Attack:
-    return attacks.gias(target.client_fn, **generator(), num_latent_steps=0, num_latents=1)
+    return attacks.gias(target.client_fn, **generator(), num_latent_steps=0, num_latents=1, num_steps=NUM_STEPS)
 
 
 def exact(target: Target) -> Attack:

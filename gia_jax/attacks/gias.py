@@ -121,7 +121,7 @@ def latent_search(
     _check.not_negative(latent_weight=latent_weight)
     _check.finite("latent_weight", latent_weight)
     adam = optax.adam(step_schedule(learning_rate, num_steps))
-    return gradient_matching(
+    attack = gradient_matching(
         client_fn,
         init_fn=_normal_latents(generator_fn, generator_params, latent_shape),
         objective_fn=supported() if objective_fn is None else objective_fn,
@@ -130,6 +130,7 @@ def latent_search(
         decode_fn=lambda latents, labels: Batch(lowered(generator_fn)(generator_params, latents), labels),
         optimizer=optax.chain(optax.add_decayed_weights(latent_weight), adam),
     )
+    return attack._replace(num_steps=num_steps)
 
 
 def gias(
@@ -254,6 +255,7 @@ def gias(
         return from_latents(lambda *_: latents).init(key, observation)
 
     second = from_latents(_normal_latents(generator_fn, generator_params, latent_shape))
+    second = second._replace(num_steps=num_steps)
     return warmed_up(second, WarmUp(from_starts(search, num_latents), num_latent_steps, hand_over))
 
 

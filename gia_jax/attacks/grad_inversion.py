@@ -184,7 +184,7 @@ def grad_inversion(
         _check_distinct(jax.tree.map(lambda leaf: leaf[0], state.candidate.labels))
         return state
 
-    return group._replace(init=init)
+    return group._replace(init=init, num_steps=num_steps if optimizer is None else None)
 
 
 def _check_distinct(labels: Any) -> None:

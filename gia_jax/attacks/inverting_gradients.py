@@ -46,7 +46,8 @@ def inverting_gradients(
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
         bounds: Darkest and brightest value of a pixel in the model's space, as two numbers or two arrays with one value
             for each channel.
-        num_steps: Number of steps that the learning rate's schedule is made for, at least 1.
+        num_steps: Number of steps that the learning rate's schedule is made for, at least 1. `run` takes it from
+            the attack. It has no meaning with an `optimizer` of one's own.
         total_variation_weight: Weight alpha of the total variation in the loss, at least 0 and finite.
         label_fn: Function `(observation) -> labels` that the attacker uses to find the labels. By default it takes
             those that the threat model grants.
@@ -82,7 +83,7 @@ def inverting_gradients(
     _check.not_negative(total_variation_weight=total_variation_weight)
     _check.finite("total_variation_weight", total_variation_weight)
     paper = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
-    return gradient_matching(
+    attack = gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,
         objective_fn=objective_fn,
@@ -92,3 +93,4 @@ def inverting_gradients(
         optimizer=paper if optimizer is None else optimizer,
         residual_fn=cosine_residuals,
     )
+    return attack._replace(num_steps=num_steps if optimizer is None else None)

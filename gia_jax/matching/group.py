@@ -80,7 +80,7 @@ def together(attack: Attack, num_seeds: int, consensus_fn: ConsensusFn) -> Attac
     def finalize(candidate: Any, observation: Observation) -> Reconstruction:
         return choose(jax.vmap(attack.finalize, (0, None))(candidate, told(candidate, observation)))
 
-    return Attack(init, step, finalize)
+    return Attack(init, step, finalize, num_steps=attack.num_steps)
 
 
 def consistency(batch: Batch, observation: Observation) -> Float[Array, ""]:

@@ -56,7 +56,7 @@ def advance(
 
 
 def run(
-    attack: Attack, key: PRNGKeyArray, observation: Observation, *, num_steps: int
+    attack: Attack, key: PRNGKeyArray, observation: Observation, *, num_steps: int | None = None
 ) -> tuple[Reconstruction, AttackInfo]:
     """Runs an attack from start to end.
 
@@ -67,14 +67,16 @@ def run(
         attack: Attack to run.
         key: Random key of the attacker, never one that the client used.
         observation: What the attack receives.
-        num_steps: Number of steps, a Python integer of at least 1.
+        num_steps: Number of steps, a Python integer of at least 1. It may be left out where `attack.num_steps` says it,
+            and must then be no other number.
 
     Returns:
         The reconstruction, and the `AttackInfo` of all steps, with fields of shape (num_steps,).
 
     Raises:
-        ValueError: If `num_steps` is no positive integer or its losses do not fit into memory, or if the observation
-            holds values that are not finite, which is not checked inside of a trace.
+        ValueError: If `num_steps` is no positive integer, is missing, is another number than the attack's schedule is
+            made for, or its losses do not fit into memory, or if the observation holds values that are not finite,
+            which is not checked inside of a trace.
 
     Examples:
         The update of this client is its input, and the attack finds it:
@@ -91,13 +93,68 @@ def run(
         >>> [round(pixel, 2) for pixel in reconstruction.batch.inputs[0].tolist()], info.loss.shape
         ([0.5, -1.0], (200,))
     """
-    _check.integer(1, 2**31 - 1, num_steps=num_steps)
+    num_steps = planned_steps(attack, num_steps)
     _check.fits(len(AttackInfo._fields) * num_steps, num_steps=num_steps)
     _check.finite("observation", observation)
     key_init, key_steps = jax.random.split(key)
     state = attack.init(key_init, observation)
     state, info = advance(attack, key_steps, state, observation, start=0, num_steps=num_steps)
     return attack.finalize(state.candidate, observation), info
+
+
+def planned_steps(attack: Attack, num_steps: int | None) -> int:
+    """Returns the number of steps of a run: `num_steps`, or where that is None the one that the attack is made for.
+
+    Raises:
+        ValueError: If `num_steps` is no positive integer, if neither is known, or if they differ.
+    """
+    if num_steps is None:
+        if attack.num_steps is None:
+            raise ValueError("num_steps must be given for an attack without a schedule of its own, got None")
+        return attack.num_steps
+    _check.integer(1, 2**31 - 1, num_steps=num_steps)
+    if attack.num_steps not in (None, num_steps):
+        raise ValueError(f"num_steps must be the {attack.num_steps} of the attack's schedule, got {num_steps}")
+    return num_steps
+
+
+def solve(
+    attack: Attack, *, num_steps: int | None = None, num_restarts: int = 1, batch_size: int | None = 16
+) -> ReconstructFn:
+    """Makes of an attack the function that most users want: the best step of the best of several restarts.
+
+    It is `restarts` around `run` around `keep_best`, and all choices are made by the attacker's own loss.
+
+    Args:
+        attack: Attack to run.
+        num_steps: Number of steps of each restart, at least 1. It may be left out where `attack.num_steps` says it.
+        num_restarts: Number of restarts, at least 1.
+        batch_size: Number of restarts that run side by side under one `jax.vmap`, at least 1; None for all.
+
+    Returns:
+        A function `(key, observation) -> reconstruction`, for `jax.jit` and `jax.vmap`.
+
+    Raises:
+        ValueError: If a count is no positive integer, or if `num_steps` is missing or not the attack's own.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import gradient_matching, observed, solve
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, update = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([0.5, -1.0])}
+        >>> seen = observed(params, update, inputs_like=jnp.array([[0.0, 0.0]]), labels=jnp.array([0]))
+        >>> attack_fn = jax.jit(solve(gradient_matching(client_fn), num_steps=200, num_restarts=2))
+        >>> reconstruction = attack_fn(jax.random.key(0), seen)
+        >>> [round(pixel, 2) for pixel in reconstruction.batch.inputs[0].tolist()], reconstruction.restart_losses.shape
+        ([0.5, -1.0], (2,))
+    """
+    best, steps = keep_best(attack), planned_steps(attack, num_steps)
+
+    def once_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
+        return run(best, key, observation, num_steps=steps)[0]
+
+    return restarts(once_fn, num_restarts, batch_size=batch_size)
 
 
 class Best(NamedTuple):
@@ -165,7 +222,7 @@ def keep_best(attack: Attack) -> Attack:
         best = best._replace(loss=best_loss, is_finite=best.is_finite & jnp.isfinite(best_loss))
         return optax.tree.where(use_last, last, best)
 
-    kept, warm_up = Attack(init, step, finalize), attack.warm_up
+    kept, warm_up = Attack(init, step, finalize, num_steps=attack.num_steps), attack.warm_up
     if warm_up is None:
         return kept
 
@@ -270,7 +327,7 @@ def from_starts(attack: Attack, num_starts: int) -> Attack:
     def finalize(candidate: Any, observation: Observation) -> Reconstruction:
         return choose(jax.vmap(attack.finalize, (0, None))(candidate, observation))
 
-    starts, warm_up = Attack(init, step, finalize), attack.warm_up
+    starts, warm_up = Attack(init, step, finalize, num_steps=attack.num_steps), attack.warm_up
     if warm_up is None:
         return starts
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Key, PRNGKeyArray
 from gia_jax import _check
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Attack, AttackState, Observation, ReconstructFn, Reconstruction
-from gia_jax.matching.run import choose
+from gia_jax.matching.run import choose, planned_steps
 from gia_jax.sweep.store import Place, Progress, RunState
 
 SHARED_PARAMS = Observation(params=None, update=0, extra=0)  # vmap axes: one set of parameters, many victims
@@ -148,7 +148,7 @@ def study(
     key: PRNGKeyArray,
     observations: Observation,
     *,
-    num_steps: int,
+    num_steps: int | None = None,
     num_restarts: int = 1,
     lanes: int = 16,
     progress_fn: ProgressFn | None = None,
@@ -165,7 +165,7 @@ def study(
         observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
             has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
             finite. Their reconstruction has `is_finite` False, and the others are not affected.
-        num_steps: Number of steps of every restart, at least 1.
+        num_steps: Number of steps of every restart, at least 1. It may be left out where `attack.num_steps` says it.
         num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
         lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1.
         progress_fn: Function that is called with a `Sign` before compiling, and every few seconds from then on. None
@@ -201,7 +201,7 @@ def study(
         ((2, 1, 2), (2, 3, 9))
     """
     _check.integer(num_restarts=num_restarts, lanes=lanes)
-    _check.integer(1, 2**31 - 1, num_steps=num_steps)
+    num_steps = planned_steps(attack, num_steps)
     _check.not_negative(checkpoint_seconds=checkpoint_seconds)
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
