@@ -22,8 +22,10 @@ from gia_jax.cli.names import Target
 from gia_jax.cli.settings import Known, Setting, Victims
 from gia_jax.data import ImageData
 from gia_jax.defenses.protected import Part, protect
+from gia_jax.labels import ClassifierFn
 from gia_jax.threat import ThreatModel, observed, stack
 
+ARGUMENTS = {"inputs_like": "--input-shape", "apply_fn": "the model", "batch.labels": "the labels of --truth"}
 PIXEL_TOLERANCE = 1e-3  # by which rounding may take the true pixels out of [0, 1]
 
 
@@ -53,13 +55,17 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
             params, update, inputs_like=like, apply_fn=made.apply_fn, labels=granted, num_classes=num_classes
         )
     except ValueError as error:
-        raise ValueError(f"--update {args.update}: {error}") from None
+        text = str(error)
+        for argument, option in ARGUMENTS.items():
+            text = text.replace(argument, option)
+        raise ValueError(f"--update {args.update}: {text}") from None
     images = _images(args, truth.get("inputs"))
     make_client = _make_client(args)
     client_fn = make_client(clients.cross_entropy(made.apply_fn))
     _check_client(args, client_fn, seen, like)
     target = _target(args, made, images, client_fn, num_classes)
-    known = Known(client_fn, made.apply_fn, made.classifier_fn, made.first_layer_fn, made.module)
+    head = _head(args, made, num_classes)
+    known = Known(client_fn, made.apply_fn, head, made.first_layer_fn, made.module)
     modelled = True
     if parts:
         assert made.module is not None
@@ -103,6 +109,19 @@ def _num_classes(args: argparse.Namespace, made: Model, params: Params, like: ja
     if args.classes not in (None, outputs.shape[1]):
         raise ValueError(f"--classes must be {outputs.shape[1]}, as the model has logits, got {args.classes}")
     return outputs.shape[1]
+
+
+def _head(args: argparse.Namespace, made: Model, num_classes: int) -> ClassifierFn | None:
+    """Returns what picks the last layer, or None where `--head` leads to none and no label rule reads it."""
+    try:
+        features = made.classifier_fn(made.params).kernel.shape[-1]
+        if features != num_classes:
+            raise ValueError(f"--head must lead to the layer of the {num_classes} logits, got one of {features}")
+    except ValueError:
+        if args.label_rule is None:
+            return None
+        raise
+    return made.classifier_fn
 
 
 def _make_client(args: argparse.Namespace) -> Callable[[LossFn], Any]:
