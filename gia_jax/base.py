@@ -15,12 +15,13 @@ class Batch(NamedTuple):
     """Training examples.
 
     Attributes:
-        inputs: Inputs in the model's own (normalised) space, shape (b, *d).
+        inputs: Inputs in the model's own (normalised) space, shape (b, *d), or any tree of arrays whose first axis is
+            that of the b examples, such as {"numbers": (b, n), "codes": (b, m)}.
         labels: Class indices, shape (b,), or class probabilities, shape (b, c). For a client with a loss of its own,
             any tree of arrays whose first axis is that of the examples.
     """
 
-    inputs: Shaped[Array, "b *d"]
+    inputs: PyTree[Shaped[Array, "b ..."]]
     labels: PyTree[Shaped[Array, "b ..."]]
 
 
@@ -36,7 +37,8 @@ class Observation(NamedTuple):
             several rounds returns them stacked: a leading axis t in every leaf.
         extra: What else the threat model grants, by name:
 
-            * "inputs_like": zeros of the batch's shape (b, *d): the shape of an example and the size of the batch;
+            * "inputs_like": zeros like the batch's inputs, of shape (b, *d), or a tree where these are one: the shape
+              of an example and the size of the batch;
             * "labels": the batch's labels, shuffled unless the threat model grants their order;
             * "statistics": the batch-normalisation statistics of the client's own forward pass;
             * "draws": the key of the client's own random draws;

@@ -159,8 +159,8 @@ def gradient_matching(
     return Attack(init, step, finalize)
 
 
-def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
-    """Builds the projection onto pixels between two bounds.
+def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """Builds the projection onto pixels between two bounds, of every array where the unknowns are a tree.
 
     Args:
         low: Lower bound, a number or an array that broadcasts to the pixels, such as one number per channel.
@@ -183,4 +183,8 @@ def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable
         wrong = ~(lows < highs)  # NaN as well
         if np.any(wrong):
             raise ValueError(f"low must be below high={highs[wrong].flat[0]}, got {lows[wrong].flat[0]}")
-    return lambda inputs: optax.projections.projection_box(inputs, low, high).astype(inputs.dtype)
+
+    def project_fn(inputs: PyTree[Array]) -> PyTree[Array]:
+        return jax.tree.map(lambda leaf: jnp.clip(leaf, low, high).astype(leaf.dtype), inputs)
+
+    return project_fn
