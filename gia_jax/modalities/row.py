@@ -126,7 +126,7 @@ def _right_of_one(schema: Schema, entries: np.ndarray, true: np.ndarray, toleran
     truth, finite = schema.likeliest(true), np.isfinite(entries).all(-1, keepdims=True)
     entries = np.where(finite, entries, 0)
     _, chosen = scipy.optimize.linear_sum_assignment(schema.distances(entries, truth).T)
-    return schema.right(schema.likeliest(entries)[chosen], truth, tolerance=tolerance) & finite[chosen]
+    return schema.right(schema.likeliest(entries)[chosen], truth, tolerance=tolerance) & np.take(finite, chosen, 0)
 
 
 def _as_text(schema: Schema, columns: Mapping[str, np.ndarray]) -> str:
