@@ -19,7 +19,7 @@ from gia_jax.modalities.base import Modality, class_labels
 
 
 def image(
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     *,
     mean: Sequence[float] | np.ndarray | None = None,
     std: Sequence[float] | np.ndarray | None = None,
@@ -54,7 +54,7 @@ def image(
 
         >>> import jax, jax.numpy as jnp
         >>> from gia_jax import Batch, ThreatModel, clients, gradient_matching, modalities, observe, run
-        >>> modality = modalities.image((2, 2, 1), mean=[0.5], std=[0.25], total_variation_weight=0)
+        >>> modality = modalities.image((2, 2, 1), mean=[0.5], std=[0.25], total_variation_weight=0.0)
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (4, 3))}
         >>> loss_fn = clients.cross_entropy(lambda params, x: x.reshape(len(x), -1) @ params["kernel"])
         >>> truth = Batch(jnp.array([2.0, -1.0, 0.0, 1.0]).reshape(1, 2, 2, 1), jnp.array([2]))
@@ -65,6 +65,7 @@ def image(
         >>> bool(modality.score_fn(found.batch, truth)["psnr"][0] > 30)
         True
     """
+    shape = tuple(shape)
     if len(shape) != 3:
         raise ValueError(f"shape must be (h, w, c), got {shape}")
     for size in shape:

@@ -135,7 +135,7 @@ class Schema(NamedTuple):
             try:
                 numbers = values.astype(np.float32)
             except ValueError:
-                raise ValueError(f"columns[{field.name!r}] must be numbers, got {values.flat[0]!r}") from None
+                raise ValueError(f"columns[{field.name!r}] must be numbers, got {str(values.flat[0])!r}") from None
             _check.finite(f"columns[{field.name!r}]", numbers)
             read.append((numbers - np.float32(field.mean)) / np.float32(field.std))
         if len({column.shape for column in read}) > 1 or read[0].ndim != 1:
@@ -381,7 +381,9 @@ def _indices(field: Field, values: np.ndarray) -> np.ndarray:
     places = np.minimum(np.searchsorted(known, values.astype(str)), len(known) - 1)
     wrong = known[places] != values.astype(str)
     if wrong.any():
-        raise ValueError(f"columns[{field.name!r}] must be among {field.categories}, got {values[wrong].flat[0]!r}")
+        raise ValueError(
+            f"columns[{field.name!r}] must be among {field.categories}, got {str(values[wrong].flat[0])!r}"
+        )
     return order[places]
 
 
