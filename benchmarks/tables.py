@@ -12,16 +12,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from gia_jax import models
 from gia_jax.base import Params
+from gia_jax.modalities import Field, Modality, Schema, row
 
-NUMBERS = (0, 2, 4, 10, 11, 12)  # columns of Adult's file: age, weight, years of education, gains, losses, hours
-CATEGORIES = (1, 3, 5, 6, 7, 8, 9, 13)
+# Columns of Adult's file.
+NUMBERS = {0: "age", 2: "weight", 4: "years of education", 10: "gains", 11: "losses", 12: "hours"}
+CATEGORIES = {
+    1: "work",
+    3: "education",
+    5: "marital status",
+    6: "occupation",
+    7: "relationship",
+    8: "race",
+    9: "sex",
+    13: "country",
+}
+GUESSES = {
+    "commonest values": "commonest values",
+    "commonest of the class": "of the class",
+    "nearest row": "nearest row (chosen with the truth)",
+    "nearest of the class": "nearest of the class (so too)",
+}
 TOLERANCE = 0.1  # standard deviations within which a number counts as right
 NUM_WORDS, LEAST = 8, 10  # of a sentence at most, and how often a word occurs
 
@@ -34,7 +50,7 @@ class Rows(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows for training and for tests, of how many entries each category is, and the network for them.
+    """Rows for training and for tests, their schema, and the network for them.
 
     A network takes numbers and one-hot categories, shape (b, entries). An attack searches free entries, of which
     `decode` makes probabilities.
@@ -45,7 +61,7 @@ class Table(NamedTuple):
         what: More words on them and on the network.
         train: Rows that networks learn from.
         test: Rows that they do not.
-        sizes: Entries of each category.
+        schema: Of the fields, numbers before categories.
         num_classes: Of the labels.
         make: `(rngs) -> module`, the network.
         read: From updates with a leading axis of victims, and their fields, the share read off, shape (v,); None: this
@@ -57,98 +73,33 @@ class Table(NamedTuple):
     what: str
     train: Rows
     test: Rows
-    sizes: tuple[int, ...]
+    schema: Schema
     num_classes: int
     make: Callable[[nnx.Rngs], nnx.Module]
     read: Callable[[Params, np.ndarray], np.ndarray] | None = None
 
     @property
-    def num_numbers(self) -> int:
-        """Fields before the categories."""
-        return self.train.fields.shape[1] - len(self.sizes)
-
-    @property
-    def num_entries(self) -> int:
-        """Inputs of the network."""
-        return self.num_numbers + sum(self.sizes)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """The first entry of each category."""
-        return self.num_numbers + np.cumsum([0, *self.sizes[:-1]])
-
-    def parts(self, entries: Array | np.ndarray) -> list[Array | np.ndarray]:
-        """The numbers, and the entries of each category."""
-        ends = [*self.starts, self.num_entries]
-        return [entries[..., start:end] for start, end in zip([0, *ends], ends)]
+    def modality(self) -> Modality:
+        """The modality of the rows."""
+        return row(self.schema, tolerance=TOLERANCE)
 
     def encode(self, fields: Float[Array, "*b fields"]) -> Float[Array, "*b entries"]:
         """What a network takes."""
-        numbers, indices = fields[..., : self.num_numbers], fields[..., self.num_numbers :].astype(jnp.int32)
-        one_hot = [jax.nn.one_hot(indices[..., i], size) for i, size in enumerate(self.sizes)]
-        return jnp.concatenate([numbers, *one_hot], -1)
-
-    def decode(self, free: Float[Array, "*b entries"]) -> Float[Array, "*b entries"]:
-        """From free entries to rows: each category has probabilities."""
-        numbers, *categories = self.parts(free)
-        return jnp.concatenate([numbers, *(jax.nn.softmax(part) for part in categories)], -1)
-
-    def free(self, fields: Float[Array, "*b fields"]) -> Float[Array, "*b entries"]:
-        """Free entries that `decode` makes these rows of, categories to within 1e-9."""
-        numbers, *categories = self.parts(self.encode(fields))
-        return jnp.concatenate([numbers, *(30 * part for part in categories)], -1)
-
-    def likeliest(self, entries: np.ndarray) -> np.ndarray:
-        """The fields of rows of probabilities."""
-        numbers, *categories = self.parts(entries)
-        return np.concatenate([numbers, *(np.argmax(part, -1)[..., None] for part in categories)], -1)
+        return self.schema.encode(fields)
 
     def right(self, fields: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """The share of fields that are right, shape (n,)."""
-        near = np.abs(fields - truth)[:, : self.num_numbers] <= TOLERANCE
-        return np.mean(np.concatenate([near, (fields == truth)[:, self.num_numbers :]], -1), -1)
-
-    def distances(self, entries: np.ndarray, fields: np.ndarray) -> np.ndarray:
-        """Squared, from rows of entries to rows by their fields, one-hot, shape (entries' rows, fields' rows)."""
-        numbers, indices = fields[:, : self.num_numbers], fields[:, self.num_numbers :].astype(int) + self.starts
-        squares = np.square(entries[:, None, : self.num_numbers] - numbers[None]).sum(-1)
-        probabilities = entries[:, self.num_numbers :]
-        shared = sum(entries[:, index] for index in indices.T)
-        return squares + np.square(probabilities).sum(1)[:, None] - 2 * shared + len(self.sizes)
+        return self.schema.right(fields, truth, tolerance=TOLERANCE).mean(-1)
 
     def guesses(self, truth: Rows, known: Rows) -> dict[str, np.ndarray]:
         """Fields that use no gradient: medians and commonest categories of public rows, and the nearest of them."""
-
-        def commonest(rows: np.ndarray) -> np.ndarray:
-            counts = [np.bincount(column.astype(int)).argmax() for column in rows[:, self.num_numbers :].T]
-            return np.concatenate([np.median(rows[:, : self.num_numbers], 0), counts])
-
-        def nearest(rows: np.ndarray, fields: np.ndarray) -> np.ndarray:
-            return rows[np.argmin(self.distances(np.asarray(self.encode(jnp.asarray(fields))), rows), 1)]
-
-        classes = [known.fields[known.labels == c] for c in range(self.num_classes)]
-        of_class = np.stack([commonest(rows) for rows in classes])
-        return {
-            "commonest values": np.broadcast_to(commonest(known.fields), truth.fields.shape),
-            "of the class": of_class[truth.labels],
-            "nearest row (chosen with the truth)": nearest(known.fields, truth.fields),
-            "nearest of the class (so too)": np.concatenate(
-                [nearest(classes[label], fields[None]) for label, fields in zip(truth.labels, truth.fields)]
-            ),
-        }
+        guesses = self.schema.guesses(truth.fields, known.fields, labels=truth.labels, public_labels=known.labels)
+        return {shown: guesses[name] for name, shown in GUESSES.items()}
 
 
 def folder() -> Path:
     """Where data sets are."""
     return Path(os.environ["GIA_JAX_DATA_DIR"])
-
-
-def index_of(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Places of values in a sorted list that has them all."""
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    if np.any(known[places] != values):
-        raise ValueError(f"values must be among {known}, got {values[known[places] != values][0]}")
-    return places
 
 
 def adult() -> Table:
@@ -160,26 +111,26 @@ def adult() -> Table:
             return np.asarray([fields for fields in split if len(fields) == 15])
 
     parts = {name: lines(f"adult.{name}.gz") for name in ("data", "test")}
-    numbers = {name: part[:, NUMBERS].astype(np.float32) for name, part in parts.items()}
-    mean, std = numbers["data"].mean(0), numbers["data"].std(0)
-    values = [np.unique(parts["data"][:, column]) for column in CATEGORIES]
+    numbers = parts["data"][:, list(NUMBERS)].astype(np.float32)
+    fields = [
+        *map(Field, NUMBERS.values(), numbers.mean(0).tolist(), numbers.std(0).tolist()),
+        *(Field(name, categories=tuple(np.unique(parts["data"][:, i]).tolist())) for i, name in CATEGORIES.items()),
+    ]
+    schema = Schema(tuple(fields))
 
     def rows(name: str) -> Rows:
-        indices = [index_of(known, parts[name][:, column])[:, None] for column, known in zip(CATEGORIES, values)]
-        fields = np.concatenate([(numbers[name] - mean) / std, *indices], 1).astype(np.float32)
-        return Rows(fields, (parts[name][:, 14] == ">50K").astype(np.int32))
+        columns = {own: parts[name][:, i] for i, own in (NUMBERS | CATEGORIES).items()}
+        return Rows(schema.fields_of(columns), (parts[name][:, 14] == ">50K").astype(np.int32))
 
-    sizes = tuple(map(len, values))
-    entries = len(NUMBERS) + sum(sizes)
     return Table(
         "adult",
         "Adult",
         "MLP of two hidden layers of 100, ReLU",
         rows("data"),
         rows("test"),
-        sizes,
+        schema,
         2,
-        lambda rngs: models.MLP((entries,), 2, hidden=(100, 100), rngs=rngs),
+        lambda rngs: models.MLP((schema.num_entries,), 2, hidden=(100, 100), rngs=rngs),
     )
 
 
@@ -245,8 +196,8 @@ def cola() -> Table:
         if sentence not in accepted & refused
     }
     fields = np.zeros((len(kept), NUM_WORDS), np.float32)
-    for row, sentence in zip(fields, kept):
-        row[: len(sentence.split())] = [places[word] for word in sentence.split()]
+    for places_of_one, sentence in zip(fields, kept):
+        places_of_one[: len(sentence.split())] = [places[word] for word in sentence.split()]
     labels, num_train = np.asarray(list(kept.values()), np.int32), len(kept) - len(kept) // 5
     return Table(
         "text_cola",
@@ -256,7 +207,7 @@ def cola() -> Table:
         "attention of width 32",
         Rows(fields[:num_train], labels[:num_train]),
         Rows(fields[num_train:], labels[num_train:]),
-        (len(words),) * NUM_WORDS,
+        Schema(tuple(Field(f"word {place}", categories=tuple(words)) for place in range(NUM_WORDS))),
         2,
         lambda rngs: SentenceNet(NUM_WORDS, len(words), 2, rngs=rngs),
         words_read,

@@ -161,11 +161,11 @@ class Attacker(NamedTuple):
         def of(observation: Observation) -> Attack:
             def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
                 descent = optax.adam(optax.cosine_decay_schedule(observation.extra["rate"], num_steps))
+                modality = self.data.modality
                 return gradient_matching(
                     self.client_fn,
-                    init_fn=self.draw_fn,
+                    **modality._replace(init_fn=self.draw_fn or modality.init_fn).matching(),
                     objective_fn=objective_fn,
-                    decode_fn=lambda free, labels: Batch(self.data.decode(free), labels),
                     optimizer=descent if self.draw_fn is None else redrawn(self.draw_fn),
                 )
 
@@ -180,11 +180,11 @@ class Attacker(NamedTuple):
             return self.objective_fn(self.client_fn(seen.params, batch), update)
 
         objective = jax.jit(jax.vmap(match))(found.batch, together.update)
-        rows = np.asarray(found.batch.inputs[:, 0])
-        truth, places = np.tile(victims.rows.fields, (len(rates), 1)), np.tile(victims.places, len(rates))
+        truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(rates)), victims.truth)
+        right = self.data.modality.score_fn(found.batch, truth)["fields"][:, 0]
+        rows, places = np.asarray(found.batch.inputs[:, 0]), np.tile(victims.places, len(rates))
         finite = np.all(np.isfinite(rows), 1)
-        right = np.where(finite, self.data.right(self.data.likeliest(rows), truth), 0)
-        distances = self.data.distances(rows, victims.gallery)
+        distances = self.data.schema.distances(rows, victims.gallery)
         rank = 1 + np.sum(distances < distances[np.arange(len(rows)), places][:, None], 1)
         rank = np.where(finite, rank, len(victims.gallery))
         split = [np.split(field, len(rates)) for field in (right, rank, np.asarray(objective))]
@@ -199,7 +199,7 @@ def best(results: Sequence[Result]) -> float:
 def drawn(data: Table, rows: Array, key: PRNGKeyArray, seen: Observation) -> Array:
     """One of the rows, as free entries."""
     del seen
-    return data.free(jax.random.choice(key, rows, (1,)))
+    return data.schema.unknowns_of(jax.random.choice(key, rows, (1,)))
 
 
 def table(args: argparse.Namespace) -> None:
@@ -341,7 +341,7 @@ def write(
             own |= {name: f"{100 * right[i]:.1f}" for name, right in guesses[split].items()}
             own |= {f"{name}, read off": f"{100 * share[i]:.1f}" for (s, name), share in read.items() if s == split}
             of_victims.append({"victims": split, "row": place, "label": labels[i]} | own)
-    numbers = f", a number within {TOLERANCE} standard deviations" * (data.num_numbers > 0)
+    numbers = f", a number within {TOLERANCE} standard deviations" * bool(data.schema.places("number"))
     chance = ", ".join(f"{len(victims.gallery) // 2:,} {split}" for split, victims in groups.items())
     read_off = ""
     if read:

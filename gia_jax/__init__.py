@@ -1,6 +1,6 @@
 """Gradient inversion attacks in JAX: what does a shared gradient give away, and which defense stops it?"""
 
-from gia_jax import attacks, clients, data, decoding, defenses, interop, labels, matching, metrics, models
+from gia_jax import attacks, clients, data, decoding, defenses, interop, labels, matching, metrics, modalities, models
 from gia_jax.base import (
     Attack,
     AttackInfo,
@@ -62,6 +62,7 @@ __all__ = [
     "map_sharded",
     "matching",
     "metrics",
+    "modalities",
     "models",
     "observe",
     "observed",

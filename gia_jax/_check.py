@@ -109,21 +109,40 @@ def fits(num_entries: int, **values: Any) -> None:
         raise ValueError(f"{name} must fit into memory: it needs {needed} of {there}, got {value!r}")
 
 
-def examples(inputs: Array | np.ndarray) -> None:
-    """Raises ValueError for inputs of an empty batch, and for inputs without an axis of examples."""
-    if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
-        raise ValueError(f"batch.inputs must have shape (b, *d) with b > 0, got {jnp.shape(inputs)}")
+def examples(inputs: PyTree[Any], *, name: str = "batch.inputs", hint: str = "") -> int:
+    """Returns the number of examples of a batch's inputs, one array or a tree of them.
+
+    Raises ValueError where it is empty, an array has no axis of examples, or two arrays have different numbers of them.
+    """
+    leaves = jax.tree.leaves_with_path(inputs)
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one array, got {inputs!r}")
+    first, size = name + jax.tree_util.keystr(leaves[0][0]), (*jnp.shape(leaves[0][1]), 0)[0]
+    for path, leaf in leaves:
+        where, shape = name + jax.tree_util.keystr(path), jnp.shape(leaf)
+        # One array without another axis is an example that lacks the axis of the batch; in a tree it is one field.
+        if len(shape) < (1 if path else 2) or shape[0] == 0:
+            raise ValueError(f"{where} must have shape (b, *d) with b > 0, got {shape}{hint}")
+        if shape[0] != size:
+            raise ValueError(f"{where} must have a first axis of {size} examples, as {first} has, got {shape}")
+    return size
 
 
-def batch(inputs: Array, labels: PyTree[Array], num_classes: int | None = None) -> None:
-    """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not one for each example.
+def one_array(name: str, inputs: PyTree[Any]) -> None:
+    """Raises ValueError for inputs that are a tree where only one array is taken."""
+    if not isinstance(inputs, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} must be one array of shape (b, *d) here, got a {type(inputs).__name__}")
+
+
+def batch(inputs: PyTree[Array | np.ndarray], labels: PyTree[Array], num_classes: int | None = None) -> None:
+    """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not of its examples.
 
     Labels must be classes where `num_classes` is given, and may be targets of any kind otherwise.
     """
-    examples(inputs)
+    size = examples(inputs)
     for path, leaf in jax.tree.leaves_with_path(labels):
-        if jnp.shape(leaf)[:1] != inputs.shape[:1]:
-            where, size = f"batch.labels{jax.tree_util.keystr(path)}", inputs.shape[0]
+        if jnp.shape(leaf)[:1] != (size,):
+            where = f"batch.labels{jax.tree_util.keystr(path)}"
             raise ValueError(
                 f"batch.labels must have a first axis of {size} examples, got {jnp.shape(leaf)} at {where}"
             )

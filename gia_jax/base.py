@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     """Training examples, b of them, with their labels.
 
     Attributes:
-        inputs: Inputs as the model sees them, which is after normalisation, shape (b, *d).
+        inputs: Inputs as the model sees them, which is after normalisation, shape (b, *d), or any tree of arrays whose
+            first axis is that of the b examples, such as {"numbers": (b, n), "codes": (b, m)}.
         labels: Class indices, shape (b,), or class probabilities, shape (b, c). A client with another loss may take
             any tree of arrays whose first axis has length b.
 
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
         ((2, 4, 4, 1), (2,))
     """
 
-    inputs: Shaped[Array, "b *d"]
+    inputs: PyTree[Shaped[Array, "b ..."]]
     labels: PyTree[Shaped[Array, "b ..."]]
 
 
@@ -50,8 +51,8 @@ class Observation(NamedTuple):
             updates of all rounds, and every leaf then has a leading axis of length t.
         extra: What the threat model grants besides, by name. Each entry is there only where it is granted:
 
-            * "inputs_like" is an array of zeros of the shape (b, *d) of the batch: it tells the number of examples and
-              their shape;
+            * "inputs_like" is an array of zeros of the shape (b, *d) of the batch, or a tree of them where the inputs
+              are one: it tells the number of examples and their shape;
             * "labels" are the labels of the batch, shuffled unless the threat model grants their order;
             * "statistics" are the batch-normalisation statistics of the client's own forward pass;
             * "draws" is the random key that the client drew from, such as for its dropout masks;

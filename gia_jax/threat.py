@@ -165,9 +165,9 @@ def observed(
     params: PyTree[ArrayLike],
     update: PyTree[ArrayLike],
     *,
-    inputs_like: Shaped[Array | np.ndarray, "b *d"] | jax.ShapeDtypeStruct | None = None,
+    inputs_like: PyTree[Shaped[Array | np.ndarray, "b ..."] | jax.ShapeDtypeStruct] | None = None,
     labels: PyTree[ArrayLike] | None = None,
-    apply_fn: Callable[[Params, Array], PyTree[Array]] | None = None,
+    apply_fn: Callable[[Params, Any], PyTree[Array]] | None = None,
     num_classes: int | None = None,
     statistics: PyTree[Array] | None = None,
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
@@ -184,8 +184,9 @@ def observed(
         params: Parameters that the server sent, a tree of arrays of JAX or NumPy.
         update: The client's update, a tree like `params`. It is cast to the types of the parameters. With
             `batch_indices` every leaf has a leading axis of rounds.
-        inputs_like: An array, or its shape and type, like the client's batch as the model sees it, shape (b, *d). Its
-            values are not used. None if the attacker knows neither the number of examples nor their shape.
+        inputs_like: An array, or its shape and type, like the client's batch as the model sees it, shape (b, *d), or a
+            tree of these where the model takes a tree. Its values are not used. None if the attacker knows neither the
+            number of examples nor their shape.
         labels: The labels of the batch where the attacker knows them, in any order; the first axis is that of the
             examples.
         apply_fn: The model, `(params, inputs) -> logits`. With it, the shapes of the inputs and the range of the labels
@@ -247,41 +248,49 @@ def observed(
     return Observation(jax.tree.map(jnp.asarray, params), cast, extra)
 
 
-def _inputs_like(like: Any, params: Params, apply_fn: Callable[[Params, Array], Any] | None) -> tuple[Array, Any]:
+def _inputs_like(
+    like: PyTree[Any], params: Params, apply_fn: Callable[[Params, Any], Any] | None
+) -> tuple[PyTree[Array], Any]:
     """Zeros of the shape of the inputs, and the shapes of what the model makes of them."""
-    shape, dtype = tuple(like.shape), like.dtype
-    if dtype == jnp.uint8:
-        raise ValueError(
-            "inputs_like must be what the model sees, got uint8 pixels: divide them by 255 and normalise them"
-        )
-    if len(shape) < 2 or shape[0] == 0:
-        raise ValueError(f"inputs_like must have shape (b, *d) with b > 0, got {shape}: is the batch axis missing?")
-    _check.fits(math.prod(shape), inputs_like=shape)
+    for leaf in jax.tree.leaves(like):
+        if leaf.dtype == jnp.uint8:
+            raise ValueError(
+                "inputs_like must be what the model sees, got uint8 pixels: divide them by 255 and normalise them"
+            )
+    _check.examples(like, name="inputs_like", hint=": is the batch axis missing?")
+    for leaf in jax.tree.leaves(like):
+        _check.fits(math.prod(leaf.shape), inputs_like=leaf.shape)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     if apply_fn is None:
-        return jnp.zeros(shape, dtype), None
+        return zeros, None
 
-    def outputs_of(shape: tuple[int, ...]) -> Any:
+    def outputs_of(wanted: PyTree[Any]) -> Any:
         try:
-            return jax.eval_shape(apply_fn, params, jax.ShapeDtypeStruct(shape, dtype))
+            return jax.eval_shape(apply_fn, params, wanted)
         except Exception as error:  # whatever a user's model raises
             return error
 
-    outputs = outputs_of(shape)
+    outputs = outputs_of(zeros)
     if isinstance(outputs, Exception):
+        if not hasattr(like, "shape"):
+            shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), like)
+            reason = " ".join(str(outputs).split())[:200]
+            raise ValueError(f"inputs_like must be inputs of apply_fn, got the shapes {shapes}: {reason}")
+        shape = tuple(like.shape)
         moved = {"the batch axis is missing": (1, *shape)}
         if len(shape) == 4:
             moved |= {
                 "the channels are first (NCHW)": (shape[0], *shape[2:], shape[1]),
                 "the channels are last (NHWC)": (shape[0], shape[3], *shape[1:3]),
             }
-        fitting = [f": {why}, and the model takes {other}" for why, other in moved.items() if _fine(outputs_of(other))]
+
+        def fits(other: tuple[int, ...]) -> bool:
+            return not isinstance(outputs_of(jax.ShapeDtypeStruct(other, like.dtype)), Exception)
+
+        fitting = [f": {why}, and the model takes {other}" for why, other in moved.items() if fits(other)]
         why = fitting[0] if fitting else f": {' '.join(str(outputs).split())[:200]}"
         raise ValueError(f"inputs_like must be inputs of apply_fn, got shape {shape}{why}")
-    return jnp.zeros(shape, dtype), outputs
-
-
-def _fine(outputs: Any) -> bool:
-    return not isinstance(outputs, Exception)
+    return zeros, outputs
 
 
 def grants(
@@ -323,9 +332,9 @@ def grants(
     """
     extra: dict[str, Any] = {}
     if threat.batch_size:
-        extra["inputs_like"] = jnp.zeros_like(batch.inputs)
+        extra["inputs_like"] = jax.tree.map(jnp.zeros_like, batch.inputs)
     if threat.labels:
-        size = batch.inputs.shape[0]
+        size = _check.examples(batch.inputs)
         order = jnp.arange(size) if threat.label_order else jax.random.permutation(key, size)
         extra["labels"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], batch.labels)
     given = _beside(statistics, batch_indices, draws)

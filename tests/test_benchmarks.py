@@ -19,6 +19,7 @@ from tables import Rows, SentenceNet, Table, words_read
 
 from gia_jax import Batch, Observation, clients, defenses, gradient_matching, keep_best, models, run
 from gia_jax.matching.initializations import normal
+from gia_jax.modalities import Field, Schema
 
 
 def test_holm_corrects_step_by_step_as_in_a_worked_example() -> None:
@@ -82,34 +83,12 @@ def test_knowing_a_scale_an_expectation_or_an_encoding_is_no_other_attack() -> N
     assert all(map(differs, ("sign", "prune_mixup", "soteria:ratio=0.8", "gaussian:scale=0.1", "precode")))
 
 
-@pytest.fixture
-def table() -> Table:
-    """Rows of one number and two categories, of 3 and of 2 entries."""
+def test_guesses_bear_the_names_of_the_table_and_shares_count_its_fields() -> None:
     fields = np.asarray([[0.5, 2, 0], [0.45, 2, 1], [-1.0, 0, 1], [0.0, 0, 1]], np.float32)
     rows = Rows(fields, np.asarray([0, 0, 1, 1]))
-    return Table("rows", "rows", "no network", rows, rows, (3, 2), 2, lambda rngs: nnx.Linear(6, 2, rngs=rngs))
-
-
-def test_rows_keep_their_fields_through_entries_and_probabilities(table: Table) -> None:
-    fields = table.train.fields
-    entries = np.asarray(table.encode(jnp.asarray(fields)))
-    np.testing.assert_array_equal(entries[0], np.asarray([0.5, 0, 0, 1, 1, 0], np.float32))
-    decoded = np.asarray(table.decode(table.free(jnp.asarray(fields))))
-    np.testing.assert_allclose(decoded, entries, atol=1e-9)
-    np.testing.assert_array_equal(table.likeliest(decoded), fields)
-
-
-def test_fields_are_right_one_by_one_and_numbers_within_their_tolerance(table: Table) -> None:
-    fields = table.train.fields
+    schema = Schema((Field("x"), Field("three", categories=("a", "b", "c")), Field("two", categories=("a", "b"))))
+    table = Table("rows", "rows", "no network", rows, rows, schema, 2, lambda rngs: nnx.Linear(6, 2, rngs=rngs))
     np.testing.assert_allclose(table.right(fields[[0, 0, 0]], fields[[0, 1, 2]]), [1, 2 / 3, 0])
-
-
-def test_distances_are_those_of_entries_and_guesses_the_nearest_of_them(table: Table) -> None:
-    fields = table.train.fields
-    entries = np.asarray(table.decode(jax.random.normal(jax.random.key(0), (5, 6))))
-    one_hot = np.asarray(table.encode(jnp.asarray(fields)))
-    expected = np.square(entries[:, None] - one_hot[None]).sum(-1)
-    np.testing.assert_allclose(table.distances(entries, fields), expected, rtol=1e-5)
     known = Rows(fields[1:], table.train.labels[1:])
     guesses = table.guesses(Rows(fields[:1], table.train.labels[:1]), known)
     np.testing.assert_array_equal(guesses["nearest row (chosen with the truth)"], fields[[1]])

@@ -1,6 +1,7 @@
 """DLG, the joint search for inputs and labels: Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -74,8 +75,9 @@ def dlg(
     def init_pair(key: PRNGKeyArray, observation: Observation) -> Batch:
         key_inputs, key_labels = jax.random.split(key)
         inputs = inputs_fn(key_inputs, observation)
-        _check.fits(inputs.shape[0] * num_classes, num_classes=num_classes)
-        return Batch(inputs, jax.random.normal(key_labels, (inputs.shape[0], num_classes), inputs.dtype))
+        size, dtype = _check.examples(inputs, name="inputs"), jnp.result_type(*jax.tree.leaves(inputs))
+        _check.fits(size * num_classes, num_classes=num_classes)
+        return Batch(inputs, jax.random.normal(key_labels, (size, num_classes), dtype))
 
     def decode(pair: Batch, labels: tuple[()]) -> Batch:
         del labels

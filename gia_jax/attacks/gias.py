@@ -264,6 +264,7 @@ def _normal_latents(generator_fn: GeneratorFn, generator_params: Params, latent_
 
     def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *z"]:
         like = granted(observation, "inputs_like")
+        _check.one_array("observation.extra['inputs_like']", like)
         latents = jax.random.normal(key, (like.shape[0], *latent_shape), like.dtype)
         made = jax.eval_shape(generator_fn, generator_params, latents)
         if made.shape != like.shape:

@@ -80,8 +80,7 @@ def federated_averaging(
     loss = Draws(loss_fn, loss_key)
 
     def client_fn(params: Params, batch: Batch) -> Updates:
-        _check.examples(batch.inputs)
-        size = batch.inputs.shape[0]
+        size = _check.examples(batch.inputs)
         step_size = size if minibatch_size is None else minibatch_size
         if size % step_size:
             raise ValueError(f"minibatch_size must divide the batch's size {size}, got {minibatch_size}")

@@ -251,7 +251,7 @@ def per_example(
     loss = Draws(loss_fn, loss_key)
 
     def client_fn(params: Params, batch: Batch) -> Updates:
-        _check.examples(batch.inputs)
+        size = _check.examples(batch.inputs)
         loss.check_apart("per_example", params, batch)
         loss.check(params, batch)
 
@@ -259,6 +259,6 @@ def per_example(
             return parameter_gradient(loss.of(own), lowering=lowering)(params, example)
 
         singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
-        return jax.vmap(one)(singles, loss.keys(batch.inputs.shape[0]))
+        return jax.vmap(one)(singles, loss.keys(size))
 
     return client_fn

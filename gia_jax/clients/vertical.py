@@ -142,7 +142,7 @@ def vertical_sgd(
     defense = optax.identity() if transformation is None else transformation
 
     def client_fn(params: Params, records: Batch) -> Updates:
-        check_batch_indices(batch_indices, records.inputs.shape[0])
+        check_batch_indices(batch_indices, _check.examples(records.inputs, name="records.inputs"))
         check_data(loss_fn, params, records)
 
         def one_round(state: tuple[Params, optax.OptState], chosen: Int[Array, " b"]) -> tuple[tuple, Updates]:

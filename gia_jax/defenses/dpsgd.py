@@ -105,8 +105,7 @@ def dp_sgd(
         return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), jax.vmap(one)(batch, keys))
 
     def client_fn(params: Params, batch: Batch) -> Updates:
-        _check.examples(batch.inputs)
-        size = batch.inputs.shape[0]
+        size = _check.examples(batch.inputs)
         microbatch = microbatch_size or size
         if size % microbatch:
             raise ValueError(f"microbatch_size must divide the batch of {size}, got {microbatch}")

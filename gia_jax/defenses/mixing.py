@@ -238,6 +238,7 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
             probabilities, or the inputs are not of a floating-point type.
     """
     _check.integer(num_classes=num_classes)
+    _check.one_array("batch.inputs", batch.inputs)
     if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
         raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
     if not hasattr(batch.labels, "ndim"):

@@ -45,8 +45,8 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
     bounds = checked_bounds(k, low, high)
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
-        mixing = draw_mixing(key, batch.inputs.shape[0], k=k, low=bounds[0], high=bounds[1])
         labels = as_probabilities(batch, num_classes)
+        mixing = draw_mixing(key, batch.inputs.shape[0], k=k, low=bounds[0], high=bounds[1])
         return Batch(mix(mixing, batch.inputs), mix(mixing, labels))
 
     return encode

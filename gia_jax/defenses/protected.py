@@ -626,8 +626,9 @@ def encoded(encode_fn: InputDefenseFn, key: PRNGKeyArray, batch: Batch, others: 
             wanted = f"{ours.dtype} of shape (m{''.join(f', {size}' for size in ours.shape[1:])})"
             raise ValueError(f"others{name} must be {wanted} like batch{name}, got {theirs.dtype} {theirs.shape}")
         for whose, leaf, one in (("batch", ours, batch), ("others", theirs, others)):
-            if leaf.shape[:1] != one.inputs.shape[:1]:
-                size = one.inputs.shape[0]
+            size = jax.tree.leaves(one.inputs)[0].shape[0]
+            if leaf.shape[:1] != (size,):
                 raise ValueError(f"{whose}{name} must be {size}, one for each example, got {leaf.shape}")
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, others)
-    return jax.tree.map(lambda leaf: leaf[: batch.inputs.shape[0]], encode_fn(key, whole))
+    size = jax.tree.leaves(batch.inputs)[0].shape[0]
+    return jax.tree.map(lambda leaf: leaf[:size], encode_fn(key, whole))

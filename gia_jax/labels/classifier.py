@@ -168,7 +168,7 @@ def batch_size(observation: Observation) -> int:
         raise ValueError(f"label rules find one class an example, got labels in a {type(labels).__name__}")
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"label rules find one class an example, got labels {labels.dtype} of shape {labels.shape}")
-    return granted(observation, "inputs_like").shape[0]
+    return _check.examples(granted(observation, "inputs_like"), name="observation.extra['inputs_like']")
 
 
 def dummy_inputs(key: PRNGKeyArray, observation: Observation, count: int) -> Float[Array, "n *d"]:

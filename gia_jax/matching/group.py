@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Attack, AttackInfo, AttackState, Batch, Observation, Reconstruction
@@ -104,14 +104,16 @@ def consistency(batch: Batch, observation: Observation) -> Float[Array, ""]:
         >>> print(f"{group.consistency(batch, Observation({}, {}, {'consensus': jnp.zeros((1, 2))})):.2f}")
         5.00
     """
-    return optax.safe_norm(widened(batch.inputs) - widened(granted(observation, "consensus")), 1e-12)
+    consensus = granted(observation, "consensus")
+    apart = jax.tree.map(lambda a, b: (widened(a) - widened(b)).ravel(), batch.inputs, consensus)
+    return optax.safe_norm(jnp.concatenate(jax.tree.leaves(apart)), 1e-12)
 
 
-def mean(inputs: Float[Array, "s b *d"]) -> Float[Array, "b *d"]:
+def mean(inputs: PyTree[Float[Array, "s ..."]]) -> PyTree[Float[Array, "..."]]:
     """Averages the inputs of the seeds, without those seeds that are not finite.
 
     Args:
-        inputs: Inputs of s seeds, shape (s, b, *d).
+        inputs: Inputs of s seeds, shape (s, b, *d), or a tree of such arrays, each of which is averaged on its own.
 
     Returns:
         The mean over the seeds, shape (b, *d). It is NaN where no seed is finite.
@@ -122,8 +124,12 @@ def mean(inputs: Float[Array, "s b *d"]) -> Float[Array, "b *d"]:
         >>> group.mean(jnp.array([[[1.0, 2.0]], [[3.0, 4.0]], [[jnp.nan, 0.0]]])).tolist()
         [[2.0, 3.0]]
     """
-    finite = jnp.all(jnp.isfinite(inputs), range(1, inputs.ndim), keepdims=True)
-    return jnp.mean(widened(inputs), 0, where=jnp.broadcast_to(finite, inputs.shape)).astype(inputs.dtype)
+
+    def of_one(leaf: Float[Array, "s *d"]) -> Float[Array, "*d"]:
+        finite = jnp.all(jnp.isfinite(leaf), range(1, leaf.ndim), keepdims=True)
+        return jnp.mean(widened(leaf), 0, where=jnp.broadcast_to(finite, leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.map(of_one, inputs)
 
 
 def registered_mean(*, flips: bool = False) -> ConsensusFn:

@@ -1,20 +1,22 @@
 """Initialisations: where the dummy inputs start, `(key, observation) -> inputs`.
 
-The inputs have the shape that the threat model grants. They are unknowns in float32 or wider, because descent moves
-them by less than half precision can resolve. A client sees them in its own type, by `as_granted`.
+The inputs have the shape that the threat model grants. Where that is a tree of arrays, every array is drawn on its own.
+They are unknowns in float32 or wider, because descent moves them by less than half precision can resolve. A client sees
+them in its own type, by `as_granted`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from gia_jax import _check
 from gia_jax.base import InitFn, Observation
-from gia_jax.precision import wide_dtype, widened
+from gia_jax.precision import cast_like, wide_dtype, widened_tree
 from gia_jax.threat import granted
 
 
@@ -25,38 +27,49 @@ def granted_dtype(observation: Observation) -> jnp.dtype:
         observation: Observation of the attack. observation.extra["inputs_like"] has the type of the client's inputs.
 
     Returns:
-        The floating-point type.
+        The floating-point type; of a tree of inputs, the one that all of its types are promoted to.
 
     Raises:
-        ValueError: If the granted inputs are integers. Neither descent nor a quotient can end between two integers.
+        ValueError: If granted inputs are integers. Neither descent nor a quotient can end between two integers.
     """
     like = observation.extra.get("inputs_like")
     if like is None:
         leaves = [leaf for leaf in jax.tree.leaves(observation.params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
-    if not jnp.issubdtype(like.dtype, jnp.floating):
-        raise ValueError(
-            f"observation.extra['inputs_like'] must be floating point to be searched by descent or solved for, got "
-            f"{like.dtype}: scale pixels to floats, or attack the embeddings of tokens"
-        )
-    return like.dtype
+    for path, leaf in jax.tree.leaves_with_path(like):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"observation.extra['inputs_like']{jax.tree_util.keystr(path)} must be floating point to be searched "
+                f"by descent or solved for, got {leaf.dtype}: scale pixels to floats, attack the embeddings of tokens, "
+                "or let the model take the probabilities of categories"
+            )
+    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(like)))
 
 
-def as_granted(inputs: Float[Array, "*shape"], observation: Observation) -> Float[Array, "*shape"]:
+def as_granted(inputs: PyTree[Float[Array, "..."]], observation: Observation) -> PyTree[Float[Array, "..."]]:
     """Casts the inputs to the type in which the client computes with its own.
 
     Args:
-        inputs: Dummy inputs, in float32 or wider.
+        inputs: Dummy inputs, in float32 or wider, an array or a tree of arrays.
         observation: Observation of the attack.
 
     Returns:
-        The inputs in the type that `granted_dtype` finds.
+        The inputs in the type that `granted_dtype` finds, or those of a tree each in its own granted type.
+
+    Raises:
+        ValueError: If the inputs are another tree than the granted ones.
     """
-    return inputs.astype(granted_dtype(observation))
+    dtype, like = granted_dtype(observation), observation.extra.get("inputs_like")
+    if like is None:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), inputs)
+    found, wanted = jax.tree.structure(inputs), jax.tree.structure(like)
+    if found != wanted:
+        raise ValueError(f"inputs must be a tree like the granted inputs, {wanted}, got {found}")
+    return cast_like(inputs, like)
 
 
 def granted_like(observation: Observation) -> Float[Array, "b *d"]:
-    """Returns the granted zeros that have the shape and the type of the client's batch.
+    """Returns the granted zeros that have the shape and the type of the client's batch, where this is one array.
 
     Args:
         observation: Observation of the attack.
@@ -65,17 +78,30 @@ def granted_like(observation: Observation) -> Float[Array, "b *d"]:
         Zeros of shape (b, *d).
 
     Raises:
-        ValueError: If the shape of the batch is not granted, or the inputs are integers.
+        ValueError: If the shape of the batch is not granted, or the inputs are integers or a tree of arrays.
     """
     like = granted(observation, "inputs_like")
+    _check.one_array("observation.extra['inputs_like']", like)
     granted_dtype(observation)
     return like
 
 
-def _like(observation: Observation, shape: Sequence[int] | None) -> jax.ShapeDtypeStruct:
+def _like(observation: Observation, shape: Sequence[int] | None) -> PyTree[jax.ShapeDtypeStruct]:
     """Returns the shape of the dummy inputs, granted unless it is given, with their type, float32 or wider."""
-    wanted = granted_like(observation).shape if shape is None else tuple(shape)
-    return jax.ShapeDtypeStruct(wanted, wide_dtype(granted_dtype(observation)))
+    dtype = granted_dtype(observation)
+    if shape is not None:
+        return jax.ShapeDtypeStruct(tuple(shape), wide_dtype(dtype))
+    like = granted(observation, "inputs_like")
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide_dtype(leaf.dtype)), like)
+
+
+def _drawn(
+    key: PRNGKeyArray, like: PyTree[jax.ShapeDtypeStruct], draw_fn: Callable[[PRNGKeyArray, Any], Array]
+) -> PyTree[Array]:
+    """Draws every array of a tree with a key of its own; a single array is drawn with the key itself."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = [key] if len(leaves) == 1 else list(jax.random.split(key, len(leaves)))
+    return jax.tree.unflatten(tree, [draw_fn(own, leaf) for own, leaf in zip(keys, leaves, strict=True)])
 
 
 def _check_shape(shape: Sequence[int] | None) -> None:
@@ -116,9 +142,12 @@ def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None
     _check.finite("mean", mean)
     _check_shape(shape)
 
-    def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *d"]:
-        like = _like(observation, shape)
-        return mean + scale * jax.random.normal(key, like.shape, like.dtype)
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
+        return _drawn(
+            key,
+            _like(observation, shape),
+            lambda own, like: mean + scale * jax.random.normal(own, like.shape, like.dtype),
+        )
 
     return init_fn
 
@@ -179,9 +208,12 @@ def truncated_normal(*, scale: float = 0.1, limit: float = 0.1, shape: Sequence[
     _check.finite("limit", limit)
     _check_shape(shape)
 
-    def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *d"]:
-        like = _like(observation, shape)
-        return jnp.clip(scale * jax.random.normal(key, like.shape, like.dtype), -limit, limit)
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
+        return _drawn(
+            key,
+            _like(observation, shape),
+            lambda own, like: jnp.clip(scale * jax.random.normal(own, like.shape, like.dtype), -limit, limit),
+        )
 
     return init_fn
 
@@ -217,9 +249,12 @@ def uniform(*, low: float = -1.0, high: float = 1.0, shape: Sequence[int] | None
     if not low < high:
         raise ValueError(f"low must be below high={high}, got {low}")
 
-    def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *d"]:
-        like = _like(observation, shape)
-        return jax.random.uniform(key, like.shape, like.dtype, low, high)
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
+        return _drawn(
+            key,
+            _like(observation, shape),
+            lambda own, like: jax.random.uniform(own, like.shape, like.dtype, low, high),
+        )
 
     return init_fn
 
@@ -249,13 +284,15 @@ def constant(value: float | Sequence[float] = 0.0, *, shape: Sequence[int] | Non
     _check.finite("value", np.asarray(value))
     _check_shape(shape)
 
-    def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *d"]:
-        del key
-        like = _like(observation, shape)
+    def of_one(like: jax.ShapeDtypeStruct) -> Float[Array, "..."]:
         pixel = jnp.asarray(value, like.dtype)
         if pixel.ndim and pixel.shape != like.shape[-1:]:
             raise ValueError(f"value must be a number or one a channel, {like.shape[-1]}, got shape {pixel.shape}")
         return jnp.broadcast_to(pixel, like.shape)
+
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
+        del key
+        return jax.tree.map(of_one, _like(observation, shape))
 
     return init_fn
 
@@ -294,6 +331,7 @@ def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None 
 
     def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b h w c"]:
         like = _like(observation, shape)
+        _check.one_array("observation.extra['inputs_like']", like)
         if len(like.shape) != 4:
             raise ValueError(f"patterned needs images of shape (b, h, w, c), got {like.shape}")
         b, h, w, c = like.shape
@@ -304,11 +342,11 @@ def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None 
     return init_fn
 
 
-def given(inputs: Shaped[Array, "b *d"]) -> InitFn:
+def given(inputs: PyTree[Shaped[Array, "b ..."]]) -> InitFn:
     """Starts from given inputs, such as the end of another attack or an auxiliary image. Every restart is the same.
 
     Args:
-        inputs: Inputs of shape (b, *d), floating point.
+        inputs: Inputs of shape (b, *d), or a tree of such arrays, floating point.
 
     Returns:
         The initialisation. It raises ValueError where the threat model grants another shape.
@@ -325,15 +363,17 @@ def given(inputs: Shaped[Array, "b *d"]) -> InitFn:
         >>> initializations.given(jnp.array([[0.5, 1.0]]))(jax.random.key(0), observation).tolist()
         [[0.5, 1.0]]
     """
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise ValueError(f"inputs must be floating point to be searched by descent, got {inputs.dtype}")
+    for leaf in jax.tree.leaves(inputs):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"inputs must be floating point to be searched by descent, got {leaf.dtype}")
+    found = jax.tree.map(jnp.shape, inputs)
 
-    def init_fn(key: PRNGKeyArray, observation: Observation) -> Float[Array, "b *d"]:
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
         del key
         granted_dtype(observation)  # refuses integers
-        like = observation.extra.get("inputs_like", inputs)
-        if inputs.shape != like.shape:
-            raise ValueError(f"inputs must have the granted shape {like.shape}, got {inputs.shape}")
-        return widened(inputs)
+        wanted = jax.tree.map(jnp.shape, observation.extra.get("inputs_like", inputs))
+        if found != wanted:
+            raise ValueError(f"inputs must have the granted shape {wanted}, got {found}")
+        return widened_tree(inputs)
 
     return init_fn

@@ -4,7 +4,9 @@ Images have shape (b, h, w, c) and are in the model's own space. All arithmetic 
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -43,7 +45,7 @@ def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
         _check.finite("weight", weight)
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        nothing = jnp.zeros((), wide_dtype(batch.inputs.dtype))
+        nothing = jnp.zeros((), _wide(batch))
         return sum((w * prior(batch, observation) for w, prior in weighted_priors), nothing)
 
     return prior_fn
@@ -110,7 +112,7 @@ def total_variation(
 
 
 def norm(*, exponent: float = 2.0) -> PriorFn:
-    """Builds the mean of |x|^p / p over all pixels x.
+    """Builds the mean of |x|^p / p over all pixels x, those of all arrays where the inputs are a tree.
 
     Args:
         exponent: Exponent p, positive and finite.
@@ -134,7 +136,11 @@ def norm(*, exponent: float = 2.0) -> PriorFn:
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
         del observation
-        return jnp.mean(jnp.abs(widened(batch.inputs)) ** exponent) / exponent
+        leaves = [widened(leaf) for leaf in jax.tree.leaves(batch.inputs)]
+        if len(leaves) == 1:
+            return jnp.mean(jnp.abs(leaves[0]) ** exponent) / exponent
+        total = sum((jnp.sum(jnp.abs(leaf) ** exponent) for leaf in leaves), jnp.zeros((), _wide(batch)))
+        return total / (exponent * sum(leaf.size for leaf in leaves))
 
     return prior_fn
 
@@ -161,13 +167,15 @@ def orthogonality(batch: Batch, observation: Observation) -> Float[Array, ""]:
         0.50
     """
     del observation
-    squares = jnp.square(widened(batch.inputs).reshape(batch.inputs.shape[0], -1))
+    size = _check.examples(batch.inputs)
+    flat = [widened(leaf).reshape(size, -1) for leaf in jax.tree.leaves(batch.inputs)]
+    squares = jnp.square(jnp.concatenate(flat, 1))
     pairs = squares @ squares.T / squares.shape[1]
     return jnp.sum(pairs) - jnp.trace(pairs)
 
 
 def batch_norm_statistics(
-    statistics_fn: Callable[[Params, Float[Array, "b *d"]], Statistics],
+    statistics_fn: Callable[[Params, Any], Statistics],
     target_fn: Callable[[Observation], Statistics] | None = None,
     *,
     first_layer_weight: float = 10.0,
@@ -212,7 +220,7 @@ def batch_norm_statistics(
         if len(simulated) != len(wanted) or not simulated:
             raise ValueError(f"statistics must have one entry a layer, got {len(wanted)} for {len(simulated)} layers")
         _check.same_structure("statistics", wanted, "the model's", simulated)
-        total = jnp.zeros((), wide_dtype(batch.inputs.dtype))
+        total = jnp.zeros((), _wide(batch))
         for layer, ((mean, variance), (mean_target, variance_target)) in enumerate(zip(simulated, wanted, strict=True)):
             distance = _length(mean - mean_target) + _length(variance - variance_target)
             total += distance * (first_layer_weight if layer == 0 else 1)
@@ -226,8 +234,14 @@ def _length(vector: Float[Array, " f"]) -> Float[Array, ""]:
     return optax.safe_norm(vector, 1e-12)
 
 
+def _wide(batch: Batch) -> jnp.dtype:
+    """Returns the type that the inputs are computed with, float32 or wider."""
+    return wide_dtype(jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(batch.inputs))))
+
+
 def _images(batch: Batch) -> Float[Array, "b h w c"]:
     """Returns the inputs in float32 or wider; raises ValueError if they are not images."""
+    _check.one_array("batch.inputs", batch.inputs)
     if batch.inputs.ndim != 4:
         raise ValueError(f"batch.inputs must be images of shape (b, h, w, c), got {batch.inputs.shape}")
     return widened(batch.inputs)

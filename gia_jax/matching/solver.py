@@ -163,8 +163,8 @@ def gradient_matching(
     return Attack(init, step, finalize)
 
 
-def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[Array], Array]:
-    """Builds the projection of inputs onto a box: every entry is clipped to its bounds.
+def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """Builds the projection of inputs onto a box: every entry, of every array of a tree, is clipped to its bounds.
 
     Args:
         low: Lower bound in the units of the model's inputs, a number or an array that broadcasts to them, such as one
@@ -188,4 +188,8 @@ def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable
         wrong = ~(lows < highs)  # NaN as well
         if np.any(wrong):
             raise ValueError(f"low must be below high={highs[wrong].flat[0]}, got {lows[wrong].flat[0]}")
-    return lambda inputs: optax.projections.projection_box(inputs, low, high).astype(inputs.dtype)
+
+    def project_fn(inputs: PyTree[Array]) -> PyTree[Array]:
+        return jax.tree.map(lambda leaf: jnp.clip(leaf, low, high).astype(leaf.dtype), inputs)
+
+    return project_fn

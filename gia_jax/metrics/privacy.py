@@ -202,6 +202,7 @@ def fisher_information(
     _check.finite("scale", scale)
     if batch_size is not None:
         _check.integer(batch_size=batch_size)
+    _check.one_array("batch.inputs", batch.inputs)
     _check.examples(batch.inputs)
     if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
         raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")

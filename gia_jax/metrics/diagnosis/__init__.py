@@ -91,7 +91,8 @@ def diagnose(
         be one in `problems`.
 
     Raises:
-        ValueError: If the observation is traced, a number is out of range, or a path of a layer does not exist.
+        ValueError: If the observation is traced, its inputs are a tree, a number is out of range, or a path of a layer
+            does not exist.
 
     Examples:
         A linear classifier gives its one example away, and the label with it:
@@ -117,6 +118,8 @@ def diagnose(
         _check.integer(num_classes=num_classes)
     if not _check.is_concrete(observation):
         raise ValueError("observation must be concrete, got traced arrays: diagnose is called outside of jit")
+    if "inputs_like" in observation.extra:
+        _check.one_array("observation.extra['inputs_like']", observation.extra["inputs_like"])
     facts = _basic_facts(observation)
     setting = Setting("statistics" in observation.extra, jnp.result_type(float) == jnp.float64, None)
     if facts.problems:
