@@ -1,4 +1,7 @@
-"""The command line: a demonstration, single attacks, and a list of what there is. Nothing of the library imports it."""
+"""The command line: a demonstration, single attacks, a vertical federation, and a list of what there is.
+
+Nothing of the library imports it.
+"""
 
 import contextlib
 import os
@@ -19,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: The arguments; None takes those of the process.
+        argv: Arguments of the command line. None takes those of the process.
 
     Returns:
         The exit status: 0 for success, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminating() -> Generator[None]:
-    """Within it, a request to terminate (SIGTERM) raises KeyboardInterrupt, so that the state of a run is saved."""
+    """Turns a request to terminate (SIGTERM) into KeyboardInterrupt while it lasts, so that a run's state is saved."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt(TERMINATED)
@@ -71,7 +74,7 @@ def _terminating() -> Generator[None]:
 
 
 def process() -> NoReturn:
-    """Runs `main` as a process of its own; an interruption does not wait for compilers that are still at work."""
+    """Runs `main` as a process of its own. An interruption does not wait for compilers that are still at work."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     status = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start

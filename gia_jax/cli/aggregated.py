@@ -19,20 +19,21 @@ from gia_jax.threat import ThreatModel, grants, stack
 def see_aggregated(
     case: Case, protected: Protected, protocol: AggregationProtocol, key: PRNGKeyArray, *, known: bool
 ) -> dict[str, tuple[Case, Observation | Ciphertext]]:
-    """What the server holds of one client, and of all, after a round of the protocol for every victim.
+    """Runs a round of the protocol for every victim, and returns what the server then holds of one client and of all.
 
     Args:
-        case: The victims; the batch of each is that of all clients together, in equal parts.
-        protected: The client that each of them is.
-        protocol: The protocol, for as many clients.
-        key: Key of the clients, the rounding and the threat model.
+        case: Victims, each of which is a group of clients. Its batch is that of all clients, in equal parts.
+        protected: Client with its defenses, which every one of them is.
+        protocol: Protocol for as many clients.
+        key: Random key of the clients, the rounding and the threat model.
         known: Whether labels are granted.
 
     Returns:
-        By target: the case with the data behind it, and observations, leading axis of victims, or `Ciphertext`.
+        For every name in `TARGETS` a pair. Its first part is the case with the data behind the target. The second is
+        the observations, with a leading axis of victims, or a `Ciphertext`.
 
     Raises:
-        ValueError: A number of clients that does not divide the batch.
+        ValueError: If the number of clients does not divide the batch.
     """
     victims, size = case.truth.labels.shape
     clients = protocol.quantizer.num_clients
@@ -69,7 +70,7 @@ def see_aggregated(
 
 
 def _stacked(seen: Sequence[Any]) -> Observation | Ciphertext:
-    """The observations of all victims as one; one ciphertext stands for all."""
+    """Returns the observations of all victims as one. One ciphertext stands for all."""
     if isinstance(seen[0], Ciphertext):
         return seen[0]
     return stack(seen)

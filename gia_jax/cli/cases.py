@@ -1,4 +1,4 @@
-"""A setting of the command line: victims and their client, with any defenses, and an attack on them."""
+"""Victims of the command line that are simulated: their data, their model and their client."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +26,11 @@ class Case(NamedTuple):
 
     Attributes:
         images: All images of the data set that were read.
-        truth: The victims' batches in the model's space, with a leading axis of victims.
+        truth: Batches of the victims in the model's space, with a leading axis of victims.
         others: Images that MixUp and InstaHide may mix in, the same for every victim.
-        pixels: The victims' images in [0, 1].
-        gallery: Public images, none of them a victim's; there may be none.
-        module: The model with its initial weights.
+        pixels: Images of the victims in [0, 1], shape (v, b, h, w, c).
+        gallery: Public images, shape (n, h, w, c), none of them a victim's. There may be none.
+        module: Model with its initial weights.
         local_steps: Number of SGD steps of the client on its whole batch.
         learning_rate: Learning rate of the local steps.
     """
@@ -46,16 +46,16 @@ class Case(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data."""
+        """Number of classes of the data."""
         return len(self.images.class_names)
 
     @property
     def statistics_fn(self) -> Callable[..., Statistics] | None:
-        """Statistics of the features of the model, as a function; None without batch normalisation."""
+        """Function that returns the statistics of the model's features. It is None without batch normalisation."""
         return models.batch_norm_inputs(self.module) if has_batch_norm(self.module) else None
 
     def running_statistics(self, observation: Observation) -> Statistics:
-        """The running statistics of the model; those of an untrained one say nothing about any data."""
+        """Returns the running statistics of the model. Those of an untrained one say nothing about any data."""
         like = jnp.zeros((1, *self.truth.inputs.shape[2:]), self.truth.inputs.dtype)
         return models.running_statistics(self.module, observation.params, like)
 
@@ -90,7 +90,17 @@ class Case(NamedTuple):
         return target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
 
     def protect(self, parts: Sequence[Part]) -> Protected:
-        """The client with these defenses."""
+        """Makes the client with these defenses.
+
+        Args:
+            parts: Defenses from `parse`, in their order.
+
+        Returns:
+            The client, with parameters in the precision of the data.
+
+        Raises:
+            ValueError: If the defenses cannot be in one client, or mix more images than a client has.
+        """
 
         def averaging(loss_fn: LossFn) -> Any:
             return clients.federated_averaging(loss_fn, learning_rate=self.learning_rate, local_epochs=self.local_steps)
@@ -105,11 +115,17 @@ class Case(NamedTuple):
         return protected._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), protected.params))
 
     def bounds_of(self, parts: Sequence[Part]) -> dict[str, Array]:
-        """`information` (of the first victim) and `covariance` (of the gallery), of pixels in [0, 1], under DP-SGD.
+        """Computes what bounds every estimator of pixels in [0, 1] under the noise of DP-SGD.
 
-        Defenses of the update that come after the noise only take information away. Empty without DP-SGD or its noise,
-        with defenses of another kind, and where the derivative of the update by the image is too large for memory; no
-        `covariance` with fewer than two public images.
+        Defenses of the update that come after the noise only take information away.
+
+        Args:
+            parts: Defenses of the client.
+
+        Returns:
+            The Fisher "information" of the first victim's update and the "covariance" of the gallery, which is left out
+            for fewer than two public images. There is nothing without DP-SGD or its noise, with defenses of another
+            kind, and where the derivative of the update by the image is too large for memory.
         """
         private = [part for part in parts if part.name == "dpsgd" and part.settings["noise_multiplier"] > 0]
         others = any(part.name != "dpsgd" and part.acts_on != "update" for part in parts)
@@ -172,14 +188,31 @@ def generator_of(
 
 
 def pixel_information(client_fn: ClientFn, params: Params, batch: Batch, images: data.ImageData) -> Array:
-    """`metrics.fisher_information` for noise of scale 1, in units of pixels in [0, 1] instead of the model's."""
+    """Computes the Fisher information of an update with noise of scale 1.
+
+    Args:
+        client_fn: Client `(params, batch) -> update`.
+        params: Parameters that the server sent.
+        batch: One example, inputs of shape (1, h, w, c).
+        images: Images of the kind, whose deviation leads from the model's units to those of pixels in [0, 1].
+
+    Returns:
+        The information in units of pixels, shape (d, d) for d pixels.
+    """
     found = jax.jit(lambda p, b: metrics.fisher_information(client_fn, p, b, 1.0, batch_size=256))(params, batch)
     std = jnp.broadcast_to(jnp.asarray(images.std, found.dtype), batch.inputs.shape[1:]).ravel()
     return found / std[:, None] / std
 
 
 def pixel_covariance(images: np.ndarray) -> Array:
-    """The covariance of two images or more in [0, 1], shape (n, h, w, c), for `metrics.van_trees_bound`."""
+    """Computes the covariance of images, for `metrics.van_trees_bound`.
+
+    Args:
+        images: Two images or more in [0, 1], shape (n, h, w, c).
+
+    Returns:
+        The covariance, shape (d, d) for d pixels.
+    """
     return jnp.asarray(np.cov(images.reshape(len(images), -1), rowvar=False))
 
 
@@ -193,22 +226,22 @@ def load_case(
     local_steps: int = 1,
     learning_rate: float = 1e-2,
 ) -> Case:
-    """Victims in the order of the data's ids, each with its own images, and an untrained model.
+    """Makes victims in the order of the data's ids, each with its own images, and an untrained model.
 
     Args:
-        model: A key of `models.MODELS`.
-        name: "photos", "digits", or a data set of TFDS.
-        victims: Number of clients.
-        batch_size: Number of images of each client.
+        model: Key of `models.MODELS`.
+        name: Name of the data: "photos", "digits", or a data set of TFDS.
+        victims: Number of clients, at least 1.
+        batch_size: Number of images of each client, at least 1.
         seed: Seed of the model's weights.
-        local_steps: Number of SGD steps of each client on its whole batch.
-        learning_rate: Learning rate of the local steps.
+        local_steps: Number of SGD steps of each client on its whole batch, at least 1.
+        learning_rate: Learning rate of the local steps, above 0.
 
     Returns:
         The case, in float64 where that is enabled.
 
     Raises:
-        ValueError: More images than the data set has.
+        ValueError: If the data set has fewer images.
     """
     count, small = victims * batch_size, name in ("photos", "digits")
     images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
@@ -229,7 +262,7 @@ def load_case(
 
 
 def _built(model: str, shape: tuple[int, ...], num_classes: int, seed: int) -> nnx.Module:
-    """One program in place of one for each operation of the initialisation."""
+    """Builds the model by one program, in place of one for each operation of the initialisation."""
 
     @nnx.jit
     def build() -> nnx.Module:

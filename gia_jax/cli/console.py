@@ -31,14 +31,14 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
     """Writes results.json to a folder, so that nothing that was computed is lost.
 
     Args:
-        out: The folder.
-        content: What is written.
+        out: Folder of the file.
+        content: Content of the file, for `report.to_json`.
         outcomes: Outcomes of the attacks whose states are kept until the results are written.
         since: When the run began, in seconds as `time.time` counts them: a file that another run wrote since is left
             alone, and a number is put behind the name.
 
     Raises:
-        OSError: The file cannot be written. The states are kept, or, where one is missing, the content was printed.
+        OSError: If the file cannot be written. The states are kept, or, where one is missing, the content was printed.
     """
     text = report.to_json(content)
     try:
@@ -54,7 +54,12 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
 
 
 def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
-    """Removes the states of runs whose results are written."""
+    """Removes the states of runs whose results are written.
+
+    Args:
+        out: Folder of the results.
+        outcomes: Outcomes of the runs.
+    """
     for outcome in outcomes:
         if outcome.study.checkpoint is not None:
             outcome.study.checkpoint.unlink(missing_ok=True)
@@ -65,7 +70,7 @@ def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def states(out: Path) -> Path:
-    """The folder of the states of interrupted runs."""
+    """Returns the folder of the states of interrupted runs, in the folder of the results."""
     return out / "states"
 
 
@@ -139,10 +144,17 @@ def _draw(path: Path, columns: dict[str, np.ndarray], captions: dict[str, list[s
 
 
 def folder(out: Path, names: Iterable[str]) -> Path:
-    """Makes a folder to which files of these names can be written, and returns its path.
+    """Makes a folder to which files can be written.
+
+    Args:
+        out: Path of the folder, which may exist.
+        names: Names of the files.
+
+    Returns:
+        The path.
 
     Raises:
-        OSError: The folder cannot be made or written, or one of the names is a folder in it.
+        OSError: If the folder cannot be made or written, or one of the names is a folder in it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -157,7 +169,14 @@ def folder(out: Path, names: Iterable[str]) -> Path:
 
 
 def banner(case: Case, model: str, protected: Protected, clients: int = 1) -> None:
-    """A line on the setting."""
+    """Prints a line on clients that are simulated.
+
+    Args:
+        case: Victims with their data.
+        model: Name of the model.
+        protected: Client with its defenses.
+        clients: Number of clients whose images are together in a batch of the case.
+    """
     victims, batch_size = case.truth.labels.shape
     groups = f"{victims} clients" if clients == 1 else f"{victims} groups of {clients} clients"
     shape = "x".join(str(n) for n in case.pixels.shape[2:])
@@ -204,8 +223,14 @@ def threat(
 def progress(name: str) -> Callable[[Sign], None]:
     """Makes a `progress_fn` that prints progress and the time left to standard error.
 
-    In a terminal one line is updated at every call; elsewhere there is a line at most every `QUIET_SECONDS`, and at
+    In a terminal one line is updated at every call. Elsewhere there is a line at most every `QUIET_SECONDS`, and at
     every new phase.
+
+    Args:
+        name: Words before the progress, such as the name of the attack.
+
+    Returns:
+        The function, for `study`.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
     shown: dict[str, Any] = {"phase": "", "at": 0.0, "width": 0}

@@ -32,7 +32,15 @@ UNDEFENDED, DEFENDED = "reconstructions.png", "defenses_{}.png"
 
 
 def run(out: Path, seed: int) -> None:
-    """Prints the tables and writes results.json and the pictures to a folder; OSError where it cannot."""
+    """Prints the tables and writes results.json and the pictures to a folder.
+
+    Args:
+        out: Path of the folder.
+        seed: Seed of the model's weights and of the attacks, at least 0.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
     began = time.time()
     out = console.folder(out, [console.RESULTS, UNDEFENDED, *map(DEFENDED.format, DRAWN)])
     case = load_case("lenet", "photos", victims=3, seed=seed)

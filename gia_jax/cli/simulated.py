@@ -115,18 +115,22 @@ def see(
     known: Sequence[bool],
     statistics: bool = False,
 ) -> Any:
-    """What the server sees of every victim under every defense, with and without its labels.
+    """Lets every victim work behind every defense, and keeps what the server sees with and without its labels.
 
     Args:
-        case: The victims.
-        protected: Their clients, by a name; they share one set of parameters.
-        key: Key of the clients, each of which draws its own, and of the threat model.
-        known: Whether labels are granted, one or both of False and True.
+        case: Victims with their data.
+        protected: Clients by a name. They share one set of parameters.
+        key: Random key of the clients, each of which draws its own, and of the threat model.
+        known: Whether labels are granted: one or both of False and True.
         statistics: Whether the feature statistics of the client's batch are granted.
 
     Returns:
-        By `known`, then by name: observations, leading axis of victims. Labels are probabilities, so that those of
-        mixed images are like the others, where more than one defense is to be attacked by one program.
+        Observations with a leading axis of victims, by the values of `known` and then by name. With more than one
+        client, which one program then attacks, labels are probabilities, so that those of mixed images are like the
+        others.
+
+    Raises:
+        ValueError: If statistics are to be granted, and the model has no batch normalisation.
     """
     params, measure = next(iter(protected.values())).params, case.statistics_fn
     if statistics and measure is None:
@@ -181,15 +185,15 @@ def attack(
     progress_fn: ProgressFn | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Outcome]:
-    """One attack, as one program, on all observations and on random updates.
+    """Runs one attack, as one program, on all observations and on random updates, and scores it.
 
     Args:
-        case: The victims.
+        case: Victims with their data.
         observations: Observations by name, as `see` makes them.
-        assumed: The client the attacker assumes; for one that does not know the defenses, a client with those of the
-            model alone, which the parameters that the server sent tell it.
-        name: Name of the attack.
-        key: The attacker's key.
+        assumed: Client that the attacker assumes. For an attacker that does not know the defenses it has those of the
+            model alone, which the parameters that the server sent tell.
+        name: Key of `ATTACKS`.
+        key: Random key of the attacker.
         model: Name of the model, for analytic attacks.
         known_labels: Whether the labels were granted.
         label_rule: Name of the rule that infers labels, as for `attack_target`.
@@ -197,13 +201,13 @@ def attack(
         statistics: Statistics of the features that GradInversion matches: "none", the model's "running" ones, or the
             "exact" ones that were granted.
         generator: Generator of GIAS, from `Case.generator`.
-        solver: Name of the solver, as for `make_attack`.
+        solver: Key of `SOLVERS`.
         num_steps: Number of steps of every restart, at least 1.
-        num_restarts: Number of restarts of every victim, at least 1; the one of the lowest finite loss is kept.
+        num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
         lanes: Number of restarts under one `vmap`, at least 1.
-        prior_only: The observations that random updates imitate, by name; None for no random updates.
-        progress_fn: Called with signs of life, as by `study`.
-        checkpoint: Folder for the state of the run, as for `study`; None keeps nothing.
+        prior_only: Name of the observations that random updates imitate. None leaves them out.
+        progress_fn: Function that is called with signs of life, as by `study`.
+        checkpoint: Folder for the state of the run, as for `study`. None keeps nothing.
 
     Returns:
         Outcomes by the names of the observations, and of the random updates by "prior only".

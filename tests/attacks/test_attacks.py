@@ -23,7 +23,7 @@ from gia_jax import (
     observe,
 )
 from gia_jax import labels as label_rules
-from gia_jax.attacks import named
+from gia_jax.cli import solvers
 from gia_jax.cli.names import (
     ATTACKS,
     INVERTIBLE,
@@ -148,7 +148,7 @@ def test_idlg_with_the_wrong_label_fails_and_its_loss_tells() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_levenberg_marquardt_is_exact_where_the_gradient_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(named, "WARM_UP", 100)
+    monkeypatch.setattr(solvers, "WARM_UP", 100)
     target = Target(CLIENT, HEAD, NUM_CLASSES, 1, DIGITS.bounds())
     attack = make_attack("idlg", target, labels="inferred", solver="levenberg_marquardt", num_steps=20)
     solve = _best_of(2, attack, 12)

@@ -1,6 +1,8 @@
 """The command line on an update that was recorded: what it reads, what it says, and what it refuses."""
 
 import json
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from flax import nnx
 
 from gia_jax import Batch, ThreatModel, clients, data, interop, models
 from gia_jax.cli import main
+from gia_jax.cli.files import registered_model
 
 pytest.importorskip("sklearn")
 
@@ -60,7 +63,7 @@ class Recorded:
         return str(self.folder / name)
 
     def arguments(self, *options: str, **files: str) -> list[str]:
-        """The command, with `--mean` and `--std`; None in the place of a file leaves the option out."""
+        """The command on these files."""
         chosen = {"update": "update.npz", "params": "params.npz"} | files
         paths = [part for name, file in chosen.items() for part in (f"--{name}", str(self.folder / file))]
         fixed = ["--model", "linear", "--input-shape", "8,8,1", "--out", str(self.folder / "out")]
@@ -142,6 +145,19 @@ def test_pytorch_flattens_channels_first(recorded: Recorded, layout: str) -> Non
     np.testing.assert_allclose(recorded.found()[0], image.transpose(1, 2, 0), atol=1e-5)
 
 
+def test_a_network_of_pytorch_is_the_registered_one() -> None:
+    """The gradient that PyTorch computed for four images is the one that the model computes for them."""
+    golden = Path(__file__).parent.parent / "interop"
+    files = {"params": golden / "lenet_body_state.npz", "update": golden / "lenet_body_gradient.npz"}
+    made = registered_model(
+        Namespace(model="lenet", input_shape=(16, 16, 3), classes=None, batch_norm="evaluation", **files)
+    )
+    truth = interop.load_tensors(golden / "lenet_body_truth.npz")
+    batch = Batch(jnp.asarray(truth["images"]), jnp.asarray(truth["labels"], jnp.int32))
+    found = jax.jit(clients.federated_sgd(clients.cross_entropy(made.apply_fn)))(made.params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, made.update)
+
+
 def test_a_negated_update_is_not_explained(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
     """The analytic attack divides it by itself and finds the image; its update points the other way."""
     recorded.save("update.npz", jax.tree.map(jnp.negative, recorded.update))
@@ -203,8 +219,6 @@ def test_running_statistics_come_from_the_file(
 @pytest.fixture
 def own_model(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     """A function of the user's, in the names and layout of PyTorch, with an array that has no update."""
-    import sys
-
     monkeypatch.chdir(recorded.folder)
     (recorded.folder / "my_own_model.py").write_text(OWN_MODEL)
     keys = jax.random.split(jax.random.key(0))
