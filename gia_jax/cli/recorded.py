@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,10 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
     truth = _read_truth(args, dtype)
     num_classes = _num_classes(args, made, params, like)
     granted = truth["labels"] if args.labels == "known" else None
-    try:
+    with _naming_options(args.update):
         seen = observed(
             params, update, inputs_like=like, apply_fn=made.apply_fn, labels=granted, num_classes=num_classes
         )
-    except ValueError as error:
-        text = str(error)
-        for argument, option in ARGUMENTS.items():
-            text = text.replace(argument, option)
-        raise ValueError(f"--update {args.update}: {text}") from None
     images = _images(args, truth.get("inputs"))
     make_client = _make_client(args)
     client_fn = make_client(clients.cross_entropy(made.apply_fn))
@@ -89,6 +85,18 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
         key=jax.random.key(args.seed),
         has_range=args.mean is not None,
     )
+
+
+@contextmanager
+def _naming_options(file: str) -> Generator[None]:
+    """Names options in the place of arguments in the errors that are raised while it lasts."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for argument, option in ARGUMENTS.items():
+            text = text.replace(argument, option)
+        raise ValueError(f"--update {file}: {text}") from None
 
 
 def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
