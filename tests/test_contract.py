@@ -44,7 +44,7 @@ class Case(NamedTuple):
         labels: Whether the threat model grants them.
         x64: Whether the case runs in float64.
         is_random: Whether two keys must give two reconstructions.
-        first_layer: "conv" or "dense".
+        first_layer: "conv" or "dense", which compiles sooner.
         batch_indices: The records of each round, for a client of several.
     """
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
     labels: bool = False
     x64: bool = False
     is_random: bool = True
-    first_layer: str = "conv"
+    first_layer: str = "dense"
     batch_indices: np.ndarray | None = None
 
 
@@ -143,35 +143,31 @@ def continued(target: Target) -> Attack:
 
 
 CASES = {
-    "gradient_matching": Case(lambda target: gradient_matching(target.client_fn), batch_size=2, labels=True),
+    "gradient_matching": Case(
+        lambda target: gradient_matching(target.client_fn), batch_size=2, labels=True, first_layer="conv"
+    ),
     "dlg": Case(dlg),
     "dlg keep_best": Case(lambda target: keep_best(dlg(target)), batch_size=2, x64=True),
     "dlg lbfgs": Case(named("dlg", "lbfgs"), x64=True),
     "idlg": Case(idlg),
     "idlg adam": Case(named("idlg", "adam"), x64=True),
-    "inverting_gradients": Case(inverting_gradients, batch_size=2, labels=True),
+    "inverting_gradients": Case(inverting_gradients, batch_size=2, labels=True, first_layer="conv"),
     "inverting_gradients fixed_step_lbfgs": Case(
         named("inverting_gradients", "fixed_step_lbfgs"), labels=True, x64=True
     ),
-    "grad_inversion": Case(grad_inversion, batch_size=2),
+    "grad_inversion": Case(grad_inversion, batch_size=2, first_layer="conv"),
     "grad_inversion keep_best": Case(lambda target: keep_best(grad_inversion(target)), x64=True),
     "latent_search": Case(latent_search, labels=True),
     "gias": Case(gias, batch_size=2, labels=True),
     "gias float64": Case(lambda target: keep_best(gias(target)), batch_size=2, labels=True, x64=True),
     "deep image prior": Case(deep_image_prior, batch_size=2, labels=True),
-    "levenberg_marquardt": Case(exact, labels=True, x64=True),
+    "levenberg_marquardt": Case(exact, labels=True, x64=True, first_layer="conv"),
     "continued": Case(continued, x64=True),
-    "linear_inversion": Case(linear_inversion, labels=True, is_random=False, first_layer="dense"),
-    "linear_inversion float64": Case(
-        linear_inversion, batch_size=2, labels=True, x64=True, is_random=False, first_layer="dense"
-    ),
-    "cafe": Case(
-        cafe, batch_size=3, is_random=False, first_layer="dense", batch_indices=np.array([[0, 1], [1, 2], [2, 0]])
-    ),
-    "r_gap": Case(r_gap, x64=True, is_random=False, first_layer="dense"),
-    "cafe_descent": Case(
-        cafe_descent, batch_size=3, first_layer="dense", batch_indices=np.array([[0, 1], [1, 2], [2, 0]])
-    ),
+    "linear_inversion": Case(linear_inversion, labels=True, is_random=False),
+    "linear_inversion float64": Case(linear_inversion, batch_size=2, labels=True, x64=True, is_random=False),
+    "cafe": Case(cafe, batch_size=3, is_random=False, batch_indices=np.array([[0, 1], [1, 2], [2, 0]])),
+    "r_gap": Case(r_gap, x64=True, is_random=False),
+    "cafe_descent": Case(cafe_descent, batch_size=3, batch_indices=np.array([[0, 1], [1, 2], [2, 0]])),
 }
 
 ANALYTIC = ("linear_inversion", "linear_inversion float64", "cafe", "r_gap")  # functions, without a state

@@ -40,8 +40,8 @@ def granted_dtype(observation: Observation) -> jnp.dtype:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"observation.extra['inputs_like']{jax.tree_util.keystr(path)} must be floating point to be searched "
-                f"by descent or solved for, got {leaf.dtype}: scale pixels to floats, or attack the embeddings of tokens "
-                "or the probabilities of categories"
+                f"by descent or solved for, got {leaf.dtype}: scale pixels to floats, or attack the embeddings of "
+                "tokens or the probabilities of categories"
             )
     return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(like)))
 
