@@ -22,7 +22,6 @@ from gia_jax.attacks.cafe import (
     BATCH_SIZE,
     NUM_RECORDS,
     NUM_ROUNDS,
-    NUM_STEPS,
     batch_rank,
     feature_matching,
     pseudo_inverse,
@@ -274,7 +273,7 @@ def main() -> None:
     command.add_argument("--data", nargs="+", choices=("mnist", "cifar10"), default=("mnist", "cifar10"))
     command.set_defaults(run=exact)
     command = commands.add_parser("beside")
-    command.add_argument("--steps", type=int, default=NUM_STEPS, help="of the paper's descent")
+    command.add_argument("--steps", type=int, default=20_000, help="of the paper's descent")
     command.add_argument("--dlg-steps", type=int, default=300, help="of DLG")
     command.add_argument("--inversion-steps", type=int, default=1_000, help="of step III")
     command.add_argument("--cases", default="", help="only those whose name has this in it, to a file of its own")

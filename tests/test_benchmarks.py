@@ -1,6 +1,9 @@
 """What the benchmarks' tables rest on: corrected p-values, means over rounds, random search, and where they are."""
 
+import ast
 import csv
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +23,26 @@ from tables import Rows, SentenceNet, Table, words_read
 from gia_jax import Batch, Observation, clients, defenses, gradient_matching, keep_best, models, run
 from gia_jax.matching.initializations import normal
 from gia_jax.modalities import Field, Schema
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("notebooks/*.ipynb")])
+
+
+def _imported(path: Path) -> list[tuple[str, str]]:
+    """The modules of the library that a script or a notebook imports from, and the names that it imports."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+    statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in statements if (node.module or "").split(".")[0] == "gia_jax"]
+    return [(node.module or "", name.name) for node in ours for name in node.names]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_a_script_imports_of_the_library_is_there(path: Path) -> None:
+    for module, name in _imported(path):
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or importlib.import_module(f"{module}.{name}"), f"{module}.{name}"
 
 
 def test_holm_corrects_step_by_step_as_in_a_worked_example() -> None:
