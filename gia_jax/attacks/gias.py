@@ -205,8 +205,8 @@ def gias(
         >>> def generator_fn(image, z):
         ...     return z[:, None, None] * image
         >>> generator = {"generator_fn": generator_fn, "generator_params": jnp.ones((2, 2, 1)), "latent_shape": (1,)}
-        >>> attack = attacks.gias(client_fn, num_latent_steps=1, num_latents=2, **generator)
-        >>> solve = jax.jit(lambda key: run(attack, key, seen, num_steps=2)[0])
+        >>> attack = attacks.gias(client_fn, num_latent_steps=1, num_latents=2, num_steps=2, **generator)
+        >>> solve = jax.jit(lambda key: run(attack, key, seen)[0])
         >>> found = solve(jax.random.key(1))
         >>> bool(jnp.any(found.batch.inputs != found.batch.inputs[0, 0, 0]))
         True

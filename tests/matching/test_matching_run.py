@@ -1,7 +1,9 @@
 """The drivers, against Python loops over the attack's own functions."""
 
+import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,14 @@ from gia_jax import (
     Observation,
     Reconstruction,
     advance,
+    attacks,
     choose,
     continued,
     gradient_matching,
     keep_best,
     restarts,
     run,
+    solve,
 )
 from gia_jax.matching import initializations, optimizers
 
@@ -206,6 +210,40 @@ def test_continued_is_better_than_its_first_attack():
     assert both.loss < 1e-3 * alone.loss
     with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
         continued(first, second, num_steps=0)
+
+
+def test_an_attack_says_how_many_steps_its_schedule_has():
+    attack = noisy()._replace(num_steps=4)
+    found, info = jax.jit(lambda key: run(attack, key, OBSERVATION))(jax.random.key(0))
+    assert info.loss.shape == (4,)
+    for wrapped in (attack, keep_best(attack), continued(noisy(), attack, num_steps=2)):
+        assert wrapped.num_steps == 4
+        with pytest.raises(ValueError, match="num_steps must be the 4 of the attack's schedule, got 5"):
+            run(wrapped, jax.random.key(0), OBSERVATION, num_steps=5)
+    chex.assert_trees_all_equal(
+        found, jax.jit(lambda key: run(noisy(), key, OBSERVATION, num_steps=4))(jax.random.key(0))[0]
+    )
+    for missing in (lambda: run(noisy(), jax.random.key(0), OBSERVATION), lambda: solve(noisy())):
+        with pytest.raises(
+            ValueError, match="num_steps must be given for an attack without a schedule of its own, got"
+        ):
+            missing()
+
+
+def test_papers_with_a_schedule_carry_its_steps_and_an_optimizer_of_ones_own_has_none():
+    make = functools.partial(attacks.inverting_gradients, client_fn, bounds=(-3.0, 3.0), num_steps=7)
+    assert make().num_steps == 7
+    assert make(optimizer=optax.adam(0.1)).num_steps is None
+
+
+def test_solve_is_the_best_step_of_the_best_restart():
+    by_hand = restarts(lambda key, seen: run(keep_best(noisy()), key, seen, num_steps=4)[0], 3)
+    ways = [
+        jax.jit(way)(jax.random.key(0), OBSERVATION) for way in (solve(noisy(), num_steps=4, num_restarts=3), by_hand)
+    ]
+    chex.assert_trees_all_equal(*ways)
+    with pytest.raises(ValueError, match="num_restarts must be an integer from 1 to 2147483647, got 0"):
+        solve(noisy(), num_steps=4, num_restarts=0)
 
 
 def reconstruct_fn(key, observation):
