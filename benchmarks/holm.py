@@ -18,7 +18,7 @@ CLASS = ("class mean", "of the class")  # the guess that knows the label, of ima
 
 
 def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
-    """Of one table, by its folder and name, the split, the defense, and what is compared."""
+    """Reads the differences of a table, by its folder and name, the split, the defense, and what is compared."""
     table = f"{path.parent.name}/{path.stem.removesuffix('_victims')}"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -61,7 +61,7 @@ class Table(NamedTuple):
         what: More words on them and on the network.
         train: Rows that networks learn from.
         test: Rows that they do not.
-        schema: Of the fields, numbers before categories.
+        schema: Schema of the fields, with numbers before categories.
         num_classes: Of the labels.
         make: `(rngs) -> module`, the network.
         read: From updates with a leading axis of victims, and their fields, the share read off, shape (v,); None: this

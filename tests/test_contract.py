@@ -23,6 +23,7 @@ from gia_jax import (
     keep_best,
     models,
     observe,
+    stack,
 )
 from gia_jax.cli.names import ATTACKS, INVERTIBLE, SOLVERS, Generator, Target, make_attack
 from gia_jax.labels import Dense
@@ -283,11 +284,6 @@ def _victims(subject: Subject, count: int = 3) -> list[Observation]:
     return [_observe(subject, _batch(subject, 10 + v)) for v in range(count)]
 
 
-def _stack(victims: list[Observation]) -> Observation:
-    update, extra = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(v.update, v.extra) for v in victims])
-    return Observation(victims[0].params, update, extra)
-
-
 def _keys(count: int = 3) -> jax.Array:
     return jax.random.split(jax.random.key(1), count)
 
@@ -321,7 +317,7 @@ def test_reconstructions_look_like_the_batch(subject: Subject) -> None:
 
 def test_vmap_over_victims_and_restarts_equals_a_loop(subject: Subject) -> None:
     victims, keys = _victims(subject), _keys()
-    found = subject.lanes(keys, _stack(victims))
+    found = subject.lanes(keys, stack(victims))
     for v, observation in enumerate(victims):
         loop = [subject.one(key, observation) for key in jax.random.split(keys[v], NUM_RESTARTS)]
         best = min(loop, key=lambda restart: restart.loss)
@@ -337,7 +333,7 @@ def test_the_key_alone_decides(subject: Subject) -> None:
 
 
 def test_a_nan_stays_in_its_lane(subject: Subject) -> None:
-    victims, keys = _stack(_victims(subject)), _keys()
+    victims, keys = stack(_victims(subject)), _keys()
     broken = victims._replace(update=jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), victims.update))
     whole, hurt = subject.lanes(keys, victims), subject.lanes(keys, broken)
     assert hurt.is_finite.tolist() == [True, False, True]
@@ -396,7 +392,7 @@ def test_the_truth_is_out_of_reach(subject: Subject) -> None:
     # Restarts are chosen, and the best of them is, as if the client had held other images.
     keys = _keys(len(lies))
     chex.assert_trees_all_equal(
-        subject.lanes(keys, _stack(blinds)), subject.lanes(keys, _stack([observation] * len(lies)))
+        subject.lanes(keys, stack(blinds)), subject.lanes(keys, stack([observation] * len(lies)))
     )
 
 

@@ -17,8 +17,6 @@ from gia_jax.matching.optimizers import fixed_step_lbfgs
 
 FOLDER = Path(__file__).parent / "golden"
 OBJECTIVES = {"euclidean": objectives.euclidean, "cosine": objectives.cosine}
-# Most of the time goes to compilation; this level halves it and leaves the arithmetic as it is.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def by_path(tree) -> dict[str, jax.Array]:
@@ -56,7 +54,7 @@ def computed(name: str, lowering: str, dtype: str) -> dict[str, np.ndarray]:
         (_, (values, update)), gradient = compiled(inputs, jnp.asarray(labels), target, weights)
         return values, update, gradient
 
-    compiled = jax.jit(jax.value_and_grad(weighted, has_aux=True), compiler_options=QUICK_TO_COMPILE)
+    compiled = jax.jit(jax.value_and_grad(weighted, has_aux=True))
     images, labels, client_images, client_labels = recipe.batches(recipe.CASES[name][1])
     _, target, _ = run(client_images, client_labels, jax.tree.map(jnp.zeros_like, params), None)
     found = {"loss": loss_fn(params, Batch(jnp.asarray(images, dtype), jnp.asarray(labels)))}

@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import gia_jax
 from gia_jax import _check, attacks, clients, data, metrics, report
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS, batch_condition, check_identifiable
-from gia_jax.base import Batch, Observation, Params, Reconstruction
+from gia_jax.base import Batch, Params, Reconstruction
 from gia_jax.cli import console, options, tables
 from gia_jax.cli.outcomes import Outcome, explained
 from gia_jax.labels import Dense, dense
 from gia_jax.models.layers import fan_in_uniform
 from gia_jax.sweep.study import study_analytic
-from gia_jax.threat import ThreatModel, observe
+from gia_jax.threat import ThreatModel, observe, stack
 
 NUM_WORKERS, WIDTH, OUTPUTS = 4, 32, 10
 THREAT = ThreatModel(batch_indices=True)
@@ -100,7 +100,7 @@ def cafe_on_federation(
     client_fn = jax.jit(clients.vertical_sgd(clients.cross_entropy(apply), indices))
     seen = observe(key_threat, THREAT, client_fn, params, records, batch_indices=indices)
     attack = attacks.cafe(first_layers, dense("server"), split_fn=clients.quadrants)
-    one = Observation(params, *jax.tree.map(lambda leaf: leaf[None], (seen.update, seen.extra)))
+    one = stack([seen])
     found = study_analytic(attack, key_attack, one)
     batch = Batch(*(jnp.asarray(leaf)[0][:, None] for leaf in found.reconstruction.batch))
     truth = jax.tree.map(lambda leaf: leaf[:, None], records)
@@ -108,7 +108,7 @@ def cafe_on_federation(
     each = Reconstruction(
         batch, *(jnp.repeat(jnp.asarray(leaf), count, 0) for leaf in (r.loss, r.is_finite, r.restart_losses))
     )
-    shares = explained(client_fn, one, jax.tree.map(jnp.asarray, found.reconstruction.batch))
+    shares = explained(client_fn, one, found.reconstruction.batch)
     shares = jax.tree.map(lambda leaf: np.repeat(leaf, count), shares)  # one update, of all the records
     outcome = Outcome(found._replace(reconstruction=each), metrics.score(batch, truth, images), shares)
     return outcome, images.images[:, None], batch_condition(indices, count)

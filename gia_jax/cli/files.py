@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from gia_jax import interop, labels, models
 from gia_jax.base import Params, Updates
 from gia_jax.cli.names import FIRST_LAYER
+from gia_jax.interop.tensors import leaves_by_name, natural
 from gia_jax.labels import ClassifierFn, Dense
 from gia_jax.models.functional import ApplyFn, has_batch_norm
 
@@ -133,7 +134,7 @@ def _has_statistics(sent: Tensors, every: PyTree, params_like: PyTree) -> bool:
 
 def _names(tree: PyTree) -> set[str]:
     """Returns the names that `interop.save_tensors` gives the leaves."""
-    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
+    return {name for name, _ in leaves_by_name(tree)}
 
 
 def _brought(option: str, file: str, tensors: Tensors, like: PyTree, flatten: Any) -> PyTree[Array]:
@@ -144,8 +145,7 @@ def _brought(option: str, file: str, tensors: Tensors, like: PyTree, flatten: An
             own = {name: array for name, array in tensors.items() if name in names or not _is_statistic(name)}
             return interop.unflatten(own, like)
         if all(re.fullmatch(r"arr_\d+", name) for name in tensors):  # what `np.savez` calls a list of arrays
-            ordered = sorted(tensors, key=lambda name: int(name[4:]))
-            return interop.from_torch([tensors[name] for name in ordered], like, flatten=flatten)
+            return interop.from_torch([tensors[name] for name in sorted(tensors, key=natural)], like, flatten=flatten)
         return interop.from_torch(tensors, like, flatten=flatten)
     except ValueError as error:
         raise ValueError(f"{option} {file}: {error}") from None

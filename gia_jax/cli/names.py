@@ -185,7 +185,12 @@ def rule_of(name: str, batch_size: int, chosen: str | None = None) -> str:
         chosen: Name of the rule that the user chose; None takes the attack's own.
     """
     rule = ATTACKS[name].rule if chosen is None else chosen
-    return rule if rule != "auto" else "idlg" if batch_size == 1 else "bias_counts"
+    return _by_size(batch_size) if rule == "auto" else rule
+
+
+def _by_size(batch_size: int) -> str:
+    """Returns the rule for attacks without one of their own: iDLG's for one example, counts in closed form for more."""
+    return "idlg" if batch_size == 1 else "bias_counts"
 
 
 def label_rule(labels: str, target: Target, rule: str | None = None) -> LabelFn:
@@ -206,7 +211,7 @@ def label_rule(labels: str, target: Target, rule: str | None = None) -> LabelFn:
         raise ValueError(f"labels must be known or inferred, got {labels!r}")
     if labels == "known":
         return granted_labels
-    rule = ("idlg" if target.batch_size == 1 else "bias_counts") if rule is None else rule
+    rule = _by_size(target.batch_size) if rule is None else rule
     if rule not in LABEL_RULES:
         raise ValueError(f"rule must be one of {', '.join(LABEL_RULES)}, got {rule!r}")
     return LABEL_RULES[rule].make(target)

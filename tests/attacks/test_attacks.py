@@ -21,6 +21,7 @@ from gia_jax import (
     keep_best,
     metrics,
     observe,
+    stack,
 )
 from gia_jax import labels as label_rules
 from gia_jax.cli import solvers
@@ -219,8 +220,8 @@ def test_linear_inversion_of_a_batch_needs_rows_that_one_image_activates(count: 
 def test_linear_inversion_cannot_undo_noise() -> None:
     batch, pixels = _digits(1)
     observation = observe(jax.random.key(0), ThreatModel(labels=True), CLIENT, _params(64, 24, 10), batch)
-    noise = control(jax.random.key(1), jax.tree.map(lambda leaf: leaf[None], observation))
-    found = _linear_inversion(jax.tree.map(lambda leaf: leaf[0], noise))
+    noise = control(jax.random.key(1), stack([observation]))
+    found = _linear_inversion(observation._replace(update=jax.tree.map(lambda leaf: leaf[0], noise.update)))
     assert _batch_psnr(found, pixels).max() < UNSOLVED
     assert found.loss > 0.1
 

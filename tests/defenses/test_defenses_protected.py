@@ -291,7 +291,7 @@ def test_no_pair_of_defenses_drives_the_attacker_that_knows_it_from_the_truth(fi
     # An attacker that does not know the chain has no more than directions.
     objectives = (cosine, euclidean) if both.modelled else (cosine,)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     @jax.vmap
     def losses(key):
         """Of each objective at the truth, at no update and at a tiny one."""
@@ -493,7 +493,7 @@ def test_every_attack_takes_the_defended_client(name, text):
     attack = make_attack(name, target, labels="known", solver="paper", num_steps=3)
     assert len(adapted) == 1
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def found(key):
         batch = protected.encode_fn(key, BATCH._replace(inputs=jax.random.normal(key, BATCH.inputs.shape)))
         seen = observe(key, ThreatModel(labels=True), protected.client_fn(key), protected.params, batch, num_classes=4)
