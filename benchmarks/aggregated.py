@@ -62,12 +62,12 @@ def psnr_of(case: Case, observations: dict[str, Observation], args: argparse.Nam
             "inverting_gradients",
             KEYS[1],
             model="lenet",
-            known_labels=True,
+            labels="known",
             num_steps=args.steps,
             lanes=8,
             prior_only=name if i == len(observations) - 1 else None,
         )
-        found |= {group: outcome.psnr for group, outcome in outcomes.items()}
+        found |= {group: outcome.scores("psnr") for group, outcome in outcomes.items()}
     return found
 
 
@@ -112,7 +112,7 @@ def sums(args: argparse.Namespace) -> None:
                 **{f"unprotected, {name}": text for name, text in figures(psnr["unprotected"]).items()},
                 "difference, mean dB": record.gain(np.mean(psnr["aggregate"] - psnr["unprotected"], 1)),
                 "prior only, median dB": f"{np.median(psnr[PRIOR_ONLY]):.2f}",
-                "grey, median dB": f"{np.median(10 * np.log10(1 / np.mean((case.pixels - 0.5) ** 2, (2, 3, 4)))):.2f}",
+                "grey, median dB": f"{np.median(case.modality.guess_fn(case.truth, case.data.public)['grey']):.2f}",
             }
         )
         print(rows[-1], flush=True)

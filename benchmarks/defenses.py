@@ -44,8 +44,9 @@ from gia_jax import (
 from gia_jax._compile import RUN_ONCE
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.cli.cases import NUM_OTHERS, pixel_covariance, pixel_information
+from gia_jax.cli.examples import NUM_OTHERS
 from gia_jax.cli.outcomes import joined
+from gia_jax.cli.pixels import pixel_covariance, pixel_information
 from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal

@@ -16,22 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gia_jax import models
+from gia_jax import data, models
 from gia_jax.base import Params
 from gia_jax.modalities import Field, Modality, Schema, row
 
-# Columns of Adult's file.
-NUMBERS = {0: "age", 2: "weight", 4: "years of education", 10: "gains", 11: "losses", 12: "hours"}
-CATEGORIES = {
-    1: "work",
-    3: "education",
-    5: "marital status",
-    6: "occupation",
-    7: "relationship",
-    8: "race",
-    9: "sex",
-    13: "country",
-}
 GUESSES = {
     "commonest values": "commonest values",
     "commonest of the class": "of the class",
@@ -105,28 +93,25 @@ def folder() -> Path:
 def adult() -> Table:
     """Census data: is an income above 50,000 dollars?"""
 
-    def lines(name: str) -> np.ndarray:
-        with gzip.open(folder() / "tabular" / name, "rt") as file:
-            split = (line.strip().rstrip(".").split(", ") for line in file)
-            return np.asarray([fields for fields in split if len(fields) == 15])
+    parts = {split: data.adult(split=split) for split in ("train", "test")}
+    schema = Schema(
+        tuple(
+            # In float32, as the figures were computed.
+            Field(name, float(column.mean()), float(column.std()))
+            if column.dtype == np.float32
+            else Field(name, categories=tuple(np.unique(column).tolist()))
+            for name, column in parts["train"].columns.items()
+        )
+    )
 
-    parts = {name: lines(f"adult.{name}.gz") for name in ("data", "test")}
-    numbers = parts["data"][:, list(NUMBERS)].astype(np.float32)
-    fields = [
-        *map(Field, NUMBERS.values(), numbers.mean(0).tolist(), numbers.std(0).tolist()),
-        *(Field(name, categories=tuple(np.unique(parts["data"][:, i]).tolist())) for i, name in CATEGORIES.items()),
-    ]
-    schema = Schema(tuple(fields))
-
-    def rows(name: str) -> Rows:
-        columns = {own: parts[name][:, i] for i, own in (NUMBERS | CATEGORIES).items()}
-        return Rows(schema.fields_of(columns), (parts[name][:, 14] == ">50K").astype(np.int32))
+    def rows(split: str) -> Rows:
+        return Rows(schema.fields_of(parts[split].columns), parts[split].labels)
 
     return Table(
         "adult",
         "Adult",
         "MLP of two hidden layers of 100, ReLU",
-        rows("data"),
+        rows("train"),
         rows("test"),
         schema,
         2,

@@ -43,9 +43,9 @@ from gia_jax import (
 )
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cli.cases import pixel_covariance, pixel_information
 from gia_jax.cli.console import progress
 from gia_jax.cli.outcomes import joined
+from gia_jax.cli.pixels import pixel_covariance, pixel_information
 from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine

@@ -172,6 +172,12 @@ LabelFn = Callable[[Observation], Array]
 InitFn = Callable[[PRNGKeyArray, Observation], PyTree[Array]]
 """Function `(key, observation) -> unknowns`: what an attack starts from, a tree of arrays."""
 
+DecodeFn = Callable[[PyTree[Array], Any], Batch]
+"""Function `(unknowns, labels) -> batch`: the batch as the model sees it, differentiable in the unknowns."""
+
+ProjectFn = Callable[[PyTree[Array]], PyTree[Array]]
+"""Function `unknowns -> unknowns`: the nearest unknowns that are possible."""
+
 ReconstructFn = Callable[[PRNGKeyArray, Observation], Reconstruction]
 """Function `(key, observation) -> reconstruction`: a whole attack, from start to end."""
 

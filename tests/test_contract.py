@@ -21,6 +21,7 @@ from gia_jax import (
     clients,
     gradient_matching,
     keep_best,
+    modalities,
     models,
     observe,
     stack,
@@ -258,7 +259,8 @@ def _apply(params: Any, inputs: jax.Array) -> jax.Array:
 
 def _target(case: Case, client_fn: gia_jax.ClientFn) -> Target:
     bounds = (jnp.full(3, -2.0), jnp.full(3, 2.0))
-    return Target(client_fn, lambda tree: _layers(tree)[1], NUM_CLASSES, case.batch_size, bounds)
+    modality = modalities.image((6, 6, 3))
+    return Target(client_fn, lambda tree: _layers(tree)[1], NUM_CLASSES, case.batch_size, modality, bounds=bounds)
 
 
 def _reconstruct_fn(attack: Attack | gia_jax.ReconstructFn) -> gia_jax.ReconstructFn:

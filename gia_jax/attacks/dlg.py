@@ -6,7 +6,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from gia_jax import _check
-from gia_jax.base import Attack, Batch, ClientFn, InitFn, ObjectiveFn, Observation
+from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, ObjectiveFn, Observation, PriorFn, ProjectFn
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import euclidean
 from gia_jax.matching.optimizers import fixed_step_lbfgs
@@ -20,6 +20,9 @@ def dlg(
     *,
     num_classes: int,
     init_fn: InitFn | None = None,
+    decode_fn: DecodeFn = Batch,
+    project_fn: ProjectFn | None = None,
+    prior_fn: PriorFn | None = None,
     objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
@@ -42,6 +45,12 @@ def dlg(
         num_classes: Number of classes c of the model, at least 2.
         init_fn: Function `(key, observation) -> inputs` that draws the first dummy inputs. By default they are standard
             normal, as in the paper.
+        decode_fn: Function `(z, labels) -> Batch` that makes the dummy batch from the unknowns of `init_fn`. By default
+            they are the inputs. For data of another kind pass all of a modality: `dlg(..., **modality.matching())`.
+        project_fn: Function `z -> z` that is applied to these unknowns after every step. None, as in the paper, leaves
+            them as they are.
+        prior_fn: Prior `(batch, observation) -> ` scalar that is added to the distance. None, as in the paper, adds
+            nothing.
         objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
             paper's squared L2 distance. `gia_jax.matching.adaptive` has functions for a defended client.
         optimizer: Optimiser of inputs and labels. By default it is L-BFGS with fixed steps of 1, as in the paper.
@@ -81,7 +90,11 @@ def dlg(
 
     def decode(pair: Batch, labels: tuple[()]) -> Batch:
         del labels
-        return Batch(pair.inputs, jax.nn.softmax(pair.labels))
+        return decode_fn(pair.inputs, jax.nn.softmax(pair.labels))
+
+    def project(pair: Batch) -> Batch:
+        assert project_fn is not None
+        return pair._replace(inputs=project_fn(pair.inputs))
 
     return gradient_matching(
         client_fn,
@@ -89,5 +102,7 @@ def dlg(
         objective_fn=objective_fn,
         label_fn=None,
         decode_fn=decode,
+        project_fn=None if project_fn is None else project,
+        prior_fn=prior_fn,
         optimizer=fixed_step_lbfgs() if optimizer is None else optimizer,
     )

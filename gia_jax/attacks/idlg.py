@@ -2,7 +2,7 @@
 
 import optax
 
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
+from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn
 from gia_jax.labels import ClassifierFn
 from gia_jax.labels import idlg as idlg_labels
 from gia_jax.matching.initializations import normal
@@ -19,6 +19,9 @@ def idlg(
     *,
     label_fn: LabelFn | None = None,
     init_fn: InitFn | None = None,
+    decode_fn: DecodeFn = Batch,
+    project_fn: ProjectFn | None = None,
+    prior_fn: PriorFn | None = None,
     objective_fn: ObjectiveFn = euclidean,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
@@ -35,6 +38,12 @@ def idlg(
         label_fn: Function `(observation) -> labels` that replaces the paper's label rule, for batches or known labels.
         init_fn: Function `(key, observation) -> inputs` that draws the first dummy inputs. By default they are standard
             normal.
+        decode_fn: Function `(z, labels) -> Batch` that makes the dummy batch from the unknowns of `init_fn`. By default
+            they are the inputs. For data of another kind pass all of a modality: `idlg(..., **modality.matching())`.
+        project_fn: Function `z -> z` that is applied to these unknowns after every step. None, as in the paper, leaves
+            them as they are.
+        prior_fn: Prior `(batch, observation) -> ` scalar that is added to the distance. None, as in the paper, adds
+            nothing.
         objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
             paper's squared L2 distance. `gia_jax.matching.adaptive` has functions for a defended client.
         optimizer: Optimiser of the inputs. By default it is L-BFGS with fixed steps of 1, as in the paper.
@@ -62,5 +71,8 @@ def idlg(
         init_fn=normal() if init_fn is None else init_fn,
         objective_fn=objective_fn,
         label_fn=idlg_labels(classifier_fn) if label_fn is None else label_fn,
+        decode_fn=decode_fn,
+        project_fn=project_fn,
+        prior_fn=prior_fn,
         optimizer=fixed_step_lbfgs() if optimizer is None else optimizer,
     )

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from gia_jax import _check
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
+from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn
 from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine, cosine_residuals
@@ -19,11 +19,14 @@ NUM_STEPS = 4_800  # the default of the authors' library; their command line run
 def inverting_gradients(
     client_fn: ClientFn,
     *,
-    bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]],
+    bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
     num_steps: int = NUM_STEPS,
-    total_variation_weight: float = 1e-2,
+    total_variation_weight: float | None = None,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
+    decode_fn: DecodeFn | None = None,
+    project_fn: ProjectFn | None = None,
+    prior_fn: PriorFn | None = None,
     objective_fn: ObjectiveFn = cosine,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Attack:
@@ -45,14 +48,21 @@ def inverting_gradients(
     Args:
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
         bounds: Darkest and brightest value of a pixel in the model's space, as two numbers or two arrays with one value
-            for each channel.
+            for each channel. They are needed for images, and have no meaning with a `decode_fn`.
         num_steps: Number of steps that the learning rate's schedule is made for, at least 1. `run` takes it from
             the attack. It has no meaning with an `optimizer` of one's own.
-        total_variation_weight: Weight alpha of the total variation in the loss, at least 0 and finite.
+        total_variation_weight: Weight alpha of the total variation in the loss, at least 0 and finite. None takes 1e-2.
+            Only images have a total variation, so it has no meaning with a `decode_fn`.
         label_fn: Function `(observation) -> labels` that the attacker uses to find the labels. By default it takes
             those that the threat model grants.
         init_fn: Function `(key, observation) -> images` that draws the first dummy images. By default their pixels are
             standard normal.
+        decode_fn: Function `(z, labels) -> Batch` for data that are no images: it makes the dummy batch from the
+            unknowns of `init_fn`. Pass all of a modality: `inverting_gradients(client_fn, **modality.matching())`.
+        project_fn: Function `z -> z` that is applied to the unknowns of a `decode_fn` after every step, in place of
+            `bounds`. None leaves them as they are.
+        prior_fn: Prior `(batch, observation) -> ` scalar of the data of a `decode_fn`, in place of the total variation.
+            None has none.
         objective_fn: Function `(simulated, observed) -> distance` that compares two updates. By default it is the
             paper's cosine distance. `gia_jax.matching.adaptive` has functions for a defended client.
         optimizer: Optimiser that replaces the paper's.
@@ -61,8 +71,9 @@ def inverting_gradients(
         The attack.
 
     Raises:
-        ValueError: If the bounds are in the wrong order, `total_variation_weight` is negative or not finite, or
-            `num_steps` is not a positive integer.
+        ValueError: If the bounds are in the wrong order, `total_variation_weight` is negative or not finite,
+            `num_steps` is not a positive integer, or arguments for images and for other data are mixed: exactly one of
+            `bounds` and `decode_fn` must be given.
 
     Examples:
         Every step ends inside of the pixel box:
@@ -80,17 +91,35 @@ def inverting_gradients(
         >>> bool(jnp.all((found.batch.inputs >= 0) & (found.batch.inputs <= 1)))
         True
     """
-    _check.not_negative(total_variation_weight=total_variation_weight)
-    _check.finite("total_variation_weight", total_variation_weight)
+    if decode_fn is None:
+        _check_images(bounds, project_fn=project_fn, prior_fn=prior_fn)
+        assert bounds is not None
+        weight = 1e-2 if total_variation_weight is None else total_variation_weight
+        _check.not_negative(total_variation_weight=weight)
+        _check.finite("total_variation_weight", weight)
+        project_fn, prior_fn = box(*bounds), priors.combine((weight, priors.total_variation()))
+    elif bounds is not None or total_variation_weight is not None:
+        given = "bounds" if bounds is not None else "total_variation_weight"
+        raise ValueError(f"{given} must not be given with decode_fn, whose data have project_fn and prior_fn")
     paper = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
     attack = gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,
         objective_fn=objective_fn,
-        prior_fn=priors.combine((total_variation_weight, priors.total_variation())),
+        prior_fn=prior_fn,
         label_fn=label_fn,
-        project_fn=box(*bounds),
+        decode_fn=Batch if decode_fn is None else decode_fn,
+        project_fn=project_fn,
         optimizer=paper if optimizer is None else optimizer,
         residual_fn=cosine_residuals,
     )
     return attack._replace(num_steps=num_steps if optimizer is None else None)
+
+
+def _check_images(bounds: object, **of_other_data: object) -> None:
+    """Raises ValueError where bounds of pixels are missing, or an argument is given that is for other data."""
+    if bounds is None:
+        raise ValueError("bounds must be given for images, or decode_fn for data of another kind, got neither")
+    for name, value in of_other_data.items():
+        if value is not None:
+            raise ValueError(f"{name} must be given with a decode_fn, got it without one")

@@ -38,7 +38,7 @@ def see_aggregated(
     victims, size = case.truth.labels.shape
     clients = protocol.quantizer.num_clients
     if size % clients:
-        raise ValueError(f"case must have batches of a multiple of {clients} images, got {size}")
+        raise ValueError(f"case must have batches of a multiple of {clients} examples, got {size}")
     threat, params = ThreatModel(labels=known), protected.params
     key_clients, key_rounds, key_threat = jax.random.split(key, 3)
 
@@ -62,10 +62,7 @@ def see_aggregated(
         for target, batch in behind.items():
             extra = grants(jax.random.fold_in(key_threat, v), threat, batch)
             seen[target].append(observe(view, target, params, extra=extra))
-    first = case._replace(
-        truth=jax.tree.map(lambda leaf: leaf[:, : size // clients], case.truth),
-        pixels=case.pixels[:, : size // clients],
-    )
+    first = case._replace(truth=jax.tree.map(lambda leaf: leaf[:, : size // clients], case.truth))
     return {"client:0": (first, _stacked(seen["client:0"])), "aggregate": (case, _stacked(seen["aggregate"]))}
 
 

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     parts = options.checked(args)
     names = ("",) if args.aggregation is None else TARGETS
     arrays = [] if args.update is None else [console.RECONSTRUCTION]
-    out = console.folder(Path(args.out), [console.RESULTS, *arrays, *map(_picture_name, names)])
+    drawings = [_drawing_name(name, suffix) for name in names for suffix in (".png", ".txt")]
+    out = console.folder(Path(args.out), [console.RESULTS, *arrays, *drawings])
     jax.config.update("jax_enable_x64", args.solver == "levenberg_marquardt" or ATTACKS[args.attack].x64)
     if args.update is None:
         setting = observe_simulated(args, parts, statistics_given=statistics_given)
@@ -68,7 +69,7 @@ def _attacked(args: argparse.Namespace, setting: Setting, name: str, victims: Vi
         progress_fn=console.progress(_title(args, name)),
         checkpoint=console.states(out),
     )
-    return outcomes if victims.truth is None else with_scores(outcomes, victims.truth, setting.images)
+    return outcomes if victims.truth is None else with_scores(outcomes, victims.truth, setting.modality)
 
 
 def _write(
@@ -86,36 +87,34 @@ def _write(
     for name, victims in setting.targets.items():
         if name not in found:
             content[name] = str(victims.observations)
-            rows.append([_title(args, name), "-", content[name], *[""] * 7])
+            rows.append([_title(args, name), "-", content[name]])
             continue
         outcome, prior = found[name][setting.defense], found[name].get(PRIOR_ONLY)
         content[name] = report.results(
             outcome.study,
-            outcome.scores,
+            None if outcome.scored is None else outcome.scored.scores,
+            label_correct=outcome.label_correct,
             explained=outcome.explained,
             settings=settings,
             threat_model=setting.threat,
-            extra=tables.beside(outcome, prior, setting.guesses),
+            extra=tables.beside(outcome, prior, setting.guesses, setting.modality),
         )
-        rows.append(tables.row(_title(args, name), args.labels == "known", outcome, prior))
+        rows.append(tables.row(_title(args, name), args.labels == "known", outcome, prior, setting.modality))
     attacked = [outcomes[setting.defense] for outcomes in found.values()]
     console.write(out, content.get("", content), attacked, began)
     if args.update is not None:
         console.write_reconstruction(out, attacked[0], began)
-    scored = all(outcome.scores is not None for outcome in attacked)
-    print((tables.table(rows, setting.guesses) if scored else tables.table_of_losses(rows)) + "\n")
+    scored = all(outcome.scored is not None for outcome in attacked)
+    print((tables.table(rows, setting.guesses, setting.modality) if scored else tables.table_of_losses(rows)) + "\n")
     behind = "" if setting.defense == "none" else f", {setting.defense}"
     for name, outcomes in found.items():
-        title, path = (
-            f"{args.attack} on {args.model}{behind}" + (f", {name}" if name else ""),
-            out / _picture_name(name),
-        )
-        outcome, pixels = outcomes[setting.defense], setting.targets[name].pixels
-        if pixels is not None:
-            console.picture(path, pixels, {args.attack: outcome}, title, began)
+        title = f"{args.attack} on {args.model}{behind}" + (f", {name}" if name else "")
+        path = out / _drawing_name(name, setting.modality.suffix)
+        outcome, truth = outcomes[setting.defense], setting.targets[name].truth
+        if truth is not None:
+            console.picture(path, setting.modality, truth, {args.attack: outcome}, title, began)
         else:
-            known = setting.has_range
-            console.picture_without_truth(path, outcome, setting.images, args.attack, title, began, has_range=known)
+            console.picture_without_truth(path, setting.modality, outcome, args.attack, title, began)
     console.forget(out, attacked)
 
 
@@ -124,6 +123,6 @@ def _title(args: argparse.Namespace, target: str) -> str:
     return f"{args.attack}, {target}" if target else args.attack
 
 
-def _picture_name(target: str) -> str:
-    """Returns the name of the file with the picture of a target."""
-    return f"reconstructions_{target.replace(':', '_')}.png" if target else "reconstructions.png"
+def _drawing_name(target: str, suffix: str) -> str:
+    """Returns the name of the file with the drawing of a target."""
+    return f"reconstructions_{target.replace(':', '_')}{suffix}" if target else f"reconstructions{suffix}"

@@ -6,7 +6,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 import gia_jax
 from gia_jax import ThreatModel, report
 from gia_jax._files import write_unclaimed
+from gia_jax.base import Batch
 from gia_jax.cli.cases import Case
 from gia_jax.cli.outcomes import Outcome
-from gia_jax.data import ImageData
 from gia_jax.defenses.protected import Part, Protected
-from gia_jax.report import picture_grid
+from gia_jax.modalities import Modality
 from gia_jax.sweep.study import Sign
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.npz"
@@ -87,58 +87,60 @@ def write_reconstruction(out: Path, outcome: Outcome, since: float) -> None:
     print(f"wrote {write_unclaimed(out / RECONSTRUCTION, content.getvalue(), since)}")
 
 
-def picture(path: Path, pixels: np.ndarray, outcomes: dict[str, Outcome], title: str, since: float) -> None:
-    """Draws originals beside what attacks made of them.
+def picture(
+    path: Path, modality: Modality, truth: Batch, outcomes: Mapping[str, Outcome], title: str, since: float
+) -> None:
+    """Draws originals beside what attacks made of them, where such examples can be drawn.
 
     Args:
         path: Path of the picture.
-        pixels: Originals, shape (v, b, h, w, c), in [0, 1].
+        modality: What an example is.
+        truth: Originals in the model's space, with a leading axis of victims.
         outcomes: What attacks achieved, with scores, by their names.
         title: Words above the picture.
         since: When the run began, as for `write`.
     """
-    flat = pixels.reshape(-1, *pixels.shape[2:])
-    columns, captions = {"original": flat}, {}
+    shown = modality.shown[modality.main]
+    columns, captions = {"original": truth}, {}
     for name, outcome in outcomes.items():
-        assert outcome.scores is not None
-        columns[name] = outcome.scores.images.reshape(flat.shape)
-        captions[name] = [f"{psnr:.1f} dB" for psnr in outcome.psnr.reshape(-1)]
-    _draw(path, columns, captions, title, since)
+        assert outcome.scored is not None
+        columns[name] = outcome.scored.batch
+        captions[name] = [shown.text(score) + shown.unit for score in outcome.scores(modality.main).ravel().tolist()]
+    _draw(path, modality, columns, captions, title, since)
 
 
 def picture_without_truth(
-    path: Path, outcome: Outcome, images: ImageData, name: str, title: str, since: float, *, has_range: bool
+    path: Path, modality: Modality, outcome: Outcome, name: str, title: str, since: float
 ) -> None:
-    """Draws what an attack made of an update whose images nobody knows, or says why there is no picture.
+    """Draws what an attack made of an update whose examples nobody knows, or says why there is no picture.
 
     Args:
         path: Path of the picture.
+        modality: What an example is.
         outcome: What the attack achieved.
-        images: Images of the kind, with the mean and deviation that lead from the model's space to pixels.
         name: Name of the attack.
         title: Words above the picture.
         since: When the run began, as for `write`.
-        has_range: Whether the mean and deviation are known. Without them images that leave [0, 1] are rescaled, each
-            by its own darkest and brightest entry, and the title says so.
     """
-    inputs = np.asarray(outcome.study.reconstruction.batch.inputs, np.float64)
-    if inputs.ndim != 5 or inputs.shape[-1] not in (1, 3):
-        print(f"no picture: inputs of shape {inputs.shape[2:]} are no images (h, w, c) of 1 or 3 channels")
+    _draw(path, modality, {name: outcome.study.reconstruction.batch}, {}, title, since)
+
+
+def _draw(
+    path: Path,
+    modality: Modality,
+    columns: Mapping[str, Batch],
+    captions: Mapping[str, Sequence[str]],
+    title: str,
+    since: float,
+) -> None:
+    """Writes a drawing to a path that no other run has claimed."""
+    if modality.draw_fn is None:
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(modality.like))
+        print(f"no picture: inputs of shape {shapes} are no images (h, w, c) of 1 or 3 channels")
         return
-    flat = inputs.reshape(-1, *inputs.shape[2:]) * np.asarray(images.std) + np.asarray(images.mean)
-    flat = np.nan_to_num(flat, nan=0.5)
-    if not has_range and (flat.min() < 0 or flat.max() > 1):
-        low, high = flat.min((1, 2, 3), keepdims=True), flat.max((1, 2, 3), keepdims=True)
-        flat = (flat - low) / np.where(high > low, high - low, 1)
-        title += ", each rescaled to [0, 1]"
-    _draw(path, {name: np.clip(flat, 0, 1)}, {}, title, since)
-
-
-def _draw(path: Path, columns: dict[str, np.ndarray], captions: dict[str, list[str]], title: str, since: float) -> None:
-    """Writes a grid of images to a path that no other run has claimed."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         drawing = Path(folder) / path.name
-        picture_grid(columns, drawing, captions=captions, title=title)
+        modality.draw_fn(columns, drawing, captions=captions, title=title)
         path = write_unclaimed(path, drawing.read_bytes(), since)
     print(f"wrote {path}")
 
@@ -175,15 +177,15 @@ def banner(case: Case, model: str, protected: Protected, clients: int = 1) -> No
         case: Victims with their data.
         model: Name of the model.
         protected: Client with its defenses.
-        clients: Number of clients whose images are together in a batch of the case.
+        clients: Number of clients whose examples are together in a batch of the case.
     """
     victims, batch_size = case.truth.labels.shape
     groups = f"{victims} clients" if clients == 1 else f"{victims} groups of {clients} clients"
-    shape = "x".join(str(n) for n in case.pixels.shape[2:])
+    shape = "x".join(str(n) for n in case.truth.inputs.shape[2:])
     size = sum(leaf.size for leaf in jax.tree.leaves(protected.params))
     print(
         f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "
-        f"{groups} with {batch_size // clients} of {case.images.name} ({shape}) each; {report.hardware()}"
+        f"{groups} with {batch_size // clients} of {case.data.name} ({shape}) each; {report.hardware()}"
     )
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import gia_jax
-from gia_jax import _check, attacks, clients, data, metrics, report
+from gia_jax import _check, attacks, clients, data, modalities, report
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS, batch_condition, check_identifiable
 from gia_jax.base import Batch, Params, Reconstruction
 from gia_jax.cli import console, options, tables
-from gia_jax.cli.outcomes import Outcome, explained
+from gia_jax.cli.outcomes import Outcome, explained, with_scores
 from gia_jax.labels import Dense, dense
 from gia_jax.models.layers import fan_in_uniform
 from gia_jax.sweep.study import study_analytic
@@ -72,7 +72,7 @@ apply = clients.vertical_model(clients.quadrants, worker, fully_connected)
 
 def cafe_on_federation(
     images: data.ImageData, key: PRNGKeyArray, *, batch_size: int, rounds: int
-) -> tuple[Outcome, np.ndarray, float]:
+) -> tuple[Outcome, Batch, float]:
     """Runs CAFE by exact steps on one federation that holds all the images, a quarter of each at every worker.
 
     Args:
@@ -82,8 +82,9 @@ def cafe_on_federation(
         rounds: Number of rounds of a model that stays as it is, at least 1.
 
     Returns:
-        The outcome with every record as a victim, at its own place; the images, shape (n, 1, h, w, c); and the
-        condition number of the selection matrix, by which rounding errors of the updates may grow.
+        The outcome with every record as a victim, at its own place, without scores; the records in the model's space,
+        inputs of shape (n, 1, h, w, c); and the condition number of the selection matrix, by which rounding errors of
+        the updates may grow.
 
     Raises:
         ValueError: If batches are larger than the data, images have no quarters, or the batches do not identify them.
@@ -110,8 +111,7 @@ def cafe_on_federation(
     )
     shares = explained(client_fn, one, found.reconstruction.batch)
     shares = jax.tree.map(lambda leaf: np.repeat(leaf, count), shares)  # one update, of all the records
-    outcome = Outcome(found._replace(reconstruction=each), metrics.score(batch, truth, images), shares)
-    return outcome, images.images[:, None], batch_condition(indices, count)
+    return Outcome(found._replace(reconstruction=each), shares), truth, batch_condition(indices, count)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -141,16 +141,25 @@ def run(args: argparse.Namespace) -> None:
     threat = THREAT.describe()
     print(f"threat model: {threat}\n")
     key = jax.random.key(args.seed)
-    outcome, pixels, condition = cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
+    found, truth, condition = cafe_on_federation(images, key, batch_size=args.batch_size, rounds=args.rounds)
     print(f"the batches identify every record: rank {args.records}, condition number {condition:.0f}\n")
     small = args.data in ("photos", "digits")
     gallery = images.images[:0] if small else data.load(args.data, split="train", limit=2_000).images
-    guesses = metrics.baselines(pixels, gallery)
+    modality = modalities.image(images.images.shape[1:], mean=images.mean, std=images.std)
+    outcome = with_scores({"cafe": found}, truth, modality)["cafe"]
+    assert outcome.scored is not None
+    guesses = modality.guess_fn(truth, Batch(images.normalize(gallery), ()))
     settings = {"attack": "cafe"} | {name: getattr(args, name) for name in (*OPTIONS, "seed")}
     content = report.results(
-        outcome.study, outcome.scores, explained=outcome.explained, settings=settings, threat_model=threat
+        outcome.study,
+        outcome.scored.scores,
+        label_correct=outcome.label_correct,
+        explained=outcome.explained,
+        settings=settings,
+        threat_model=threat,
     )
     console.write(out, content, [outcome], began)
-    print(tables.table([tables.row("cafe", False, outcome, None)], guesses) + "\n")
-    first = outcome._replace(scores=jax.tree.map(lambda field: field[:8], outcome.scores))
-    console.picture(out / "reconstructions.png", pixels[:8], {"cafe": first}, f"cafe on {images.name}", began)
+    print(tables.table([tables.row("cafe", False, outcome, None, modality)], guesses, modality) + "\n")
+    first = jax.tree.map(lambda leaf: leaf[:8], truth)
+    drawn = {"cafe": outcome._replace(scored=outcome.scored.of(slice(8)))}
+    console.picture(out / "reconstructions.png", modality, first, drawn, f"cafe on {images.name}", began)

@@ -1,7 +1,8 @@
 """What `python -m gia_jax list` prints."""
 
 from gia_jax import models
-from gia_jax.cli.names import AGGREGATIONS, ATTACKS, DATA, LABEL_RULES, SOLVERS
+from gia_jax.cli.examples import DATA_SETS
+from gia_jax.cli.names import AGGREGATIONS, ATTACKS, LABEL_RULES, SOLVERS
 from gia_jax.defenses import protected
 
 
@@ -15,7 +16,7 @@ def show() -> None:
         ("aggregation", {name: named.summary for name, named in AGGREGATIONS.items()}),
         ("combinations of defenses", {name: " ".join(parts) for name, parts in protected.COMBINATIONS.items()}),
         ("models", dict.fromkeys(models.MODELS, "")),
-        ("data", {"photos": "scikit-image's photographs", "digits": "scikit-learn's digits", "any TFDS set": DATA}),
+        ("data", DATA_SETS),
         ("label rules", {name: rule.summary for name, rule in LABEL_RULES.items()}),
     ):
         print(f"{title}:")

@@ -84,6 +84,7 @@ class Named(NamedTuple):
         model: Name of the model that is attacked by default.
         models: Names of the models that an analytic attack inverts. They are none for other attacks, which take all.
         one_example: Whether the attack is on one example only.
+        for_images: Whether it is on images only.
         needs_range: Whether it does not work without the range of pixels.
         x64: Whether it needs float64.
     """
@@ -98,6 +99,7 @@ class Named(NamedTuple):
     model: str = "lenet"
     models: tuple[str, ...] = ()
     one_example: bool = False
+    for_images: bool = False
     needs_range: bool = False
     x64: bool = False
 
@@ -137,6 +139,7 @@ ATTACKS = {
         rule="column_minimum",
         solvers=FIRST_ORDER,
         model="resnet20_4",
+        for_images=True,
     ),
     "gias": Named(
         "GIAS, Jeon et al. 2021: latents of a generator, then its weights for each image",
@@ -145,6 +148,7 @@ ATTACKS = {
         (*STEPWISE, "label_rule", "generator", "latent_steps"),
         recipes.build_gias,
         solvers=("paper",),
+        for_images=True,
         needs_range=True,
     ),
     # Its labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
@@ -168,12 +172,12 @@ ATTACKS = {
         model="cnn6",
         models=("cnn6",),
         one_example=True,
+        for_images=True,
         needs_range=True,
         x64=True,
     ),
 }
 INVERTIBLE = {name: named.models for name, named in ATTACKS.items() if named.models}  # models of the analytic attacks
-DATA = "photos, digits, or a prepared TFDS set such as mnist, cifar10, cifar100"
 
 
 def rule_of(name: str, batch_size: int, chosen: str | None = None) -> str:

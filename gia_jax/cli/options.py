@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gia_jax import _check, models
-from gia_jax.cli.cases import NUM_OTHERS
+from gia_jax.cli.examples import NUM_OTHERS, kind_of
 from gia_jax.cli.names import (
     AGGREGATIONS,
     ATTACKS,
@@ -100,9 +100,10 @@ def fill(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
     """
     named, recorded = ATTACKS[args.attack], args.update is not None
     infers = recorded or args.label_rule is not None
+    data = "photos" if args.data is None else args.data
     defaults = {
-        "model": named.model,
-        "data": "photos",
+        "model": kind_of(data).model or named.model,
+        "data": data,
         "victims": 1 if recorded else 3,
         "batch_size": 1,
         "restarts": 1,
@@ -143,7 +144,7 @@ def checked(args: argparse.Namespace) -> tuple[Part, ...]:
     """
     named, size = ATTACKS[args.attack], args.batch_size * num_clients(args)
     if args.update is None:
-        _one_of("model", args.model, models.MODELS)
+        _check_data(args)
     else:
         _check_recorded(args)
     _one_of("solver", args.solver, SOLVERS)
@@ -165,11 +166,21 @@ def checked(args: argparse.Namespace) -> tuple[Part, ...]:
     _check.fits(args.victims * args.restarts, **{"--restarts": args.restarts})
     _check.fits(args.victims * args.restarts * max(args.steps, 1), **{"--steps": args.steps})
     if named.one_example and size > 1:
-        raise ValueError(f"--attack {args.attack} needs a batch of one image, got {size}")
+        raise ValueError(f"--attack {args.attack} needs a batch of one example, got {size}")
     _check_labels(args, size)
     parts = tuple(part for text in args.defense for part in parse(text))
     _check_defenses(args, parts)
     return parts
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    """Refuses a model or an attack that does not take such data."""
+    kind = kind_of(args.data)
+    _one_of("model", args.model, models.MODELS)
+    if kind.models is not None and args.model not in kind.models:
+        raise ValueError(f"--model of --data {args.data} must be one of {', '.join(kind.models)}, got {args.model!r}")
+    if ATTACKS[args.attack].for_images and not kind.are_images:
+        raise ValueError(f"--attack {args.attack} needs images, got --data {args.data}")
 
 
 def _check_labels(args: argparse.Namespace, size: int) -> None:
@@ -182,7 +193,7 @@ def _check_labels(args: argparse.Namespace, size: int) -> None:
     if size > 1 and LABEL_RULES[args.label_rule].one_example:
         own = ATTACKS[args.attack].rule == args.label_rule
         who = f"--attack {args.attack}" if own else f"--label-rule {args.label_rule}"
-        raise ValueError(f"{who} infers the label of one image, got {size}: take --label-rule bias_counts")
+        raise ValueError(f"{who} infers the label of one example, got {size}: take --label-rule bias_counts")
 
 
 def _check_defenses(args: argparse.Namespace, parts: tuple[Part, ...]) -> None:
@@ -201,7 +212,7 @@ def _check_defenses(args: argparse.Namespace, parts: tuple[Part, ...]) -> None:
         elif part.acts_on == "input":
             if part.settings["k"] > args.batch_size + NUM_OTHERS:
                 most = args.batch_size + NUM_OTHERS
-                raise ValueError(f"--defense {part} must mix at most the {most} images that a client has")
+                raise ValueError(f"--defense {part} must mix at most the {most} examples that a client has")
             if args.adaptive and args.labels == "inferred" and args.attack != "dlg":
                 needed = "needs --labels known: no rule finds mixed labels, got inferred"
                 raise ValueError(f"--adaptive with {part.name} {needed}")
@@ -229,6 +240,8 @@ def _check_recorded(args: argparse.Namespace) -> None:
             setattr(args, name, _per_channel(name, getattr(args, name), args.input_shape[-1]))
     if args.std is not None and min(args.std) <= 0:
         raise ValueError(f"--std must be above 0, got {min(args.std)}")
+    if ATTACKS[args.attack].for_images and len(args.input_shape) != 3:
+        raise ValueError(f"--attack {args.attack} needs images, an --input-shape H,W,C, got {args.input_shape}")
     if ATTACKS[args.attack].needs_range and args.mean is None:
         raise ValueError(f"--attack {args.attack} needs --mean and --std, for the range of pixels, got none")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from gia_jax import metrics
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, ClientFn, Observation, Updates
 from gia_jax.cli.names import INVERTIBLE, Target, make_analytic, make_attack
-from gia_jax.data import ImageData
+from gia_jax.metrics.labels import are_classes
+from gia_jax.modalities import Modality, Scored
 from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic
 from gia_jax.threat import control
 
@@ -25,19 +26,22 @@ class Outcome(NamedTuple):
 
     Attributes:
         study: Study with a reconstruction of each victim.
-        scores: Scores of the reconstructions against the truth. None where there is no truth.
+        scored: Scores of the reconstructions against the truth, in whose order they are there. None where there is no
+            truth.
+        label_correct: Share of the labels of each victim that were recovered, shape (victims,), which is NaN where
+            labels are not compared. None where there is no truth.
         explained: How much of each victim's update its reconstruction explains, arrays of shape (victims,).
     """
 
     study: Study
-    scores: metrics.Scores | None
     explained: metrics.Explained
+    scored: Scored | None = None
+    label_correct: np.ndarray | None = None
 
-    @property
-    def psnr(self) -> np.ndarray:
-        """PSNR of every image in dB, shape (victims, b); there is none without a truth."""
-        assert self.scores is not None
-        return self.scores.psnr
+    def scores(self, name: str) -> np.ndarray:
+        """Returns the scores of one name, one for every example, shape (victims, b); there are none without a truth."""
+        assert self.scored is not None
+        return self.scored.scores[name]
 
 
 def attack_target(
@@ -106,32 +110,42 @@ def attack_target(
         part = slice(i * victims, (i + 1) * victims)
         reconstruction, own_shares = jax.tree.map(lambda leaf, part=part: leaf[part], (found.reconstruction, shares))
         own = found._replace(reconstruction=reconstruction, losses=found.losses[part])
-        outcomes[group] = Outcome(own, None, own_shares)
+        outcomes[group] = Outcome(own, own_shares)
     return outcomes
 
 
-def with_scores(outcomes: Mapping[str, Outcome], truth: Batch, images: ImageData) -> dict[str, Outcome]:
-    """Scores the reconstructions of several outcomes for the same victims against the truth, as one program.
+def with_scores(outcomes: Mapping[str, Outcome], truth: Batch, modality: Modality) -> dict[str, Outcome]:
+    """Scores the reconstructions of several outcomes for the same victims against the truth, together.
 
     Args:
         outcomes: Outcomes by name.
         truth: True batches in the model's space, with a leading axis of victims.
-        images: Images of the same kind, whose mean and deviation lead from the model's space to pixels.
+        modality: What an example is.
 
     Returns:
         The outcomes with their scores.
 
     Raises:
-        ValueError: If the truth is not of such images.
+        ValueError: If the truth is not of such examples.
     """
     found = [outcome.study.reconstruction.batch for outcome in outcomes.values()]
     every = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *found)
     repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(found)), truth)
-    scores, victims = metrics.score(every, repeated, images), len(truth.inputs)
-    return {
-        name: outcome._replace(scores=jax.tree.map(lambda leaf, i=i: leaf[i * victims : (i + 1) * victims], scores))
-        for i, (name, outcome) in enumerate(outcomes.items())
-    }
+    scored, overlap = modality.score_fn(every, repeated), _label_overlap(every.labels, repeated.labels)
+    victims = len(jax.tree.leaves(truth)[0])
+
+    def of(i: int, outcome: Outcome) -> Outcome:
+        own = slice(i * victims, (i + 1) * victims)
+        return outcome._replace(scored=scored.of(own), label_correct=overlap[own])
+
+    return {name: of(i, outcome) for i, (name, outcome) in enumerate(outcomes.items())}
+
+
+def _label_overlap(found: Any, true: Any) -> np.ndarray:
+    """Returns the share of the labels of each victim that were recovered; NaN where they are no classes."""
+    if not are_classes(found, true):
+        return np.full(len(jax.tree.leaves(true)[0]), np.nan)
+    return np.asarray(jax.jit(jax.vmap(metrics.label_overlap))(found, true))
 
 
 def explained(client_fn: ClientFn, observations: Observation, batch: Batch, *, lanes: int = 16) -> metrics.Explained:

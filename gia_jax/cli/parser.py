@@ -8,7 +8,8 @@ import gia_jax
 from gia_jax import models
 from gia_jax.attacks.cafe import BATCH_SIZE, NUM_RECORDS, NUM_ROUNDS
 from gia_jax.attacks.gias import NUM_LATENT_STEPS
-from gia_jax.cli.names import AGGREGATIONS, ATTACKS, DATA, LABEL_RULES, SOLVERS
+from gia_jax.cli.examples import DATA
+from gia_jax.cli.names import AGGREGATIONS, ATTACKS, LABEL_RULES, SOLVERS
 from gia_jax.defenses.protected import NAMES
 
 
@@ -130,7 +131,9 @@ def _add_recorded(made: argparse._ArgumentGroup) -> None:
     )
     made.add_argument("--params", metavar="FILE", help="the parameters that the server sent, in a file of either kind")
     made.add_argument(
-        "--input-shape", metavar="H,W,C", help="shape of one example as the model sees it, such as 32,32,3"
+        "--input-shape",
+        metavar="H,W,C",
+        help="shape of one example as the model sees it: of an image such as 32,32,3, or of any other array such as 14",
     )
     made.add_argument("--classes", type=int, help="number of classes; default: as the last layer of --params tells")
     made.add_argument(
@@ -154,13 +157,14 @@ def _add_recorded(made: argparse._ArgumentGroup) -> None:
         "--truth",
         metavar="FILE",
         help=".npz or .safetensors with `labels` of the batch, for --labels known, and with `inputs` as the model sees "
-        "them, shape (b, h, w, c), for scores: pixels in [0, 1] once --mean and --std are undone, which no attack sees",
+        "them for scores, which no attack sees. Those of images (b, h, w, c) are pixels in [0, 1] once --mean and "
+        "--std are undone",
     )
 
 
 def _add_federation(made: argparse.ArgumentParser) -> None:
     """Adds the options of the vertical federation."""
-    made.add_argument("--data", help=f"{DATA}; default: mnist")
+    made.add_argument("--data", help="photos, digits, or a prepared TFDS set of images; default: mnist")
     made.add_argument("--records", type=int, help=f"records of the federation; default: {NUM_RECORDS}")
     made.add_argument("--rounds", type=int, help=f"rounds of the federation; default: {NUM_ROUNDS}")
     made.add_argument("--batch-size", type=int, help=f"records of a round; default: {BATCH_SIZE}")

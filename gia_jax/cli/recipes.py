@@ -1,7 +1,7 @@
 """How the attacks of the command line are built from what is public about a victim and what the user chose."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -16,6 +16,7 @@ from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observa
 from gia_jax.labels import ClassifierFn, dense
 from gia_jax.matching.adaptive import supported
 from gia_jax.matching.objectives import cosine, euclidean, layerwise_euclidean
+from gia_jax.modalities import Modality
 from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6
 
@@ -46,7 +47,8 @@ class Target(NamedTuple):
         classifier_fn: Function that picks the last layer from an update.
         num_classes: Number of classes of the model.
         batch_size: Number of examples of the client.
-        bounds: Darkest and brightest pixel in the model's space.
+        modality: What an example is.
+        bounds: Darkest and brightest pixel in the model's space. None where the data are no images.
         apply_fn: Model `(params, inputs) -> logits`, whose predictions the counting of labels measures. None takes 1 /
             classes for every prediction.
         adapt_fn: Function that makes from the attack's own objective that of an attacker that knows the defense.
@@ -60,12 +62,24 @@ class Target(NamedTuple):
     classifier_fn: ClassifierFn
     num_classes: int
     batch_size: int
-    bounds: tuple
+    modality: Modality
+    bounds: tuple | None = None
     apply_fn: ApplyFn | None = None
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn] = lambda objective_fn: objective_fn
     statistics_fn: Callable[..., Statistics] | None = None
     known_statistics_fn: Callable[[Observation], Statistics] | None = None
     generator: Generator | None = None
+
+    def unknowns(self, init_fn: InitFn | None, **of_images: Any) -> dict[str, Any]:
+        """Returns what an attack takes of the data: all of a modality, or, for images, what its paper takes.
+
+        Args:
+            init_fn: Function that draws the first unknowns. None takes the attack's or the modality's own.
+            of_images: Further arguments of the attack that are for images.
+        """
+        if self.bounds is not None:
+            return {"init_fn": init_fn} | of_images
+        return self.modality.matching() | ({} if init_fn is None else {"init_fn": init_fn})
 
 
 class Choices(NamedTuple):
@@ -93,7 +107,7 @@ def build_dlg(target: Target, choices: Choices) -> Attack:
     return dlg(
         target.client_fn,
         num_classes=target.num_classes,
-        init_fn=choices.init_fn,
+        **target.unknowns(choices.init_fn),
         objective_fn=target.adapt_fn(euclidean),
         optimizer=choices.optimizer,
     )
@@ -105,7 +119,7 @@ def build_idlg(target: Target, choices: Choices) -> Attack:
         target.client_fn,
         target.classifier_fn,
         label_fn=choices.label_fn,
-        init_fn=choices.init_fn,
+        **target.unknowns(choices.init_fn),
         objective_fn=target.adapt_fn(euclidean),
         optimizer=choices.optimizer,
     )
@@ -116,10 +130,9 @@ def build_inverting_gradients(target: Target, choices: Choices) -> Attack:
     assert choices.label_fn is not None
     return inverting_gradients(
         target.client_fn,
-        bounds=target.bounds,
         num_steps=choices.num_steps,
         label_fn=choices.label_fn,
-        init_fn=choices.init_fn,
+        **target.unknowns(choices.init_fn, bounds=target.bounds),
         objective_fn=target.adapt_fn(cosine),
         optimizer=choices.optimizer,
     )
@@ -166,4 +179,5 @@ def build_linear(target: Target, choices: Choices) -> ReconstructFn:
 def build_r_gap(target: Target, choices: Choices) -> ReconstructFn:
     """Builds R-GAP on the network that it knows layer by layer."""
     del choices
+    assert target.bounds is not None
     return r_gap(cnn6(target.num_classes, bias=True), bounds=target.bounds)

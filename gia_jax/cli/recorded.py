@@ -14,16 +14,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 import gia_jax
-from gia_jax import clients, interop, metrics, models, report
+from gia_jax import clients, interop, modalities, models, report
 from gia_jax.base import Batch, LossFn, Observation, Params
 from gia_jax.cli import console
-from gia_jax.cli.cases import generator_of
 from gia_jax.cli.files import Model, function_model, registered_model
 from gia_jax.cli.names import Target
+from gia_jax.cli.pixels import generator_of
 from gia_jax.cli.settings import Known, Setting, Victims
 from gia_jax.data import ImageData
 from gia_jax.defenses.protected import Part, protect
 from gia_jax.labels import ClassifierFn
+from gia_jax.modalities import Modality
 from gia_jax.threat import ThreatModel, observed, stack
 
 ARGUMENTS = {"inputs_like": "--input-shape", "apply_fn": "the model", "batch.labels": "the labels of --truth"}
@@ -55,11 +56,12 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
         seen = observed(
             params, update, inputs_like=like, apply_fn=made.apply_fn, labels=granted, num_classes=num_classes
         )
-    images = _images(args, truth.get("inputs"))
+    modality, images = _modality(args, dtype)
+    _check_pixels(args, truth.get("inputs"))
     make_client = _make_client(args)
     client_fn = make_client(clients.cross_entropy(made.apply_fn))
     _check_client(args, client_fn, seen, like)
-    target = _target(args, made, images, client_fn, num_classes)
+    target = _target(args, made, modality, images, client_fn, num_classes)
     head = _head(args, made, num_classes)
     known = Known(client_fn, made.apply_fn, head, made.first_layer_fn, made.module)
     modelled = True
@@ -71,19 +73,18 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
         target = target._replace(client_fn=protected.assumed_fn, adapt_fn=protected.adapt_fn)
         modelled = protected.modelled
     batch = None if "inputs" not in truth else Batch(truth["inputs"][None], truth["labels"][None])
-    pixels = None if batch is None else images.images[None]
+    nothing = Batch(np.zeros((0, *args.input_shape), dtype), ())
     _banner(args, params)
     threat = console.threat(ThreatModel.of(seen), parts, args, modelled=modelled)
     return Setting(
         defense=console.words(parts),
         threat=threat,
         notes=[*made.notes, *_range_notes(args)],
-        targets={"": Victims(stack([seen]), target, batch, pixels)},
-        images=images,
-        guesses={} if pixels is None else metrics.baselines(pixels, images.images[:0]),
+        targets={"": Victims(stack([seen]), target, batch)},
+        modality=modality,
+        guesses={} if batch is None else modality.guess_fn(batch, nothing),
         known=known,
         key=jax.random.key(args.seed),
-        has_range=args.mean is not None,
     )
 
 
@@ -158,10 +159,21 @@ def _check_client(args: argparse.Namespace, client_fn: Any, seen: Observation, l
         raise ValueError(f"--model {args.model} must be differentiable by its parameters, got {reason}") from None
 
 
-def _target(args: argparse.Namespace, made: Model, images: ImageData, client_fn: Any, num_classes: int) -> Target:
+def _target(
+    args: argparse.Namespace,
+    made: Model,
+    modality: Modality,
+    images: ImageData | None,
+    client_fn: Any,
+    num_classes: int,
+) -> Target:
     """Returns what the attacker knows of the victim."""
-    low, high = images.bounds() if args.mean is not None else (-math.inf, math.inf)
-    target = Target(client_fn, made.classifier_fn, num_classes, args.batch_size, (low, high), apply_fn=made.apply_fn)
+    bounds = None
+    if images is not None:
+        bounds = images.bounds() if args.mean is not None else (-math.inf, math.inf)
+    target = Target(
+        client_fn, made.classifier_fn, num_classes, args.batch_size, modality, bounds=bounds, apply_fn=made.apply_fn
+    )
     if args.statistics == "running":
         module, like = made.module, jnp.zeros((1, *args.input_shape))
         if module is None or not made.has_statistics:
@@ -172,6 +184,7 @@ def _target(args: argparse.Namespace, made: Model, images: ImageData, client_fn:
             known_statistics_fn=lambda seen: models.running_statistics(module, seen.params, like),
         )
     if args.attack == "gias":
+        assert images is not None
         file = None if args.generator is None else Path(args.generator)
         key = jax.random.fold_in(jax.random.key(args.seed), 1)
         made_by = generator_of(images, args.input_shape, file, key, num_latent_steps=args.latent_steps)
@@ -195,32 +208,38 @@ def _read_truth(args: argparse.Namespace, dtype: DTypeLike) -> dict[str, Any]:
         shape = (args.batch_size, *args.input_shape)
         if found["inputs"].shape != shape:
             raise ValueError(f"--truth must hold inputs of shape {shape}, got {found['inputs'].shape}")
-        if len(shape) != 4:
-            raise ValueError(f"--truth must hold images (b, h, w, c) for scores, got inputs of shape {shape}")
         if found["inputs"].dtype.kind != "f":
             raise ValueError(f"--truth must hold inputs of a floating type, got {found['inputs'].dtype}")
         found["inputs"] = jnp.asarray(found["inputs"], dtype)
     return found
 
 
-def _images(args: argparse.Namespace, inputs: Any) -> ImageData:
-    """Returns the true images, none where they are not known, with the numbers that lead to pixels."""
-    channels = args.input_shape[-1]
+def _modality(args: argparse.Namespace, dtype: DTypeLike) -> tuple[Modality, ImageData | None]:
+    """Returns what an example is, by its shape: images (h, w, c), with the numbers that lead to pixels, or arrays."""
+    shape, channels = args.input_shape, args.input_shape[-1]
     mean, std = args.mean or (0.0,) * channels, args.std or (1.0,) * channels
-    pixels = np.zeros((0, *args.input_shape))
-    if inputs is not None:
-        pixels = np.asarray(inputs) * np.asarray(std) + np.asarray(mean)
-        low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
-            undone = "once --mean and --std are undone" if args.mean else "or come with --mean and --std"
-            raise ValueError(f"--truth must hold pixels in [0, 1] {undone}, got {low:.3g} to {high:.3g}")
-    return ImageData("the update", np.clip(pixels, 0, 1).astype(np.float32), np.zeros(0, np.int32), (), (), mean, std)
+    nothing = np.zeros((0, *shape), np.float32)
+    images = ImageData("the update", nothing, np.zeros(0, np.int32), (), (), mean, std)
+    if len(shape) != 3:
+        return modalities.array(shape, bounds=None if args.mean is None else images.bounds(), dtype=dtype), None
+    return modalities.image(shape, mean=mean, std=std, in_range=args.mean is not None, dtype=dtype), images
+
+
+def _check_pixels(args: argparse.Namespace, inputs: Any) -> None:
+    """Raises ValueError for true images whose pixels leave [0, 1]."""
+    if inputs is None or len(args.input_shape) != 3:
+        return
+    pixels = np.asarray(inputs) * np.asarray(args.std or 1.0) + np.asarray(args.mean or 0.0)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
+        undone = "once --mean and --std are undone" if args.mean else "or come with --mean and --std"
+        raise ValueError(f"--truth must hold pixels in [0, 1] {undone}, got {low:.3g} to {high:.3g}")
 
 
 def _range_notes(args: argparse.Namespace) -> list[str]:
     """Returns lines on what is not known of the inputs."""
     notes = []
-    if args.mean is None:
+    if args.mean is None and len(args.input_shape) == 3:
         notes.append("the range of the pixels is not known: no attack keeps to it; --mean and --std give it")
     shape = args.input_shape
     if len(shape) == 3 and shape[0] in (1, 3) and shape[-1] not in (1, 3):

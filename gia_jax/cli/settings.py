@@ -11,8 +11,8 @@ from jaxtyping import PRNGKeyArray
 from gia_jax import metrics
 from gia_jax.base import Batch, ClientFn, Observation
 from gia_jax.cli.names import Target
-from gia_jax.data import ImageData
 from gia_jax.labels import ClassifierFn
+from gia_jax.modalities import Modality
 from gia_jax.models.functional import ApplyFn
 
 
@@ -23,13 +23,11 @@ class Victims(NamedTuple):
         observations: Observations with a leading axis of victims. What is none, such as a ciphertext, is not attacked.
         target: What the attacker knows of them.
         truth: True batches in the model's space, with a leading axis of victims. None where they are not known.
-        pixels: True images in [0, 1], shape (v, b, h, w, c). None where they are not known.
     """
 
     observations: Any
     target: Target
     truth: Batch | None
-    pixels: np.ndarray | None
 
 
 class Known(NamedTuple):
@@ -58,22 +56,21 @@ class Setting(NamedTuple):
         threat: Words of the threat model.
         notes: Further lines for whoever reads the results.
         targets: Victims by the name of what is attacked of them; "" where there is one such thing.
-        images: Images of the kind, with the mean and deviation that lead from the model's space to pixels.
-        guesses: PSNR of guesses without a gradient, by name. There are none where the truth is not known.
+        modality: What an example is.
+        guesses: The modality's first score of guesses without a gradient, by name. There are none where the truth is
+            not known.
         known: What a diagnosis may read.
         key: Random key of the attacker.
-        has_range: Whether the range of the pixels is known.
     """
 
     defense: str
     threat: str
     notes: list[str]
     targets: Mapping[str, Victims]
-    images: ImageData
+    modality: Modality
     guesses: dict[str, np.ndarray]
     known: Known
     key: PRNGKeyArray
-    has_range: bool = True
 
 
 def diagnosis(setting: Setting) -> list[str]:

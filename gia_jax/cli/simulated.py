@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from gia_jax import labels, metrics
+from gia_jax import labels
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, Observation
 from gia_jax.cli import console, options
@@ -18,7 +18,6 @@ from gia_jax.cli.outcomes import Outcome, attack_target, with_scores
 from gia_jax.cli.settings import Known, Setting, Victims
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import Part, Protected, encoded, live_shares, promises
-from gia_jax.sweep.study import ProgressFn
 from gia_jax.threat import ThreatModel, observe
 
 
@@ -65,14 +64,14 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
         from gia_jax.cli.aggregated import see_aggregated
 
         targets = see_aggregated(case, protected, protocol, key_clients, known=known)
-        live = []  # a case has the images of all clients in one batch
+        live = []  # a case has the examples of all clients in one batch
     # The parameters that the server sent tell every attacker the model, with or without a bottleneck.
     plain = case.protect([part for part in parts if part.acts_on == "model"])
     assumed = protected if args.adaptive else plain
 
     def victims(own: Case, observations: Any) -> Victims:
         target = own.target(assumed, adaptive=args.adaptive, statistics=args.statistics, generator=generator)
-        return Victims(observations, target, own.truth, own.pixels)
+        return Victims(observations, target, own.truth)
 
     first_layer = FIRST_LAYER.get(args.model)
     first_layer_fn = None if first_layer is None else labels.dense(first_layer)
@@ -82,8 +81,8 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
         threat=threat + ("" if protocol is None else f"; {args.aggregation} of {clients} clients"),
         notes=[*promises(parts, **case.bounds_of(parts)), *live],
         targets={name: victims(*target) for name, target in targets.items()},
-        images=case.images,
-        guesses=metrics.baselines(case.pixels, case.gallery),
+        modality=case.modality,
+        guesses=case.modality.guess_fn(case.truth, case.data.public),
         known=Known(plain.assumed_fn, plain.apply_fn, labels.dense("head"), first_layer_fn, case.module),
         key=key_attack,
     )
@@ -104,7 +103,7 @@ def _live(parts: tuple[Part, ...], case: Case, protected: Protected) -> list[str
     if "soteria" not in [part.name for part in parts] or any(part.acts_on == "input" for part in parts):
         return []
     shares = live_shares(parts, protected.apply_fn, protected.params, case.truth.inputs)
-    return [f"soteria prunes {shares.mean():.0%} of the features that are not 0 for the victims' images"]
+    return [f"soteria prunes {shares.mean():.0%} of the features that are not 0 for the victims' examples"]
 
 
 def see(
@@ -171,19 +170,10 @@ def attack(
     name: str,
     key: PRNGKeyArray,
     *,
-    model: str,
-    known_labels: bool,
-    label_rule: str | None = None,
     adaptive: bool = False,
     statistics: str = "none",
     generator: Generator | None = None,
-    solver: str = "paper",
-    num_steps: int,
-    num_restarts: int = 1,
-    lanes: int = 16,
-    prior_only: str | None = None,
-    progress_fn: ProgressFn | None = None,
-    checkpoint: Path | None = None,
+    **settings: Any,
 ) -> dict[str, Outcome]:
     """Runs one attack, as one program, on all observations and on random updates, and scores it.
 
@@ -194,39 +184,15 @@ def attack(
             model alone, which the parameters that the server sent tell.
         name: Key of `ATTACKS`.
         key: Random key of the attacker.
-        model: Name of the model, for analytic attacks.
-        known_labels: Whether the labels were granted.
-        label_rule: Name of the rule that infers labels, as for `attack_target`.
         adaptive: Whether it compares updates as one that knows the defenses of `assumed`.
         statistics: Statistics of the features that GradInversion matches: "none", the model's "running" ones, or the
             "exact" ones that were granted.
         generator: Generator of GIAS, from `Case.generator`.
-        solver: Key of `SOLVERS`.
-        num_steps: Number of steps of every restart, at least 1.
-        num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
-        lanes: Number of restarts under one `vmap`, at least 1.
-        prior_only: Name of the observations that random updates imitate. None leaves them out.
-        progress_fn: Function that is called with signs of life, as by `study`.
-        checkpoint: Folder for the state of the run, as for `study`. None keeps nothing.
+        settings: The other arguments of `attack_target`, such as its labels, steps and restarts.
 
     Returns:
         Outcomes by the names of the observations, and of the random updates by "prior only".
     """
     target = case.target(assumed, adaptive=adaptive, statistics=statistics, generator=generator)
-    found = attack_target(
-        target,
-        observations,
-        name,
-        key,
-        model=model,
-        labels="known" if known_labels else "inferred",
-        label_rule=label_rule,
-        solver=solver,
-        num_steps=num_steps,
-        num_restarts=num_restarts,
-        lanes=lanes,
-        prior_only=prior_only,
-        progress_fn=progress_fn,
-        checkpoint=checkpoint,
-    )
-    return with_scores(found, case.truth, case.images)
+    found = attack_target(target, observations, name, key, **settings)
+    return with_scores(found, case.truth, case.modality)

@@ -6,9 +6,10 @@ import numpy as np
 
 from gia_jax import metrics, report
 from gia_jax.cli.outcomes import Outcome
+from gia_jax.modalities import Modality
 
 
-def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list[str]:
+def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None, modality: Modality) -> list[str]:
     """Makes a row of `table` or, without scores, of `table_of_losses`.
 
     Medians and means are over the victims whose reconstruction is finite, or over all where none is. The median of the
@@ -19,49 +20,55 @@ def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None) -> list
         known: Whether it knew the labels.
         outcome: What it achieved.
         prior: What the same attack achieved on random updates. None where it was left out.
+        modality: What an example is.
 
     Returns:
         The cells.
     """
-    scores, timing, found = outcome.scores, outcome.study.timing, outcome.study.reconstruction
+    timing, found = outcome.study.timing, outcome.study.reconstruction
     finite = np.asarray(found.is_finite)
     name += "" if finite.all() else f" ({np.sum(~finite)} of {finite.size} not finite)"
     kept = finite if finite.any() else np.ones_like(finite)
     seconds = [f"{timing.compile_seconds:.0f}", f"{timing.run_seconds:.0f}"]
     first = [name, "known" if known else "inferred"]
     share = _share(outcome.explained, kept)
-    if scores is None:
+    if outcome.scored is None or outcome.label_correct is None:
         alone = "-" if prior is None else f"{np.median(prior.study.reconstruction.loss):.3g}, {_noise(prior)}"
         return [*first, f"{np.median(found.loss[kept]):.3g}", share, alone, *seconds]
-    alone = "-" if prior is None or prior.scores is None else f"{np.median(prior.scores.psnr):.1f}, {_noise(prior)}"
+    main, *others = modality.shown
+    alone = "-"
+    if prior is not None and prior.scored is not None:
+        alone = f"{_median(prior.scores(main), modality, main)}, {_noise(prior)}"
     return [
         *first,
-        _list_of(scores.psnr),
-        f"{np.median(scores.psnr[kept]):.1f}",
-        f"{np.median(scores.ssim[kept]):.2f}",
-        f"{np.mean(scores.label_correct[kept]):.0%}",
+        _list_of(outcome.scores(main), modality),
+        *(_median(outcome.scores(name)[kept], modality, name) for name in (main, *others)),
+        f"{np.mean(outcome.label_correct[kept]):.0%}",
         share,
         alone,
         *seconds,
     ]
 
 
-def table(rows: list[list[str]], guesses: dict[str, np.ndarray]) -> str:
-    """Makes the table of attacks and, below them, of guesses without a gradient, whose PSNR is in dB."""
-    rows += [[name, "", _list_of(psnr), f"{np.median(psnr):.1f}", *[""] * 6] for name, psnr in guesses.items()]
+def table(rows: list[list[str]], guesses: dict[str, np.ndarray], modality: Modality) -> str:
+    """Makes the table of attacks and, below them, of guesses without a gradient, by the modality's first score."""
+    main, *others = (shown.heading for shown in modality.shown.values())
     header = [
         "attack or guess",
         "labels",
-        "PSNR",
+        main,
         "median",
-        "SSIM",
+        *others,
         "labels right",
         "explained",
         "prior only",
         "compile s",
         "run s",
     ]
-    return report.table(header, rows)
+    for name, scores in guesses.items():
+        cells = [name, "", _list_of(scores, modality), _median(scores, modality, modality.main)]
+        rows.append([*cells, *[""] * (len(header) - len(cells))])
+    return report.table(header, [[*cells, *[""] * (len(header) - len(cells))] for cells in rows])
 
 
 def table_of_losses(rows: list[list[str]]) -> str:
@@ -69,20 +76,23 @@ def table_of_losses(rows: list[list[str]]) -> str:
     return report.table(["attack", "labels", "loss", "explained", "prior only", "compile s", "run s"], rows)
 
 
-def beside(outcome: Outcome, prior: Outcome | None, guesses: dict[str, np.ndarray]) -> dict[str, Any]:
+def beside(
+    outcome: Outcome, prior: Outcome | None, guesses: dict[str, np.ndarray], modality: Modality
+) -> dict[str, Any]:
     """Returns what results.json has beside an outcome: the guesses, and the same attack on random updates.
 
     Args:
         outcome: What the attack achieved.
         prior: What it achieved on random updates. None where that was left out.
-        guesses: PSNR of guesses without a gradient, by name.
+        guesses: The modality's first score of guesses without a gradient, by name.
+        modality: What an example is.
     """
     extra: dict[str, Any] = {}
-    if outcome.scores is not None:
-        extra["baselines_psnr"] = {name: psnr.tolist() for name, psnr in guesses.items()}
+    if outcome.scored is not None and guesses:
+        extra[f"baselines_{modality.main}"] = {name: scores.tolist() for name, scores in guesses.items()}
     if prior is not None:
-        if prior.scores is not None:
-            extra["prior_only_psnr"] = prior.scores.psnr.tolist()
+        if prior.scored is not None:
+            extra[f"prior_only_{modality.main}"] = prior.scores(modality.main).tolist()
         else:
             extra["prior_only_loss"] = np.asarray(prior.study.reconstruction.loss).tolist()
         extra["prior_only_explained"] = prior.explained.share.tolist()
@@ -100,7 +110,13 @@ def _noise(prior: Outcome) -> str:
     return f"{np.median(prior.explained.share):.0%}"
 
 
-def _list_of(psnr: np.ndarray) -> str:
-    """Returns the first four values."""
-    values = psnr.reshape(-1)
-    return " ".join(f"{value:.1f}" for value in values[:4]) + (" ..." if len(values) > 4 else "")
+def _median(scores: np.ndarray, modality: Modality, name: str) -> str:
+    """Returns the median of scores, as the modality writes them."""
+    return modality.shown[name].text(float(np.median(scores)))
+
+
+def _list_of(scores: np.ndarray, modality: Modality) -> str:
+    """Returns the first four values of the modality's first score."""
+    values = scores.reshape(-1)
+    shown = modality.shown[modality.main]
+    return " ".join(map(shown.text, values[:4].tolist())) + (" ..." if len(values) > 4 else "")

@@ -1,9 +1,11 @@
-"""Real images as NumPy arrays, from sets that come with other packages and from TensorFlow Datasets (TFDS)."""
+"""Real data as NumPy arrays: images that come with other packages or from TensorFlow Datasets (TFDS), and rows."""
 
 from gia_jax import _check
+from gia_jax.data.adult import adult
 from gia_jax.data.embedded import digits, photos
 from gia_jax.data.images import ImageData
 from gia_jax.data.prepared import prepared
+from gia_jax.data.table import TableData
 
 
 def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageData:
@@ -39,4 +41,4 @@ def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageDa
     return data._replace(images=data.images[:limit], labels=data.labels[:limit], ids=data.ids[:limit])
 
 
-__all__ = ["ImageData", "digits", "load", "photos", "prepared"]
+__all__ = ["ImageData", "TableData", "adult", "digits", "load", "photos", "prepared"]

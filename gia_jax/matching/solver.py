@@ -17,11 +17,13 @@ from gia_jax.base import (
     AttackState,
     Batch,
     ClientFn,
+    DecodeFn,
     InitFn,
     LabelFn,
     ObjectiveFn,
     Observation,
     PriorFn,
+    ProjectFn,
     Reconstruction,
     Updates,
 )
@@ -50,8 +52,8 @@ def gradient_matching(
     objective_fn: ObjectiveFn = euclidean,
     prior_fn: PriorFn | None = None,
     label_fn: LabelFn | None = granted_labels,
-    decode_fn: Callable[[PyTree[Array], Any], Batch] = Batch,
-    project_fn: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
+    decode_fn: DecodeFn = Batch,
+    project_fn: ProjectFn | None = None,
     optimizer: optax.GradientTransformation | None = None,
     residual_fn: Callable[[Updates, Updates], Updates] = euclidean_residuals,
 ) -> Attack:
@@ -163,7 +165,7 @@ def gradient_matching(
     return Attack(init, step, finalize)
 
 
-def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> Callable[[PyTree[Array]], PyTree[Array]]:
+def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> ProjectFn:
     """Builds the projection of inputs onto a box: every entry, of every array of a tree, is clipped to its bounds.
 
     Args:

@@ -1,5 +1,8 @@
 """Measures how many labels were recovered."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -60,3 +63,17 @@ def _classes(labels: Array | np.ndarray) -> tuple[Int[Array, " b"], Bool[Array, 
     if labels.ndim == 2:
         labels = jnp.where(jnp.isnan(labels).any(1), -1, jnp.argmax(labels, -1))
     return jnp.asarray(labels), jnp.asarray(labels) >= 0
+
+
+def are_classes(*every: Any) -> bool:
+    """Tells whether labels of v victims are class indices (v, b) or probabilities (v, b, c), which can be compared.
+
+    Args:
+        every: Labels, of any kind.
+
+    Returns:
+        Whether all of them are.
+    """
+    kinds = ((jnp.integer, 2), (jnp.floating, 3))
+    arrays = all(isinstance(one, (jax.Array, np.ndarray)) for one in every)
+    return arrays and all(any(jnp.issubdtype(one.dtype, kind) and one.ndim == n for kind, n in kinds) for one in every)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from gia_jax.base import Batch
 from gia_jax.data import ImageData
 from gia_jax.metrics.images import as_pixels, check_pixels, image_scores, nearest
-from gia_jax.metrics.labels import label_overlap
+from gia_jax.metrics.labels import are_classes, label_overlap
 from gia_jax.precision import widened
 
 
@@ -24,6 +24,7 @@ class Scores(NamedTuple):
         label_correct: Share of the labels of each victim that were recovered, in [0, 1], shape (v,). It is NaN where
             labels are not compared.
         images: Reconstructed images in the order of the true ones, pixels in [0, 1], shape (v, b, h, w, c).
+        assignment: Index of the reconstructed image that is assigned to each true one, shape (v, b).
     """
 
     psnr: np.ndarray
@@ -31,6 +32,7 @@ class Scores(NamedTuple):
     mse: np.ndarray
     label_correct: np.ndarray
     images: np.ndarray
+    assignment: np.ndarray
 
 
 def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
@@ -74,7 +76,7 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
         if np.shape(values) != truth.inputs.shape[-1:]:
             channels = truth.inputs.shape[-1]
             raise ValueError(f"data.{name} must have {channels} numbers, one for each channel, got {values}")
-    compared = _are_classes(reconstructed.labels, truth.labels)
+    compared = are_classes(reconstructed.labels, truth.labels)
     if compared:
         for name, given in (("reconstructed.labels", reconstructed.labels), ("truth.labels", truth.labels)):
             if given.shape[:2] != truth.inputs.shape[:2]:
@@ -97,13 +99,7 @@ def score(reconstructed: Batch, truth: Batch, data: ImageData) -> Scores:
         pixels(jnp.asarray(reconstructed.inputs)), jnp.clip(images, 0, 1), labels
     )
     psnr, ssim, mse = (np.asarray(field) for field in (found.psnr, found.ssim, found.mse))
-    return Scores(psnr, ssim, mse, np.asarray(overlap), np.asarray(matched))
-
-
-def _are_classes(*every: Any) -> bool:
-    kinds = ((jnp.integer, 2), (jnp.floating, 3))
-    arrays = all(isinstance(one, (jax.Array, np.ndarray)) for one in every)
-    return arrays and all(any(jnp.issubdtype(one.dtype, kind) and one.ndim == n for kind, n in kinds) for one in every)
+    return Scores(psnr, ssim, mse, np.asarray(overlap), np.asarray(matched), np.asarray(found.assignment))
 
 
 def baselines(

@@ -1,21 +1,79 @@
 """What every modality consists of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Int, PyTree
 
 from gia_jax import _check
-from gia_jax.base import Batch, InitFn, PriorFn
+from gia_jax.base import Batch, DecodeFn, InitFn, PriorFn, ProjectFn
 
-DecodeFn = Callable[[PyTree[Array], Any], Batch]
-ProjectFn = Callable[[PyTree[Array]], PyTree[Array]]
-ScoreFn = Callable[[Batch, Batch], dict[str, np.ndarray]]
-DrawFn = Callable[[Mapping[str, Batch], Path], None]
+
+class Scored(NamedTuple):
+    """Reconstructions that were assigned to the true examples, and their scores.
+
+    Attributes:
+        scores: Scores of every true example by name, each of shape (b,) or (v, b). The first one is what an attack is
+            judged by, and higher is better for it.
+        batch: Reconstructions in the order of the true examples, with the axes of the truth.
+    """
+
+    scores: dict[str, np.ndarray]
+    batch: Batch
+
+    def of(self, victims: int | slice) -> "Scored":
+        """Returns the scores and reconstructions of some victims, of one without its axis.
+
+        Args:
+            victims: Index of a victim, or a slice of several.
+        """
+        # Not by `jax.tree.map`, which sorts the names: the first score is the one that counts.
+        scores = {name: values[victims] for name, values in self.scores.items()}
+        return Scored(scores, jax.tree.map(lambda leaf: leaf[victims], self.batch))
+
+
+class Shown(NamedTuple):
+    """How a table or a caption writes a score.
+
+    Attributes:
+        heading: Heading of the column.
+        form: Format of a number, such as ".1f".
+        unit: What stands behind the number in a caption, such as " dB".
+    """
+
+    heading: str
+    form: str
+    unit: str = ""
+
+    def text(self, score: float) -> str:
+        """Writes a score without its unit."""
+        return format(score, self.form)
+
+
+class DrawFn(Protocol):
+    """Function that writes a file in which a person sees examples."""
+
+    def __call__(
+        self,
+        columns: Mapping[str, Batch],
+        path: Path,
+        *,
+        captions: Mapping[str, Sequence[str]] | None = None,
+        title: str = "",
+    ) -> None:
+        """Writes the file.
+
+        Args:
+            columns: Batches under their headings, of as many examples each.
+            path: Path of the file, whose folder must exist.
+            captions: Lines of text beside the examples of a column, one for each, by the column's heading.
+            title: Text above all.
+        """
+        ...
 
 
 class Modality(NamedTuple):
@@ -30,14 +88,15 @@ class Modality(NamedTuple):
         project_fn: Function `z -> z` that returns the nearest possible unknowns. None where all are possible.
         prior_fn: Prior `(batch, observation) -> ` scalar. None where no batch is less plausible than another one.
         like: Shapes and types of one example as the model sees it, without the axis of the batch.
-        score_fn: Function `(found, truth) -> ` scores by name, each of shape (b,) or (v, b), higher is better for the
-            first one. The order of the reconstructions plays no part: they are assigned to the true examples such that
-            the sum of squared distances is least.
+        score_fn: Function `(found, truth) -> Scored`. The order of the reconstructions plays no part: they are assigned
+            to the true examples such that the sum of squared distances is least.
+        shown: How the scores of `score_fn` that people read are written, by their names, the first score first.
         guess_fn: Function `(truth, public) -> ` the first of these scores by the name of a guess. The guesses use
             public examples of the same kind and no gradient. A reconstruction says something of the gradient only as
             far as it is better.
-        draw_fn: Function `(columns, path)` that writes a file, in which batches are shown beside each other under
-            their headings.
+        draw_fn: Function `(columns, path, captions=, title=)` that writes a file, in which batches are shown beside
+            each other under their headings. None where there is nothing for a person to see.
+        suffix: Ending of the name of such a file, such as ".png".
 
     Examples:
         >>> from gia_jax import modalities
@@ -51,9 +110,16 @@ class Modality(NamedTuple):
     project_fn: ProjectFn | None
     prior_fn: PriorFn | None
     like: PyTree[jax.ShapeDtypeStruct]
-    score_fn: ScoreFn
-    guess_fn: ScoreFn
-    draw_fn: DrawFn
+    score_fn: Callable[[Batch, Batch], Scored]
+    shown: Mapping[str, Shown]
+    guess_fn: Callable[[Batch, Batch], dict[str, np.ndarray]]
+    draw_fn: DrawFn | None = None
+    suffix: str = ".png"
+
+    @property
+    def main(self) -> str:
+        """Name of the score that an attack is judged by."""
+        return next(iter(self.shown))
 
     def matching(self) -> dict[str, Any]:
         """Returns what an attack needs of the modality, as arguments by name: `gradient_matching(client_fn, **them)`.
@@ -94,3 +160,17 @@ def class_labels(batch: Batch, shape: tuple[int, ...]) -> Int[np.ndarray, "..."]
     if not isinstance(labels, jax.Array | np.ndarray) or labels.shape != shape:
         return None
     return np.asarray(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else None
+
+
+def reordered(batch: Batch, assignment: Int[np.ndarray, "v b"]) -> Batch:
+    """Brings reconstructions into the order of the true examples.
+
+    Args:
+        batch: Reconstructions of v victims, a tree of arrays with the axes v and b.
+        assignment: Index of the reconstruction that is assigned to each true example.
+
+    Returns:
+        The reconstructions on the host, in the order of the truth.
+    """
+    victims = np.arange(len(assignment))[:, None]
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[victims, assignment], batch)

@@ -15,7 +15,7 @@ from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.solver import box
 from gia_jax.metrics.scores import baselines, score
-from gia_jax.modalities.base import Modality, class_labels
+from gia_jax.modalities.base import DrawFn, Modality, Scored, Shown, class_labels, reordered
 
 
 def image(
@@ -23,6 +23,7 @@ def image(
     *,
     mean: Sequence[float] | np.ndarray | None = None,
     std: Sequence[float] | np.ndarray | None = None,
+    in_range: bool = True,
     total_variation_weight: float = 1e-4,
     init_fn: InitFn | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -33,6 +34,8 @@ def image(
         shape: Height, width and number of channels (h, w, c), each at least 1.
         mean: Mean of each channel that is subtracted from pixels in [0, 1], finite. None subtracts 0.
         std: Number that each channel is divided by, positive and finite. None divides by 1.
+        in_range: Whether `mean` and `std` lead to pixels in [0, 1]. If they are not known to, unknowns have no bounds,
+            and a picture shows every image that leaves [0, 1] rescaled by its own darkest and brightest entry.
         total_variation_weight: Weight of the total variation that is added to the objective, at least 0 and finite. It
             counts beside the objective in use: the default is one for squared distances of gradients. With 0 there is
             no prior.
@@ -42,7 +45,7 @@ def image(
     Returns:
         The modality. Its scores are "psnr" in dB, "ssim", and "mse" of pixels in [0, 1], as `metrics.score` gives them.
         Its guesses are those of `metrics.baselines`, with those by class where all labels are class indices. `draw_fn`
-        writes a PNG and needs matplotlib (the extra `demo`).
+        writes a PNG and needs matplotlib (the extra `demo`); there is none for images of other than 1 or 3 channels.
 
     Raises:
         ValueError: If `shape` is not of three positive integers, a mean is not finite, a deviation is not positive and
@@ -62,7 +65,7 @@ def image(
         >>> seen = observe(jax.random.key(1), ThreatModel(labels=True), client_fn, params, truth)
         >>> attack = gradient_matching(client_fn, **modality.matching())
         >>> found, _ = jax.jit(lambda key: run(attack, key, seen, num_steps=300))(jax.random.key(2))
-        >>> bool(modality.score_fn(found.batch, truth)["psnr"][0] > 30)
+        >>> bool(modality.score_fn(found.batch, truth).scores["psnr"][0] > 30)
         True
     """
     shape = tuple(shape)
@@ -85,14 +88,15 @@ def image(
     data = ImageData("images", nothing, np.zeros(0, np.int32), (), (), mean.tolist(), std.tolist())
     prior_fn = priors.combine((total_variation_weight, priors.total_variation())) if total_variation_weight else None
 
-    def score_fn(found: Batch, truth: Batch) -> dict[str, np.ndarray]:
+    def score_fn(found: Batch, truth: Batch) -> Scored:
         images, true = jnp.asarray(found.inputs), jnp.asarray(truth.inputs)
         is_one = true.ndim == 4
         if is_one:
             images, true = images[None], true[None]
         scores = score(Batch(images, ()), Batch(true, ()), data)
         named = {"psnr": scores.psnr, "ssim": scores.ssim, "mse": scores.mse}
-        return {name: values[0] for name, values in named.items()} if is_one else named
+        scored = Scored(named, reordered(Batch(images, ()), scores.assignment))
+        return scored.of(0) if is_one else scored
 
     def guess_fn(truth: Batch, public: Batch) -> dict[str, np.ndarray]:
         pixels, gallery = (data.denormalize(np.asarray(batch.inputs)) for batch in (truth, public))
@@ -101,19 +105,42 @@ def image(
             return baselines(pixels, gallery)
         return baselines(pixels, gallery, labels=labels, gallery_labels=gallery_labels)
 
-    def draw_fn(columns: Mapping[str, Batch], path: Path) -> None:
+    def draw_fn(
+        columns: Mapping[str, Batch],
+        path: Path,
+        *,
+        captions: Mapping[str, Sequence[str]] | None = None,
+        title: str = "",
+    ) -> None:
         from gia_jax.report.plots import picture_grid  # needs matplotlib
 
-        pixels = {name: data.denormalize(np.asarray(batch.inputs)) for name, batch in columns.items()}
-        picture_grid({name: images.reshape(-1, *images.shape[-3:]) for name, images in pixels.items()}, path)
+        pixels = {name: np.asarray(batch.inputs).reshape(-1, *shape) for name, batch in columns.items()}
+        if in_range:
+            pixels = {name: data.denormalize(images) for name, images in pixels.items()}
+        else:
+            rescaled = {name: _rescaled(images * std + mean) for name, images in pixels.items()}
+            pixels = {name: images for name, (images, _) in rescaled.items()}
+            title += ", each rescaled to [0, 1]" * any(moved for _, moved in rescaled.values())
+        picture_grid(pixels, path, captions=captions, title=title)
 
+    drawable: DrawFn | None = draw_fn if shape[-1] in (1, 3) else None
     return Modality(
         init_fn=normal() if init_fn is None else init_fn,
         decode_fn=Batch,
-        project_fn=box(*data.bounds()),
+        project_fn=box(*data.bounds()) if in_range else None,
         prior_fn=prior_fn,
         like=jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
         score_fn=score_fn,
+        shown={"psnr": Shown("PSNR", ".1f", " dB"), "ssim": Shown("SSIM", ".2f")},
         guess_fn=guess_fn,
-        draw_fn=draw_fn,
+        draw_fn=drawable,
     )
+
+
+def _rescaled(images: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Returns images in [0, 1], and whether any had to be rescaled for that."""
+    images = np.nan_to_num(images, nan=0.5)
+    if images.min() >= 0 and images.max() <= 1:
+        return images, False
+    low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
+    return np.clip((images - low) / np.where(high > low, high - low, 1), 0, 1), True

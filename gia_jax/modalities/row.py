@@ -5,7 +5,7 @@ al., TabLeak: Tabular Data Leakage in Federated Learning, ICML 2023. Its vote of
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gia_jax import _check
 from gia_jax._files import write_whole
 from gia_jax.base import Batch, InitFn, PriorFn
 from gia_jax.matching.initializations import normal
-from gia_jax.modalities.base import Modality, class_labels
+from gia_jax.modalities.base import Modality, Scored, Shown, class_labels, reordered
 from gia_jax.modalities.schema import Schema
 
 MAX_ROWS = 16
@@ -62,7 +62,7 @@ def row(
         >>> seen = observe(jax.random.key(1), ThreatModel(labels=True), client_fn, params, truth)
         >>> attack = gradient_matching(client_fn, **modality.matching())
         >>> found, _ = jax.jit(lambda key: run(attack, key, seen, num_steps=400))(jax.random.key(2))
-        >>> float(modality.score_fn(found.batch, truth)["fields"][0])
+        >>> float(modality.score_fn(found.batch, truth).scores["fields"][0])
         1.0
     """
     schema.check()
@@ -83,12 +83,15 @@ def row(
     def decode_fn(unknowns: Float[Array, "b entries"], labels: Any) -> Batch:
         return Batch(schema.relax(unknowns), labels)
 
-    def score_fn(found: Batch, truth: Batch) -> dict[str, np.ndarray]:
+    def score_fn(found: Batch, truth: Batch) -> Scored:
         entries, true = read("found", found), read("truth", truth)
         if entries.shape != true.shape:
             raise ValueError(f"found.inputs must have the shape {true.shape} of truth.inputs, got {entries.shape}")
-        right = np.stack([_right_of_one(schema, *pair, tolerance) for pair in zip(entries, true, strict=True)])
-        return {"fields": of_shape(right.mean(-1), truth), "row": of_shape(1.0 * right.all(-1), truth)}
+        pairs = [_right_of_one(schema, *pair, tolerance) for pair in zip(entries, true, strict=True)]
+        right, assignment = (np.stack(values) for values in zip(*pairs, strict=True))
+        batch = reordered(Batch(np.asarray(found.inputs).reshape(entries.shape), ()), assignment)
+        scores = {"fields": of_shape(right.mean(-1), truth), "row": of_shape(1.0 * right.all(-1), truth)}
+        return Scored(scores, Batch(batch.inputs.reshape(truth.inputs.shape), ()))
 
     def guess_fn(truth: Batch, public: Batch) -> dict[str, np.ndarray]:
         fields, known = (
@@ -105,9 +108,16 @@ def row(
             for name, guess in guesses.items()
         }
 
-    def draw_fn(columns: Mapping[str, Batch], path: Path) -> None:
+    def draw_fn(
+        columns: Mapping[str, Batch],
+        path: Path,
+        *,
+        captions: Mapping[str, Sequence[str]] | None = None,
+        title: str = "",
+    ) -> None:
         read_columns = {name: read(name, batch).reshape(-1, schema.num_entries) for name, batch in columns.items()}
-        write_whole(path, (_as_text(schema, read_columns) + "\n").encode())
+        text = _as_text(schema, read_columns, captions or {})
+        write_whole(path, ((f"{title}\n\n" if title else "") + text + "\n").encode())
 
     return Modality(
         init_fn=normal() if init_fn is None else init_fn,
@@ -116,21 +126,30 @@ def row(
         prior_fn=prior_fn,
         like=jax.ShapeDtypeStruct((schema.num_entries,), jnp.dtype(jnp.float32)),
         score_fn=score_fn,
+        shown={"fields": Shown("fields right", ".0%", " right"), "row": Shown("rows right", ".0%")},
         guess_fn=guess_fn,
         draw_fn=draw_fn,
+        suffix=".txt",
     )
 
 
-def _right_of_one(schema: Schema, entries: np.ndarray, true: np.ndarray, tolerance: float) -> np.ndarray:
-    """Returns which fields of one client's rows are right, after reconstructions were assigned to the true rows."""
+def _right_of_one(
+    schema: Schema, entries: np.ndarray, true: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which fields of one client's rows are right, after reconstructions were assigned to the true rows, and
+    this assignment.
+    """
     truth, finite = schema.likeliest(true), np.isfinite(entries).all(-1, keepdims=True)
     entries = np.where(finite, entries, 0)
     _, chosen = scipy.optimize.linear_sum_assignment(schema.distances(entries, truth).T)
-    return schema.right(schema.likeliest(entries)[chosen], truth, tolerance=tolerance) & np.take(finite, chosen, 0)
+    right = schema.right(schema.likeliest(entries)[chosen], truth, tolerance=tolerance) & np.take(finite, chosen, 0)
+    return right, chosen
 
 
-def _as_text(schema: Schema, columns: Mapping[str, np.ndarray]) -> str:
-    """Writes the first rows, a table each: a line for each field, and a column for each version of the row."""
+def _as_text(schema: Schema, columns: Mapping[str, np.ndarray], captions: Mapping[str, Sequence[str]]) -> str:
+    """Writes the first rows, a table each: a line for each field, and a column for each version of the row. The last
+    line of a table has the captions.
+    """
     from gia_jax.report.tables import table  # the report is made of what stands before it
 
     if not columns:
@@ -140,10 +159,17 @@ def _as_text(schema: Schema, columns: Mapping[str, np.ndarray]) -> str:
         raise ValueError(f"columns must hold as many rows each, got {sorted(counts)}")
     (count,) = counts
     written = {name: schema.columns_of(schema.likeliest(entries)) for name, entries in columns.items()}
-    names = [field.name for field in schema.fields]
-    blocks = [
-        table(["field", *written], [[name, *(values[name][i] for values in written.values())] for name in names])
-        for i in range(min(count, MAX_ROWS))
-    ]
+    for name, lines in captions.items():
+        if name not in columns or len(lines) != count:
+            place = f"captions[{name!r}] must be a line for each of the {count} rows of a column"
+            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+
+    def block(i: int) -> str:
+        lines = [[field.name, *(values[field.name][i] for values in written.values())] for field in schema.fields]
+        if captions:
+            lines.append(["", *(captions[name][i] if name in captions else "" for name in written)])
+        return table(["field", *written], lines)
+
+    blocks = [block(i) for i in range(min(count, MAX_ROWS))]
     note = [f"The first {MAX_ROWS} of {count} rows are shown."] if count > MAX_ROWS else []
     return "\n\n".join(blocks + note)

@@ -153,7 +153,8 @@ class Schema(NamedTuple):
         """
         written = {}
         for field, column in zip(self.fields, np.asarray(fields, np.float64).T, strict=True):
-            numbers = column * field.std + field.mean
+            # Rounded to a ten-thousandth of the deviation: less is rounding of the entries.
+            numbers = np.round(column * field.std + field.mean, 4 - math.ceil(math.log10(field.std))) + 0.0
             named = [field.categories[int(value)] for value in column] if field.categories else None
             written[field.name] = [f"{number:.4g}" for number in numbers] if named is None else named
         return written

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gia_jax.metrics.explained import Explained
-from gia_jax.metrics.scores import Scores
 from gia_jax.sweep.study import Study
 
 
 def results(
     study: Study,
-    scores: Scores | None,
+    scores: Mapping[str, np.ndarray] | None,
     *,
+    label_correct: np.ndarray | None = None,
     explained: Explained,
     settings: dict[str, Any],
     threat_model: str,
@@ -30,7 +30,9 @@ def results(
 
     Args:
         study: Study of v victims.
-        scores: Scores of its reconstructions. None is for victims whose true data are not known.
+        scores: Scores of every example of its reconstructions by name, each of shape (v, b), such as the scores of a
+            modality. None is for victims whose true data are not known.
+        label_correct: Share of each victim's labels that were recovered, shape (v,). None leaves it out.
         explained: How much of each victim's update its reconstruction explains, in arrays of shape (v,).
         settings: Settings of the attack and its victims, by name.
         threat_model: Description of the threat model, such as `ThreatModel.describe` returns.
@@ -40,8 +42,8 @@ def results(
         The content, for `to_json`: the settings, the threat model, the versions, the hardware, the times in seconds and
         milliseconds, the further entries, and under "victims" a record of every victim. A record holds how much of the
         update is explained, the attacker's loss, whether it is finite, and the losses of all restarts. With `scores` it
-        also holds the mean PSNR in dB, SSIM and MSE of the victim's images, the PSNR of each image, and the share of
-        right labels in [0, 1].
+        also holds the mean of every score over the victim's examples by its name, the first score of each example, such
+        as "psnr_per_example", and the share of right labels in [0, 1].
 
     Examples:
         >>> import numpy as np
@@ -61,9 +63,11 @@ def results(
     def record(v: int) -> dict[str, Any]:
         compared: dict[str, Any] = {}
         if scores is not None:
-            compared = {name: float(np.mean(getattr(scores, name)[v])) for name in ("psnr", "ssim", "mse")}
-            compared["psnr_per_image"] = scores.psnr[v].tolist()
-            compared["label_correct"] = float(scores.label_correct[v])
+            compared = {name: float(np.mean(values[v])) for name, values in scores.items()}
+            first = next(iter(scores))
+            compared[f"{first}_per_example"] = scores[first][v].tolist()
+        if label_correct is not None:
+            compared["label_correct"] = float(label_correct[v])
         r = study.reconstruction
         return compared | {
             "explained": {name: float(value[v]) for name, value in explained._asdict().items()},

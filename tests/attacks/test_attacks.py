@@ -20,6 +20,7 @@ from gia_jax import (
     control,
     keep_best,
     metrics,
+    modalities,
     observe,
     stack,
 )
@@ -150,7 +151,7 @@ def test_idlg_with_the_wrong_label_fails_and_its_loss_tells() -> None:
 @pytest.mark.usefixtures("x64")
 def test_levenberg_marquardt_is_exact_where_the_gradient_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers, "WARM_UP", 100)
-    target = Target(CLIENT, HEAD, NUM_CLASSES, 1, DIGITS.bounds())
+    target = TARGET._replace(bounds=DIGITS.bounds())
     attack = make_attack("idlg", target, labels="inferred", solver="levenberg_marquardt", num_steps=20)
     solve = _best_of(2, attack, 12)
     observations = _observations(ThreatModel(), _params(64, 32, NUM_CLASSES))
@@ -256,11 +257,62 @@ def test_a_layer_without_bias_or_not_the_first_cannot_be_inverted() -> None:
             "num_steps must be an integer of at least 1, got 0",
         ),
         (lambda: attacks.linear_inversion(HEAD, tolerance=0.0), "tolerance must be positive, got 0.0"),
+        (
+            lambda: attacks.inverting_gradients(CLIENT),
+            "bounds must be given for images, or decode_fn for data of another kind, got neither",
+        ),
+        (
+            lambda: attacks.inverting_gradients(CLIENT, bounds=(-1.0, 1.0), project_fn=lambda z: z),
+            "project_fn must be given with a decode_fn, got it without one",
+        ),
+        (
+            lambda: attacks.inverting_gradients(CLIENT, bounds=(-1.0, 1.0), decode_fn=Batch),
+            "bounds must not be given with decode_fn, whose data have project_fn and prior_fn",
+        ),
+        (
+            lambda: attacks.inverting_gradients(CLIENT, total_variation_weight=0.1, decode_fn=Batch),
+            "total_variation_weight must not be given with decode_fn",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_with_their_value(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+ROWS = {
+    "age": [25.0, 39.0, 61.0, 33.0],
+    "work": ["private", "public", "none", "public"],
+    "hours": [40.0, 10.0, 60.0, 35.0],
+    "sex": ["f", "m", "f", "m"],
+}
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg", "inverting_gradients"])
+def test_the_papers_attacks_take_data_of_another_kind(name: str) -> None:
+    """A row comes back, its numbers in their bounds, and from a random update there comes none."""
+    schema = modalities.fit_schema(ROWS)
+    schema = schema._replace(fields=(schema.fields[0]._replace(low=0.0, high=100.0), *schema.fields[1:]))
+    modality = modalities.row(schema)
+    truth = Batch(schema.encode(jnp.asarray(schema.fields_of(ROWS)[:1])), jnp.asarray([2]))
+    params = _params(schema.num_entries, 24, 10)
+    seen = observe(jax.random.key(3), ThreatModel(labels=True), CLIENT, params, truth, num_classes=NUM_CLASSES)
+    data = modality.matching()
+    attack = {
+        "dlg": lambda: attacks.dlg(CLIENT, num_classes=NUM_CLASSES, **data),
+        "idlg": lambda: attacks.idlg(CLIENT, HEAD, **data),
+        "inverting_gradients": lambda: attacks.inverting_gradients(CLIENT, num_steps=150, **data),
+    }[name]()
+    solve = gia_jax.solve(keep_best(attack), num_steps=150, num_restarts=4)
+    noise = control(jax.random.key(4), stack([seen]))
+    both = stack([seen, noise._replace(update=jax.tree.map(lambda leaf: leaf[0], noise.update), extra=seen.extra)])
+    found = jax.jit(jax.vmap(solve, (None, Observation(None, 0, 0))))(jax.random.key(5), both)
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), truth)
+    right, of_noise = modality.score_fn(found.batch, twice).scores["fields"][:, 0]
+    assert right == 1
+    assert of_noise < 1
+    age = schema.fields[0]
+    assert age.low <= float(found.batch.inputs[1, 0, 0]) * age.std + age.mean <= age.high + 1e-3
 
 
 def test_what_the_threat_model_does_not_grant_is_named() -> None:
@@ -274,7 +326,7 @@ def test_what_the_threat_model_does_not_grant_is_named() -> None:
         attacks.idlg(CLIENT, HEAD).init(jax.random.key(0), _observe(2, ThreatModel(), params))
 
 
-TARGET = Target(CLIENT, HEAD, NUM_CLASSES, 1, (-1.0, 1.0))
+TARGET = Target(CLIENT, HEAD, NUM_CLASSES, 1, modalities.image((8, 8, 1)), bounds=(-1.0, 1.0))
 
 
 @pytest.mark.parametrize("name", ["linear", "nonesuch"])

@@ -190,16 +190,18 @@ def test_the_bounds_beside_an_epsilon_are_those_of_the_first_victim(later: tuple
     case = load_case("linear", "digits", victims=2)
     bounds = case.bounds_of(parts)
     protected = case.protect(parts[:1])
-    pixels, label = case.pixels[0, 0], case.truth.labels[0]
+    images = case.data.images
+    assert images is not None
+    pixels, label = images.images[0], case.truth.labels[0]
 
     def update_of(pixels: jax.Array) -> jax.Array:
-        inputs = (pixels.reshape(1, 8, 8, 1) - case.images.mean[0]) / case.images.std[0]
+        inputs = (pixels.reshape(1, 8, 8, 1) - images.mean[0]) / images.std[0]
         update = protected.assumed_fn(protected.params, Batch(inputs, label))
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(update)])
 
     jacobian = np.asarray(jax.jacfwd(update_of)(jnp.asarray(pixels.ravel())))
     np.testing.assert_allclose(bounds["information"], jacobian.T @ jacobian, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(bounds["covariance"], np.cov(case.gallery.reshape(-1, 64).T), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(bounds["covariance"], np.cov(images.images[2:].reshape(-1, 64).T), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("texts", [(), ("gaussian:scale=1",), ("dpsgd:noise_multiplier=0",), ("mixup", "dpsgd")])
@@ -211,7 +213,8 @@ def test_no_bounds_without_noise_of_dp_sgd_or_with_mixed_images(texts: tuple[str
 
 def test_no_van_trees_bound_without_public_images() -> None:
     case = load_case("linear", "digits", victims=1)
-    bounds = case._replace(gallery=case.gallery[:1]).bounds_of(parse("dpsgd"))
+    one = case.data._replace(public=case.data.public._replace(inputs=case.data.public.inputs[:1]))
+    bounds = case._replace(data=one).bounds_of(parse("dpsgd"))
     assert set(bounds) == {"information"}
     assert np.isfinite(bounds["information"]).all()
 
@@ -358,13 +361,13 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--attack", "r_gap", "--model", "lenet"], "--attack r_gap needs one of the models cnn6, got 'lenet'"),
         (
             ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
-            "--attack r_gap needs a batch of one image, got 2",
+            "--attack r_gap needs a batch of one example, got 2",
         ),
         (["--attack", "cafe"], f"--attack must be one of {', '.join(ATTACKS)}, got 'cafe'"),
         (["--label-rule", "magic"], f"--label-rule must be one of {', '.join(LABEL_RULES)}, got 'magic'"),
         (["--label-rule", "llg", "--labels", "known"], "--label-rule infers labels, got 'llg' with --labels known"),
         (["--attack", "dlg", "--label-rule", "llg"], "--label-rule is not for --attack dlg, got 'llg'"),
-        (["--label-rule", "idlg", "--batch-size", "2"], "--label-rule idlg infers the label of one image, got 2"),
+        (["--label-rule", "idlg", "--batch-size", "2"], "--label-rule idlg infers the label of one example, got 2"),
         (["--params", "p.npz"], "--params needs --update, got 'p.npz'"),
         (["--head", "fc"], "--head needs --update, got 'fc'"),
         (["--attack", "linear", "--restarts", "7"], "--restarts is not for --attack linear, got 7"),
@@ -393,7 +396,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--restarts", "999999999", "--victims", "90"], "--restarts must fit into memory: it needs "),
         (
             ["--defense", "mixup:k=99"],
-            "--defense mixup:k=99 must mix at most the 17 images that a client has",
+            "--defense mixup:k=99 must mix at most the 17 examples that a client has",
         ),
         (
             ["--attack", "gias", "--generator", "nowhere.npz"],
@@ -414,7 +417,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--local-steps", "2", "--local-learning-rate", "nan"], "learning-rate must be positive and finite, got nan"),
         (["--local-steps", "2", "--local-learning-rate", "-1"], "learning-rate must be positive and finite, got -1.0"),
         (["--attack", "linear", "--model", "lenet"], "--attack linear needs one of the models linear, mlp, got"),
-        (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one image"),
+        (["--attack", "idlg", "--batch-size", "2"], "--attack idlg infers the label of one example"),
         (
             ["--defense", "magic"],
             f"defense must be one of {', '.join(['none', *DEFENSES, *COMBINATIONS])}, got 'magic'",
@@ -524,7 +527,7 @@ def test_two_runs_in_one_folder_both_write(tmp_path: Path, monkeypatch: pytest.M
         content[0].write_text(content[1])
         return {}
 
-    monkeypatch.setattr("gia_jax.metrics.baselines", another)
+    monkeypatch.setattr(sys.modules["gia_jax.modalities.image"], "baselines", another)
     assert main([*SHORT, "--out", str(tmp_path)]) == 0
     assert content[0].read_text() == content[1]
     assert len(json.loads((tmp_path / "results_2.json").read_text())["victims"]) == 2

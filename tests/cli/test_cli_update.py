@@ -323,7 +323,7 @@ def _message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--defense mixup:k=4 is not for --update: it changes the client's input",
         ),
         (["--defense", "precode", "--adaptive"], "is not for --update: it changes the client's model"),
-        (["--batch-size", "2", "--attack", "idlg"], "--attack idlg infers the label of one image, got 2: take"),
+        (["--batch-size", "2", "--attack", "idlg"], "--attack idlg infers the label of one example, got 2: take"),
         (["--local-learning-rate", "0.1"], "--local-learning-rate needs --local-steps above 1, got 0.1"),
         (["--params", "nowhere.npz"], "path must be a file that can be read, got 'nowhere.npz'"),
         (["--update", "nowhere.npz"], "path must be a file that can be read, got 'nowhere.npz'"),

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, ThreatModel, clients, defenses, labels, models, observe, run
+from gia_jax import Batch, ThreatModel, clients, defenses, labels, modalities, models, observe, run
 from gia_jax.cli.names import ATTACKS, INVERTIBLE, Generator, Target, make_attack
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import COMBINATIONS, DEFENSES, Part, encoded, live_shares, parse, promises, protect
@@ -482,7 +482,10 @@ def test_every_attack_takes_the_defended_client(name, text):
     """With the client and the objective of an attacker that knows the defense; what it finds is of what it sees."""
     protected = protected_by(text)
     low, high = jnp.full(3, -3.0), jnp.full(3, 3.0)
-    target = Target(protected.assumed_fn, labels.dense("head"), 4, 4, (low, high), protected.apply_fn)
+    modality = modalities.image((8, 8, 3))
+    target = Target(
+        protected.assumed_fn, labels.dense("head"), 4, 4, modality, bounds=(low, high), apply_fn=protected.apply_fn
+    )
     if name == "gias":
         decoder = {"kernel": jax.random.normal(KEYS[0], (5, 8 * 8 * 3))}
         target = target._replace(

@@ -11,19 +11,19 @@ import pytest
 
 from gia_jax import Batch, ThreatModel, clients, gradient_matching, metrics, modalities, observe, observed, run
 from gia_jax.matching import initializations
-from gia_jax.modalities import Field, Modality, Schema
+from gia_jax.modalities import Field, Modality, Schema, Scored, Shown
 from gia_jax.models.functional import ApplyFn
 
 
 def sensor() -> Modality:
     """A third modality, as anybody may write one in a file: two arrays, of which one is never negative."""
 
-    def score_fn(found: Batch, truth: Batch) -> dict[str, np.ndarray]:
+    def score_fn(found: Batch, truth: Batch) -> Scored:
         squares = jax.tree.map(lambda a, b: np.square(np.asarray(a - b)).sum(-1), found.inputs, truth.inputs)
-        return {"closeness": -sum(jax.tree.leaves(squares))}
+        return Scored({"closeness": -sum(jax.tree.leaves(squares))}, found)
 
-    def draw_fn(columns: Mapping[str, Batch], path: Path) -> None:
-        path.write_text(str({name: batch.inputs for name, batch in columns.items()}))
+    def draw_fn(columns: Mapping[str, Batch], path: Path, *, captions: Any = None, title: str = "") -> None:
+        path.write_text(title + str(captions) + str({name: batch.inputs for name, batch in columns.items()}))
 
     return Modality(
         init_fn=initializations.normal(),
@@ -32,6 +32,7 @@ def sensor() -> Modality:
         prior_fn=None,
         like={"power": jax.ShapeDtypeStruct((2,), jnp.float32), "angle": jax.ShapeDtypeStruct((3,), jnp.float32)},
         score_fn=score_fn,
+        shown={"closeness": Shown("closeness", ".3g")},
         guess_fn=lambda truth, public: {"zero": -np.square(np.asarray(truth.inputs["power"])).sum(-1)},
         draw_fn=draw_fn,
     )
@@ -66,6 +67,9 @@ def case(name: str, size: int = 2, seed: int = 0) -> Case:
         return Case(
             modalities.row(SCHEMA), Batch(SCHEMA.encode(jnp.asarray(SCHEMA.fields_of(numbers | chosen))), labels)
         )
+    if name == "array":
+        entries = jnp.asarray(rng.normal(0, 1, (size, 5)), jnp.float32)
+        return Case(modalities.array((5,), bounds=(-3.0, 3.0)), Batch(entries, labels))
     draws = {"power": rng.uniform(0, 1, (size, 2)), "angle": rng.normal(0, 1, (size, 3))}
     return Case(sensor(), Batch(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), draws), labels))
 
@@ -81,7 +85,7 @@ def model(modality: Modality) -> tuple[ApplyFn, dict[str, jax.Array]]:
     return lambda params, inputs: jnp.tanh(0.3 * flat(inputs) @ params["first"]) @ params["second"], params
 
 
-NAMES = ("image", "row", "sensor")
+NAMES = ("image", "row", "array", "sensor")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,10 +100,11 @@ def test_an_attack_takes_a_modality_and_its_reconstruction_explains_the_update(n
     assert bool(found.is_finite)
     assert float(info.match[-1]) < 0.05 * float(info.match[0])
     assert float(metrics.explained(client_fn, seen, found.batch).share) > 0.9
-    (first, scores), *_ = modality.score_fn(found.batch, batch).items()
+    (first, scores), *_ = modality.score_fn(found.batch, batch).scores.items()
+    assert first == modality.main
     noise = modality.decode_fn(modality.init_fn(jax.random.key(3), seen), batch.labels)
     assert scores.shape == (1,)
-    assert scores[0] > modality.score_fn(noise, batch)[first][0]
+    assert scores[0] > modality.score_fn(noise, batch).scores[first][0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,35 +137,47 @@ def test_what_is_projected_stays_and_what_is_possible_is_not_moved(name: str) ->
     assert any(bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(far), jax.tree.leaves(once), strict=True))
 
 
-@pytest.mark.parametrize("name", ["image", "row"])
+@pytest.mark.parametrize("name", ["image", "row", "array"])
 def test_the_order_of_reconstructions_plays_no_part_and_victims_are_scored_side_by_side(name: str) -> None:
     modality, batch = case(name, size=3)
     others = case(name, size=3, seed=1).batch
     turned = jax.tree.map(lambda leaf: leaf[::-1], batch)
-    best = {"image": {"psnr": np.inf, "ssim": 1.0, "mse": 0.0}, "row": {"fields": 1.0, "row": 1.0}}[name]
+    best = {
+        "image": {"psnr": np.inf, "ssim": 1.0, "mse": 0.0},
+        "row": {"fields": 1.0, "row": 1.0},
+        "array": {"snr": np.inf, "mse": 0.0},
+    }[name]
+    scored = modality.score_fn(turned, batch)
+    assert set(modality.shown) <= set(scored.scores) == set(best)
     for score, wanted in best.items():
-        np.testing.assert_allclose(modality.score_fn(turned, batch)[score], wanted, atol=1e-5)
+        np.testing.assert_allclose(scored.scores[score], wanted, atol=1e-5)
+    np.testing.assert_array_equal(scored.batch.inputs, batch.inputs)  # in the order of the truth
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch, others)
     mixed = modality.score_fn(jax.tree.map(lambda *leaves: jnp.stack(leaves), others, others), both)
     alone = modality.score_fn(others, batch)
-    for score, values in mixed.items():
+    assert mixed.batch.inputs.shape == both.inputs.shape
+    np.testing.assert_array_equal(mixed.batch.inputs[0], alone.batch.inputs)
+    for score, values in mixed.scores.items():
         assert values.shape == (2, 3)
-        np.testing.assert_allclose(values[0], alone[score], rtol=1e-4)
+        np.testing.assert_allclose(values[0], alone.scores[score], rtol=1e-4)
         np.testing.assert_allclose(values[1], best[score], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["image", "row"])
+@pytest.mark.parametrize("name", ["image", "row", "array"])
 def test_guesses_are_of_the_first_score_and_the_oracle_finds_what_is_public(name: str) -> None:
     modality, batch = case(name, size=4)
     public = case(name, size=30, seed=1).batch
-    first = next(iter(modality.score_fn(batch, batch)))
     guesses = modality.guess_fn(batch, public)
     assert all(values.shape == (4,) for values in guesses.values())
-    nearest = {"image": ("nearest image", "nearest of the class"), "row": ("nearest row", "nearest of the class")}[name]
+    nearest = {
+        "image": ("nearest image", "nearest of the class"),
+        "row": ("nearest row", "nearest of the class"),
+        "array": ("nearest example",),
+    }[name]
     assert set(nearest) < set(guesses)
     both = Batch(jnp.concatenate([public.inputs, batch.inputs]), jnp.concatenate([public.labels, batch.labels]))
     for oracle in nearest:
-        best = modality.score_fn(batch, batch)[first]
+        best = modality.score_fn(batch, batch).scores[modality.main]
         np.testing.assert_array_equal(modality.guess_fn(batch, both)[oracle], best)
     # Of labels that are no classes nothing is made.
     soft = [one._replace(labels=jnp.zeros((len(one.labels), 2))) for one in (batch, public)]
@@ -170,5 +187,12 @@ def test_guesses_are_of_the_first_score_and_the_oracle_finds_what_is_public(name
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_shown_in_a_file(name: str, tmp_path: Path) -> None:
     modality, batch = case(name)
-    modality.draw_fn({"original": batch, "reconstruction": batch}, tmp_path / "shown")
-    assert (tmp_path / "shown").stat().st_size > 40
+    if name == "array":  # of which nothing can be drawn
+        assert modality.draw_fn is None
+        return
+    assert modality.draw_fn is not None
+    captions = {"reconstruction": ["first", "second"]}
+    path = (tmp_path / "shown").with_suffix(modality.suffix)
+    modality.draw_fn({"original": batch, "reconstruction": batch}, path, captions=captions, title="what is seen")
+    assert path.stat().st_size > 40
+    assert name == "image" or all(words in path.read_text() for words in ("first", "second", "what is seen"))

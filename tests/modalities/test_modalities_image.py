@@ -12,7 +12,7 @@ def test_scores_are_of_pixels_and_not_of_normalised_inputs() -> None:
     pixels = np.full((1, 4, 4, 3), 0.5, np.float32)
     truth = Batch(jnp.asarray((pixels - [0.5, 0.4, 0.3]) / [0.5, 0.25, 0.2], jnp.float32), jnp.array([0]))
     moved = truth._replace(inputs=truth.inputs + 0.1 / jnp.array([0.5, 0.25, 0.2]))
-    scores = modality.score_fn(moved, truth)
+    scores = modality.score_fn(moved, truth).scores
     np.testing.assert_allclose(scores["mse"], 0.01, rtol=1e-4)
     np.testing.assert_allclose(scores["psnr"], 20, rtol=1e-4)
     np.testing.assert_allclose(modality.guess_fn(truth, truth._replace(labels=()))["grey"], np.inf)

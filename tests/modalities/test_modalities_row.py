@@ -109,7 +109,7 @@ def test_guesses_are_the_commonest_and_the_nearest_public_rows() -> None:
 def test_a_reconstruction_with_a_nan_has_no_field_right_and_does_not_harm_the_others() -> None:
     truth = Batch(jnp.asarray(ENTRIES), jnp.array([0, 1]))
     broken = truth._replace(inputs=truth.inputs.at[0, 4].set(jnp.nan))
-    scores = row(SCHEMA).score_fn(broken, truth)
+    scores = row(SCHEMA).score_fn(broken, truth).scores
     np.testing.assert_array_equal(scores["fields"], [0, 1])
     np.testing.assert_array_equal(scores["row"], [0, 1])
 
@@ -125,7 +125,7 @@ def test_a_linear_model_gives_every_field_away() -> None:
         for x, y in zip(truth.inputs, truth.labels, strict=True)
     ]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one.batch for one in found])
-    scores = modality.score_fn(together, truth)
+    scores = modality.score_fn(together, truth).scores
     np.testing.assert_array_equal(scores["fields"], np.ones((4, 1)))
     np.testing.assert_array_equal(scores["row"], np.ones((4, 1)))
 
@@ -156,8 +156,8 @@ def test_the_attack_finds_rows_and_on_noise_is_no_better_than_the_guesses() -> N
         one = jax.vmap(lambda key, observation: run(attack, key, observation, num_steps=500)[0], (0, axes))
         return one(jax.random.split(jax.random.key(3), 8), seen)
 
-    found = modality.score_fn(solve(seen).batch, truth)["fields"].mean()
-    of_noise = modality.score_fn(solve(control(jax.random.key(4), seen)).batch, truth)["fields"].mean()
+    found = modality.score_fn(solve(seen).batch, truth).scores["fields"].mean()
+    of_noise = modality.score_fn(solve(control(jax.random.key(4), seen)).batch, truth).scores["fields"].mean()
     guess = modality.guess_fn(truth, public)["commonest values"].mean()
     assert found > 0.9
     assert of_noise < guess + 0.05
@@ -243,4 +243,4 @@ def test_in_float64_and_in_half_precision_the_fields_are_the_same(x64: None) -> 
     assert entries.dtype == jnp.float64
     truth = Batch(entries, jnp.array([0, 1]))
     half = Batch(entries.astype(jnp.bfloat16), truth.labels)
-    np.testing.assert_array_equal(row(SCHEMA).score_fn(half, truth)["fields"], [1, 1])
+    np.testing.assert_array_equal(row(SCHEMA).score_fn(half, truth).scores["fields"], [1, 1])

@@ -181,7 +181,8 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
     scores = metrics.score(Batch(truth.inputs + 0.1, truth.labels), truth, data)
     explained = metrics.Explained(np.array([1.0, 0.5, np.nan]), np.array([0.0, 0.7, np.nan]), np.ones(3))
     given = {"settings": {"seed": 1}, "threat_model": "a curious server", "explained": explained}
-    content = report.results(study, scores, **given, extra={"more": 2})
+    named = {"psnr": scores.psnr, "ssim": scores.ssim}
+    content = report.results(study, named, label_correct=scores.label_correct, **given, extra={"more": 2})
     read = json.loads(report.to_json(content))
     assert read["settings"] == {"seed": 1}
     assert read["threat_model"] == "a curious server"
@@ -191,9 +192,10 @@ def test_results_hold_what_a_reader_needs_to_judge_them(data: ImageData) -> None
     assert read["hardware"]
     assert len(read["victims"]) == 3
     for v, victim in enumerate(read["victims"]):
-        named = {"psnr", "ssim", "mse", "label_correct", "loss", "is_finite", "restart_losses"}
-        assert named <= victim.keys()
+        keys = {"psnr", "ssim", "psnr_per_example", "label_correct", "loss", "is_finite", "restart_losses", "explained"}
+        assert keys == victim.keys()
         assert victim["psnr"] == pytest.approx(np.mean(scores.psnr[v]))
+        assert victim["psnr_per_example"] == scores.psnr[v].tolist()
         assert victim["label_correct"] == 1
         assert victim["is_finite"] == (v < 2)
         assert victim["explained"].keys() == {"share", "mismatch", "scale"}

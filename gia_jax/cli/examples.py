@@ -1,0 +1,123 @@
+"""The data that the command line knows by name: examples of a modality, and public ones of the same kind."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from gia_jax import data, modalities
+from gia_jax.base import Batch
+from gia_jax.data import ImageData
+from gia_jax.modalities import Modality
+
+NUM_OTHERS = 16  # examples of a client beside those of its batch, for defenses that mix examples
+NUM_PUBLIC = 2_000  # examples of the training split that guesses without a gradient may use
+
+
+class Examples(NamedTuple):
+    """Examples of one kind.
+
+    Attributes:
+        name: Name of the set and its split.
+        modality: What an example is.
+        batch: Labelled examples in the model's space, in the order of the set.
+        public: Examples in the model's space, none of them a victim's, without labels. There may be none.
+        num_classes: Number of classes.
+        images: The set of images, where the examples are images.
+    """
+
+    name: str
+    modality: Modality
+    batch: Batch
+    public: Batch
+    num_classes: int
+    images: ImageData | None = None
+
+    @property
+    def bounds(self) -> tuple | None:
+        """Darkest and brightest pixel in the model's space; None for data that are no images."""
+        if self.images is None:
+            return None
+        return tuple(bound.astype(self.batch.inputs.dtype) for bound in self.images.bounds())
+
+
+class Kind(NamedTuple):
+    """What the command line says of data, and how they are read.
+
+    Attributes:
+        load: Function `(name, count) -> Examples` that reads at least the first `count` examples, where there are so
+            many, and `NUM_OTHERS` more.
+        model: Name of the model that is attacked by default. None takes that of the attack.
+        models: Names of the models that take such examples. None stands for all.
+        are_images: Whether the examples are images.
+    """
+
+    load: Callable[[str, int], Examples]
+    model: str | None = None
+    models: tuple[str, ...] | None = None
+    are_images: bool = False
+
+
+def load_images(name: str, count: int) -> Examples:
+    """Reads images: "photos", "digits", or a data set of TFDS. `Kind.load` says the rest."""
+    small = name in ("photos", "digits")
+    images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
+    kept = np.arange(len(images.images)) >= count
+    if name == "photos":  # parts of a victim's photograph are no public ones
+        kept = ~np.isin(images.labels, images.labels[:count])
+    public = images.images[kept] if small else data.load(name, split="train", limit=NUM_PUBLIC).images
+    dtype = jnp.result_type(float)
+    batch, others = (jnp.asarray(images.normalize(pixels.astype(dtype))) for pixels in (images.images, public))
+    modality = modalities.image(images.images.shape[1:], mean=images.mean, std=images.std, dtype=dtype)
+    labelled = Batch(batch, jnp.asarray(images.labels))
+    return Examples(images.name, modality, labelled, Batch(others, ()), len(images.class_names), images)
+
+
+def load_adult(name: str, count: int) -> Examples:
+    """Reads rows of Adult, with the schema of its training split. `Kind.load` says the rest."""
+    del name
+    known, rows = data.adult(split="train"), data.adult(split="test", limit=count + NUM_OTHERS)
+    schema, dtype = modalities.fit_schema(known.columns), jnp.result_type(float)
+    batch, public = (
+        schema.encode(jnp.asarray(schema.fields_of(columns), dtype))
+        for columns in (rows.columns, {name: column[:NUM_PUBLIC] for name, column in known.columns.items()})
+    )
+    labelled = Batch(batch, jnp.asarray(rows.labels))
+    return Examples(rows.name, modalities.row(schema), labelled, Batch(public, ()), len(rows.class_names))
+
+
+IMAGES = Kind(load_images, are_images=True)
+KINDS = {"adult": Kind(load_adult, "mlp", ("linear", "mlp"))}  # of data that are no images
+DATA_SETS = {
+    "photos": "scikit-image's photographs",
+    "digits": "scikit-learn's digits",
+    "adult": "rows of census records, numbers and categories, in $GIA_JAX_DATA_DIR/tabular",
+    "any TFDS set": "images that are prepared, such as mnist, cifar10, cifar100",
+}
+DATA = "photos, digits, adult, or a prepared TFDS set of images such as mnist, cifar10, cifar100"
+
+
+def kind_of(name: str) -> Kind:
+    """Returns what kind of data a name stands for."""
+    return KINDS.get(name, IMAGES)
+
+
+def load_examples(name: str, count: int) -> Examples:
+    """Reads data by their name.
+
+    Args:
+        name: Key of `KINDS`, or the name of a set of images, for `gia_jax.data.load`.
+        count: Number of examples that are needed, at least 1.
+
+    Returns:
+        At least as many examples.
+
+    Raises:
+        ValueError: If the set is unknown, cannot be read, or has fewer examples.
+    """
+    found = kind_of(name).load(name, count)
+    have = len(found.batch.labels)
+    if have < count:
+        raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")
+    return found

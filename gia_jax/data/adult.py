@@ -1,0 +1,74 @@
+"""Adult: census records, and whether an income is above 50,000 dollars (Becker and Kohavi, UCI repository, 1996)."""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+
+from gia_jax import _check
+from gia_jax.data.table import TableData
+
+# Columns of the files, by their places: numbers first.
+NUMBERS = {0: "age", 2: "weight", 4: "years of education", 10: "gains", 11: "losses", 12: "hours"}
+CATEGORIES = {
+    1: "work",
+    3: "education",
+    5: "marital status",
+    6: "occupation",
+    7: "relationship",
+    8: "race",
+    9: "sex",
+    13: "country",
+}
+LABEL = 14
+FILES = {"train": "adult.data.gz", "test": "adult.test.gz"}
+
+
+def adult(*, split: str = "test", limit: int | None = None, folder: Path | None = None) -> TableData:
+    """Loads Adult from the files of the UCI repository, compressed by gzip: adult.data.gz and adult.test.gz.
+
+    Args:
+        split: "train" or "test".
+        limit: Number of rows, at least 1: the first ones, or all where there are fewer. None loads all.
+        folder: Folder of the files. None is for $GIA_JAX_DATA_DIR/tabular.
+
+    Returns:
+        The rows in the order of the file: 6 numbers and 8 categories, of which "?" is a value too.
+
+    Raises:
+        ValueError: If there is no such split, `limit` is no positive integer, the environment variable is needed and
+            not set, or the file is missing or cannot be read.
+
+    Examples:
+        >>> import gzip, pathlib, tempfile
+        >>> from gia_jax import data
+        >>> line = b"39, Local, 77516, Bachelors, 13, Divorced, Sales, Husband, White, Male, 0, 0, 40, Cuba, <=50K"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (pathlib.Path(folder) / "adult.data.gz").write_bytes(gzip.compress(line))
+        ...     rows = data.adult(split="train", folder=pathlib.Path(folder))
+        >>> rows.columns["age"].tolist(), rows.columns["work"].tolist(), rows.labels.tolist()
+        ([39.0], ['Local'], [0])
+    """
+    if split not in FILES:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if limit is not None:
+        _check.integer(limit=limit)
+    if folder is None:
+        root = os.environ.get("GIA_JAX_DATA_DIR")
+        if not root:
+            raise ValueError("data adult needs a folder in the environment variable GIA_JAX_DATA_DIR, got none")
+        folder = Path(root) / "tabular"
+    path = folder / FILES[split]
+    try:
+        with gzip.open(path, "rt", encoding="utf8") as file:
+            split_lines = (line.strip().rstrip(".").split(", ") for line in file)
+            lines = np.asarray([fields for fields in split_lines if len(fields) == LABEL + 1])
+        if not len(lines):
+            raise ValueError("there is no row of 15 fields")
+        columns = {name: lines[:limit, i].astype(np.float32) for i, name in NUMBERS.items()}
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"data adult needs the file {str(path)!r}, which cannot be read: {error}") from None
+    columns |= {name: lines[:limit, i] for i, name in CATEGORIES.items()}
+    labels = (lines[:limit, LABEL] == ">50K").astype(np.int32)
+    return TableData(f"adult {split}", columns, labels, ("at most 50,000", "above 50,000"))
