@@ -11,8 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax import Attack, Batch, Observation, ThreatModel, keep_best
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.defenses.mixing import as_probabilities
-from gia_jax.defenses.protected import Protected, encoded, parse
+from gia_jax.defenses.protected import Protected, parse
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.run import continued
 from gia_jax.threat import observe
@@ -48,10 +47,9 @@ def see(
 ) -> Seen:
     """Of one victim, without the parameters, which are everyone's; of several rounds the mean."""
     key_encode, key_client, key_threat = jax.random.split(key, 3)
-    encoding = encoded(protected.encode_fn, key_encode, batch, others)
-    encoding = Batch(encoding.inputs, as_probabilities(encoding, num_classes))
-    client_fn = averaged(protected.client_fn, key_client, rounds)
-    observation = observe(key_threat, THREAT, client_fn, protected.params, encoding, num_classes=num_classes)
+    client = protected._replace(client_fn=lambda key: averaged(protected.client_fn, key, rounds))
+    encoding, update = client.share(key_encode, key_client, batch, others, soft_classes=num_classes)
+    observation = observe(key_threat, THREAT, lambda *_: update, protected.params, encoding, num_classes=num_classes)
     return Seen(observation._replace(params=()), protected.assumed_fn(protected.params, encoding))
 
 

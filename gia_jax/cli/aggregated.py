@@ -10,7 +10,7 @@ from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, Observation
 from gia_jax.cli.cases import Case
 from gia_jax.cli.protocols import TARGETS
-from gia_jax.defenses.protected import Protected, encoded
+from gia_jax.defenses.protected import Protected
 from gia_jax.secure_aggregation.observe import Ciphertext, observe
 from gia_jax.secure_aggregation.protocol import AggregationProtocol, aggregate
 from gia_jax.threat import ThreatModel, grants, stack
@@ -44,8 +44,7 @@ def see_aggregated(
 
     def share(key: PRNGKeyArray, batch: Batch) -> tuple[Batch, Any]:
         key_encode, key_client = jax.random.split(key)
-        encoding = encoded(protected.encode_fn, key_encode, batch, case.others)
-        return encoding, protected.client_fn(key_client)(params, encoding)
+        return protected.share(key_encode, key_client, batch, case.others)
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(victims, clients, -1, *leaf.shape[2:]), case.truth)
     encodings, updates = jax.jit(jax.vmap(jax.vmap(share)), compiler_options=RUN_ONCE)(

@@ -16,8 +16,7 @@ from gia_jax.cli.cases import Case, load_case
 from gia_jax.cli.names import FIRST_LAYER, Generator, make_protocol
 from gia_jax.cli.outcomes import Outcome, attack_target, with_scores
 from gia_jax.cli.settings import Known, Setting, Victims
-from gia_jax.defenses.mixing import as_probabilities
-from gia_jax.defenses.protected import Part, Protected, encoded, live_shares, promises
+from gia_jax.defenses.protected import Part, Protected, live_shares, promises
 from gia_jax.threat import ThreatModel, observe
 
 
@@ -134,17 +133,15 @@ def see(
     params, measure = next(iter(protected.values())).params, case.statistics_fn
     if statistics and measure is None:
         raise ValueError("statistics need a model with batch normalisation, got one without")
-    soft = len(protected) > 1
+    soft = case.num_classes if len(protected) > 1 else None
 
     def of_one(key: PRNGKeyArray, batch: Batch) -> Any:
         seen: dict[bool, dict[str, Observation]] = {granted: {} for granted in known}
         for name, one in protected.items():
             key, key_encode, key_client, key_threat = jax.random.split(key, 4)
-            encoding = encoded(one.encode_fn, key_encode, batch, case.others)
-            if soft:
-                encoding = Batch(encoding.inputs, as_probabilities(encoding, case.num_classes))
             # The gradient once, for all that the threat models grant.
-            update = one.client_fn(key_client)(params, encoding)
+            sharing = one._replace(params=params)
+            encoding, update = sharing.share(key_encode, key_client, batch, case.others, soft_classes=soft)
             for granted in known:
                 observation = observe(
                     key_threat,

@@ -117,73 +117,133 @@ def levenberg_marquardt(
         )
 
     def improve(updates: Any, state: Any, params: Any, value_fn: Any, residual_fn: Any) -> tuple[Any, Any]:
-        gradient, unravel = ravel_pytree(widened_tree(updates))
-        flat, _ = ravel_pytree(widened_tree(params))
-
-        def residuals_fn(x: Array) -> Array:
-            return ravel_pytree(widened_tree(residual_fn(unravel(x))))[0]
-
-        residuals, push_all = jax.linearize(residuals_fn, flat)
-        sketch_fn = _sketch(residuals.size, None if equations is None else int(equations * flat.size))
-
-        def merit(x: Array) -> Array:
-            """The loss with the objective replaced by that of the sketched residuals: what the steps descend on."""
-            every = residuals_fn(x)
-            return value_fn(unravel(x)) - jnp.sum(jnp.square(every)) + jnp.sum(jnp.square(sketch_fn(every)))
-
-        def push(v: Array) -> Array:
-            return sketch_fn(push_all(v))
-
-        def pull(v: Array, through: Callable[[Array], Array] = push) -> Array:
-            return jax.linear_transpose(through, flat)(v)[0]
-
-        # The gradient of the merit: of the loss, minus the objective's share, plus that of its sketch.
-        value = merit(flat)
-        gradient = gradient - 2 * pull(residuals, push_all) + 2 * pull(sketch_fn(residuals))
-
+        local = _linearized(updates, params, value_fn, residual_fn, equations)
         if linear_solver == "cholesky":
-            rows = jax.lax.map(push, jnp.eye(flat.size, dtype=flat.dtype), batch_size=column_batch)
-            hessian = 2 * rows @ rows.T
-            mean_diagonal = jnp.mean(jnp.diag(hessian))
-
-            def solve(damping: Array) -> Array:
-                damped = hessian + damping * mean_diagonal * jnp.eye(flat.size, dtype=flat.dtype)
-                return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), -gradient)
-
+            normal = _by_cholesky(local, column_batch)
         else:
-
-            def product(v: Array) -> Array:
-                return 2 * pull(push(v))
-
-            # The gradient is as good a probe of the curvature's size as any.
-            mean_diagonal = jnp.vdot(gradient, product(gradient)) / jnp.vdot(gradient, gradient)
-
-            def solve(damping: Array) -> Array:
-                def damped(v: Array) -> Array:
-                    return product(v) + damping * mean_diagonal * v
-
-                return jax.scipy.sparse.linalg.cg(damped, -gradient, maxiter=cg_steps, tol=1e-10)[0]
-
-        def trial(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            count, damping, growth, _, _ = carry
-            step = solve(damping)
-            change = merit(flat + step) - value
-            # What the quadratic model promises: minus half of step^T gradient, plus the damping's share.
-            promised = 0.5 * (jnp.vdot(step, gradient) - damping * mean_diagonal * jnp.vdot(step, step))
-            ratio = change / promised
-            accepted = change < 0
-            shrunk = damping * jnp.maximum(0.1, 1 - (2 * ratio - 1) ** 3)
-            damping = jnp.where(accepted, shrunk, damping * growth)
-            growth = jnp.where(accepted, 2, 2 * growth)
-            return count + 1, damping, growth, accepted, jnp.where(accepted, step, jnp.zeros_like(step))
-
-        start = (jnp.zeros((), jnp.int32), state.damping, state.growth, jnp.zeros((), bool), jnp.zeros_like(flat))
-        _, damping, growth, _, step = jax.lax.while_loop(
-            lambda carry: (carry[0] < max_trials) & ~carry[3], trial, start
-        )
-        return cast_like(unravel(step), params), LevenbergMarquardtState(damping, growth)
+            normal = _by_conjugate_gradients(local, cg_steps)
+        step, state = _damped_step(local, normal, state, max_trials)
+        return cast_like(local.unravel(step), params), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Local(NamedTuple):
+    """What is known of the loss around the unknowns, all of which are one vector x of length d.
+
+    Attributes:
+        x: The unknowns, shape (d,).
+        unravel: Function from such a vector to a tree like the unknowns.
+        merit_fn: Function `(x) -> loss`, with the objective replaced by that of the sketched residuals: what the steps
+            descend on.
+        value: The merit at x.
+        gradient: Gradient of the merit at x, shape (d,).
+        push: Function that multiplies a vector by the Jacobian J of the sketched residuals.
+        pull: Function that multiplies a vector by the transpose of J.
+    """
+
+    x: Float[Array, " d"]
+    unravel: Callable[[Array], Any]
+    merit_fn: Callable[[Array], Array]
+    value: Float[Array, ""]
+    gradient: Float[Array, " d"]
+    push: Callable[[Array], Array]
+    pull: Callable[[Array], Array]
+
+
+def _linearized(updates: Any, params: Any, value_fn: Any, residual_fn: Any, equations: float | None) -> _Local:
+    """Linearises the residuals around the unknowns `params`, where `updates` is the gradient of the loss."""
+    gradient, unravel = ravel_pytree(widened_tree(updates))
+    flat, _ = ravel_pytree(widened_tree(params))
+
+    def residuals_fn(x: Array) -> Array:
+        return ravel_pytree(widened_tree(residual_fn(unravel(x))))[0]
+
+    residuals, push_all = jax.linearize(residuals_fn, flat)
+    sketch_fn = _sketch(residuals.size, None if equations is None else int(equations * flat.size))
+
+    def merit_fn(x: Array) -> Array:
+        every = residuals_fn(x)
+        return value_fn(unravel(x)) - jnp.sum(jnp.square(every)) + jnp.sum(jnp.square(sketch_fn(every)))
+
+    def push(v: Array) -> Array:
+        return sketch_fn(push_all(v))
+
+    def pull(v: Array, through: Callable[[Array], Array] = push) -> Array:
+        return jax.linear_transpose(through, flat)(v)[0]
+
+    # The gradient of the merit: of the loss, minus the objective's share, plus that of its sketch.
+    value = merit_fn(flat)
+    gradient = gradient - 2 * pull(residuals, push_all) + 2 * pull(sketch_fn(residuals))
+    return _Local(flat, unravel, merit_fn, value, gradient, push, pull)
+
+
+class _Normal(NamedTuple):
+    """The normal equations (2 J^T J + damping m I) step = -gradient.
+
+    Attributes:
+        solve: Function from a damping to the step.
+        mean_diagonal: Size m of the curvature, to which dampings are relative.
+    """
+
+    solve: Callable[[Array], Array]
+    mean_diagonal: Float[Array, ""]
+
+
+def _by_cholesky(local: _Local, column_batch: int) -> _Normal:
+    """Forms 2 J^T J, from `column_batch` columns of J at once, and solves by its Cholesky factors."""
+    x = local.x
+    rows = jax.lax.map(local.push, jnp.eye(x.size, dtype=x.dtype), batch_size=column_batch)
+    hessian = 2 * rows @ rows.T
+    mean_diagonal = jnp.mean(jnp.diag(hessian))
+
+    def solve(damping: Array) -> Array:
+        damped = hessian + damping * mean_diagonal * jnp.eye(x.size, dtype=x.dtype)
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), -local.gradient)
+
+    return _Normal(solve, mean_diagonal)
+
+
+def _by_conjugate_gradients(local: _Local, cg_steps: int) -> _Normal:
+    """Solves by up to `cg_steps` products with J and its transpose."""
+    gradient = local.gradient
+
+    def product(v: Array) -> Array:
+        return 2 * local.pull(local.push(v))
+
+    # The gradient is as good a probe of the curvature's size as any.
+    mean_diagonal = jnp.vdot(gradient, product(gradient)) / jnp.vdot(gradient, gradient)
+
+    def solve(damping: Array) -> Array:
+        def damped(v: Array) -> Array:
+            return product(v) + damping * mean_diagonal * v
+
+        return jax.scipy.sparse.linalg.cg(damped, -gradient, maxiter=cg_steps, tol=1e-10)[0]
+
+    return _Normal(solve, mean_diagonal)
+
+
+def _damped_step(
+    local: _Local, normal: _Normal, state: LevenbergMarquardtState, max_trials: int
+) -> tuple[Float[Array, " d"], LevenbergMarquardtState]:
+    """Tries dampings until the merit falls, and returns the step, or zeros where none of `max_trials` did."""
+
+    def trial(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, damping, growth, _, _ = carry
+        step = normal.solve(damping)
+        change = local.merit_fn(local.x + step) - local.value
+        # What the quadratic model promises: minus half of step^T gradient, plus the damping's share.
+        promised = 0.5 * (jnp.vdot(step, local.gradient) - damping * normal.mean_diagonal * jnp.vdot(step, step))
+        ratio = change / promised
+        accepted = change < 0
+        shrunk = damping * jnp.maximum(0.1, 1 - (2 * ratio - 1) ** 3)
+        damping = jnp.where(accepted, shrunk, damping * growth)
+        growth = jnp.where(accepted, 2, 2 * growth)
+        return count + 1, damping, growth, accepted, jnp.where(accepted, step, jnp.zeros_like(step))
+
+    start = (jnp.zeros((), jnp.int32), state.damping, state.growth, jnp.zeros((), bool), jnp.zeros_like(local.x))
+    _, damping, growth, _, step = jax.lax.while_loop(lambda carry: (carry[0] < max_trials) & ~carry[3], trial, start)
+    return step, LevenbergMarquardtState(damping, growth)
 
 
 def _sketch(entries: int, size: int | None) -> Callable[[Array], Array]:

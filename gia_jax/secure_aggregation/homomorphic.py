@@ -166,15 +166,6 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
     except ImportError as error:
         raise ImportError(f"{name} needs the extra 'he': pip install 'gia-jax[he]'") from error
 
-    def new() -> Any:
-        if name == "bfv":
-            return tenseal.context(tenseal.SCHEME_TYPE.BFV, poly_modulus_degree=DEGREE, plain_modulus=BFV_PRIME)
-        context = tenseal.context(
-            tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=DEGREE, coeff_mod_bit_sizes=[60, 40, 60]
-        )
-        context.global_scale = CKKS_SCALE
-        return context
-
     make, load = (
         (tenseal.bfv_vector, tenseal.bfv_vector_from)
         if name == "bfv"
@@ -182,22 +173,13 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
     )
     slots = DEGREE if name == "bfv" else DEGREE // 2
 
-    @contextlib.contextmanager
-    def refusing() -> Generator[None]:
-        try:
-            yield
-        except AggregationAborted:
-            raise
-        except (RuntimeError, ValueError, IndexError, MemoryError):  # all that tenseal and SEAL make of bad bytes
-            raise MalformedMessage(f"a ciphertext or key is not of {name}, or not of this one's parameters") from None
-
     def encrypt(key: bytes, integers: np.ndarray) -> list[bytes]:
         context = tenseal.context_from(key)
         blocks = (integers[start : start + slots].tolist() for start in range(0, integers.size, slots))
         return [make(context, block).serialize() for block in blocks]
 
     def add(public: bytes, ciphertexts: Sequence[bytes]) -> bytes:
-        with refusing():
+        with _refusing(name):
             context = tenseal.context_from(public)
             summands = [load(context, ciphertext) for ciphertext in ciphertexts]
             # tenseal repeats a vector of one entry to the other's length.
@@ -209,7 +191,7 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
             return total.serialize()
 
     def decrypt(key: bytes, ciphertexts: Sequence[bytes]) -> np.ndarray:
-        with refusing():
+        with _refusing(name):
             context = tenseal.context_from(key)
             blocks = [load(context, ciphertext) for ciphertext in ciphertexts]
             if any(block.size() != slots for block in blocks[:-1]) or not blocks[-1].size():
@@ -217,11 +199,7 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
                     f"a ciphertext of {name} must have {slots} entries, fewer only in the last block"
                 )
             values = np.concatenate([block.decrypt() for block in blocks])
-        if not np.all(np.abs(values) < 2.0**52):  # also where one is NaN
-            raise MalformedMessage(
-                f"a ciphertext of {name} must hold integers, got {values[~(np.abs(values) < 2.0**52)][0]}"
-            )
-        return np.round(values).astype(np.int64)
+        return _whole(name, values)
 
     def public(key: bytes) -> bytes:
         context = tenseal.context_from(key)
@@ -229,7 +207,38 @@ def lattice(name: Literal["bfv", "ckks"]) -> Cipher:
             save_public_key=False, save_secret_key=False, save_galois_keys=False, save_relin_keys=False
         )
 
-    return Cipher(lambda _: new().serialize(save_secret_key=True), public, encrypt, add, decrypt)
+    return Cipher(lambda _: _context(name).serialize(save_secret_key=True), public, encrypt, add, decrypt)
+
+
+def _context(name: Literal["bfv", "ckks"]) -> Any:
+    """Makes tenseal's context of a scheme, with a new secret key."""
+    import tenseal
+
+    if name == "bfv":
+        return tenseal.context(tenseal.SCHEME_TYPE.BFV, poly_modulus_degree=DEGREE, plain_modulus=BFV_PRIME)
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=DEGREE, coeff_mod_bit_sizes=[60, 40, 60])
+    context.global_scale = CKKS_SCALE
+    return context
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Generator[None]:
+    """Turns what tenseal and SEAL raise for bad bytes into MalformedMessage."""
+    try:
+        yield
+    except AggregationAborted:
+        raise
+    except (RuntimeError, ValueError, IndexError, MemoryError):  # all that tenseal and SEAL make of bad bytes
+        raise MalformedMessage(f"a ciphertext or key is not of {name}, or not of this one's parameters") from None
+
+
+def _whole(name: str, values: np.ndarray) -> np.ndarray:
+    """Rounds decrypted numbers; raises MalformedMessage for those that cannot be a sum of integers."""
+    if not np.all(np.abs(values) < 2.0**52):  # also where one is NaN
+        raise MalformedMessage(
+            f"a ciphertext of {name} must hold integers, got {values[~(np.abs(values) < 2.0**52)][0]}"
+        )
+    return np.round(values).astype(np.int64)
 
 
 def paillier() -> Cipher:

@@ -1,8 +1,10 @@
 """Defenses by name: what is parsed, what a client with several does, and what its attacker may not know."""
 
+import ast
 import functools
 import inspect
 import itertools
+import pathlib
 
 import chex
 import jax
@@ -620,3 +622,40 @@ def test_a_client_without_an_encoding_is_observed_as_it_is():
     seen = protected.observe(KEYS[0], ThreatModel(labels=True), BATCH, num_classes=4)
     assert distance(seen.update, update_of(protected, KEYS[1])) < 1e-6
     assert sorted(seen.extra["labels"].tolist()) == sorted(BATCH.labels.tolist())
+
+
+@pytest.mark.parametrize("texts", [("prune:ratio=0.5",), ("mixup:k=2",), ("instahide:k=2", "gaussian"), ("precode",)])
+def test_what_is_observed_is_what_was_shared(texts):
+    protected, others = protected_by(*texts), jax.tree.map(lambda leaf: leaf[:2], BATCH)
+    key_encode, key_client, _ = jax.random.split(KEYS[0], 3)
+    encoding, update = protected.share(key_encode, key_client, BATCH, others)
+    seen = protected.observe(KEYS[0], ThreatModel(labels=True, label_order=True), BATCH, others)
+    chex.assert_trees_all_equal(seen.update, update)
+    np.testing.assert_array_equal(seen.extra["labels"], encoding.labels)
+    soft, of_soft = protected.share(key_encode, key_client, BATCH, others, soft_classes=4)
+    np.testing.assert_array_equal(soft.labels, as_probabilities(encoding, 4))
+    assert distance(of_soft, update) < 1e-5
+
+
+def test_an_empty_or_nan_batch_is_refused_before_the_client_runs():
+    def refuses(key):
+        raise AssertionError("the client ran")
+
+    protected = protected_by("mixup:k=2")._replace(client_fn=refuses)
+    for batch in (jax.tree.map(lambda leaf: leaf[:0], BATCH), BATCH._replace(inputs=jnp.nan * BATCH.inputs)):
+        with pytest.raises(ValueError, match="batch"):
+            protected.share(*KEYS, batch)
+
+
+def test_only_the_client_encodes_its_batch():
+    """No other module can forget an encoding, or take another key for it: all go through `Protected.share`."""
+    package = pathlib.Path(inspect.getfile(clients)).parents[1]
+    paths = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    used = {
+        name
+        for name, text in paths.items()
+        for node in ast.walk(ast.parse(text))
+        if (isinstance(node, ast.Attribute) and node.attr == "encode_fn")
+        or (isinstance(node, ast.ImportFrom) and "encoded" in [alias.name for alias in node.names])
+    }
+    assert used == {"defenses/protected/__init__.py", "defenses/protected/client.py"}

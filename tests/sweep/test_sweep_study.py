@@ -1,7 +1,6 @@
 """The driver of many victims and restarts: it computes what a plain loop computes, and survives interruption."""
 
 import errno
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -206,7 +205,7 @@ def _interrupted(attack: Attack, path: Path, call: int) -> Path:
 def test_an_interrupted_study_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Callable[[], Attack], call: int
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("gia_jax.sweep.study"), "MAX_STEPS_PER_CALL", 8)
+    monkeypatch.setattr("gia_jax.sweep.stages.MAX_STEPS_PER_CALL", 8)
     state = _interrupted(build(), tmp_path, call)
     signs: list[Sign] = []
     resumed = _study(build(), lanes=4, checkpoint=tmp_path, progress_fn=signs.append)
