@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gia_jax import _check
 from gia_jax.data.graphs import FeatureBlock
@@ -67,6 +67,7 @@ def graph_scores(
     hops: int = 2,
     threshold: float = 0.5,
     tolerance: float = 0.1,
+    order: Int[np.ndarray, " _"] | None = None,
 ) -> GraphScores:
     """Scores a reconstructed graph after its nodes were matched to the true ones by `match_nodes`.
 
@@ -79,12 +80,14 @@ def graph_scores(
         hops: Number of the network's layers, for the matching and for `same_colors`, at least 0.
         threshold: Number above which a pair of nodes counts as an edge.
         tolerance: Difference within which numbers count as equal, at least 0.
+        order: Order of the reconstruction's nodes, where it is known, such as `numpy.arange(n)` for a reconstruction
+            that was put in the true order, one place for each row of the larger graph. None finds it.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: As for `match_nodes`.
+        ValueError: If `order` has another number of places, and as for `match_nodes`.
 
     Examples:
         The edge between the first two nodes was found, and one that is not there:
@@ -103,7 +106,11 @@ def graph_scores(
     finite = all(np.isfinite(array).all() for array in found.values())
     if not finite:
         found = {name: np.zeros_like(array) for name, array in found.items()}
-    found = permuted(found, matched(found, truth, blocks, hops, threshold, tolerance))
+    if order is None:
+        order = matched(found, truth, blocks, hops, threshold, tolerance)
+    if sorted(order.tolist()) != list(range(len(truth["mask"]))):
+        raise ValueError(f"order must hold each of the {len(truth['mask'])} places once, got {order.tolist()}")
+    found = permuted(found, order)
     there = (found["mask"] > 0) | (truth["mask"] > 0)
     right = _right(found, truth, blocks, tolerance)[there]
     rows, columns = np.triu_indices(int(there.sum()), 1)

@@ -1,4 +1,4 @@
-"""Modalities: what an example is, be it an image or a row of a table, apart from who attacks it and how.
+"""Modalities: what an example is, be it an image, a row of a table or a graph, apart from who attacks it and how.
 
 A modality says how unknowns become a batch, which unknowns are possible, how a reconstruction is scored against the
 truth, what one would guess without a gradient, and how a reconstruction is shown. An attack takes the first part of it:
@@ -21,8 +21,9 @@ The first four are pure functions that JAX can trace. The last three run on the 
 """
 
 from gia_jax.modalities.base import Modality
+from gia_jax.modalities.graph import graph
 from gia_jax.modalities.image import image
 from gia_jax.modalities.row import row
 from gia_jax.modalities.schema import Field, Schema, fit_schema
 
-__all__ = ["Field", "Modality", "Schema", "fit_schema", "image", "row"]
+__all__ = ["Field", "Modality", "Schema", "fit_schema", "graph", "image", "row"]
