@@ -32,8 +32,8 @@ class LayerInputs(NamedTuple):
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from gia_jax import attacks
-        >>> seen = attacks.LayerInputs(jnp.array([1.0, 2.0]), jnp.array(0.0))
+        >>> from gia_jax.attacks.graph_closed_form import LayerInputs
+        >>> seen = LayerInputs(jnp.array([1.0, 2.0]), jnp.array(0.0))
         >>> seen.inputs.tolist()
         [1.0, 2.0]
     """
@@ -62,13 +62,14 @@ def pooled_embedding(update: Updates, classifier_fn: ClassifierFn) -> LayerInput
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from gia_jax import Batch, attacks, clients, labels, models
+        >>> from gia_jax import Batch, clients, labels, models
+        >>> from gia_jax.attacks import graph_closed_form
         >>> module = models.GCN(2, 3, widths=(4,), rngs=nnx.Rngs(0))
         >>> apply_fn, params = models.functional(module)
         >>> path = jnp.array([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
         >>> inputs = {"nodes": jnp.eye(3, 2)[None], "adjacency": path, "mask": jnp.ones((1, 3))}
         >>> update = clients.federated_sgd(clients.cross_entropy(apply_fn))(params, Batch(inputs, jnp.array([2])))
-        >>> found = attacks.pooled_embedding(update, labels.dense("head"))
+        >>> found = graph_closed_form.pooled_embedding(update, labels.dense("head"))
         >>> bool(jnp.allclose(found.inputs, module.embeddings(inputs)[-1][0].mean(0), atol=1e-5))
         True
     """
@@ -103,7 +104,8 @@ def target_node(update: Updates, layer_fn: ClassifierFn) -> LayerInputs:
 
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from gia_jax import Batch, attacks, clients, labels, models
+        >>> from gia_jax import Batch, clients, labels, models
+        >>> from gia_jax.attacks import graph_closed_form
         >>> module = models.GraphSAGE(2, 3, widths=(8,), readout="none", rngs=nnx.Rngs(0))
         >>> apply_fn, params = models.functional(module)
         >>> path = jnp.array([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
@@ -111,8 +113,8 @@ def target_node(update: Updates, layer_fn: ClassifierFn) -> LayerInputs:
         >>> inputs = {"nodes": nodes, "adjacency": path, "mask": jnp.ones((1, 3))}
         >>> client_fn = clients.federated_sgd(clients.node_cross_entropy(apply_fn))
         >>> update = client_fn(params, Batch(inputs, jnp.array([[-1, 0, -1]])))
-        >>> own = attacks.target_node(update, labels.dense("layer0", "self"))
-        >>> others = attacks.neighbour_mean(update, "layer0")
+        >>> own = graph_closed_form.target_node(update, labels.dense("layer0", "self"))
+        >>> others = graph_closed_form.neighbour_mean(update, "layer0")
         >>> [f"{value:.3f}" for value in (*own.inputs, *others.inputs)]
         ['3.000', '-1.000', '0.500', '3.000']
     """
@@ -137,10 +139,10 @@ def neighbour_mean(update: Updates, *path: str) -> LayerInputs:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from gia_jax import attacks
+        >>> from gia_jax.attacks import graph_closed_form
         >>> bias = jnp.array([0.5, -1.0])
         >>> layer = {"self": {"kernel": jnp.ones((1, 2)), "bias": bias}, "neighbours": {"kernel": 3 * bias[None]}}
-        >>> attacks.neighbour_mean({"layer0": layer}, "layer0").inputs.tolist()
+        >>> graph_closed_form.neighbour_mean({"layer0": layer}, "layer0").inputs.tolist()
         [3.0]
     """
     layer = update
@@ -175,8 +177,8 @@ def features_present(kernel: Float[Array, "f d"], *, tolerance: float | None = N
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from gia_jax import attacks
-        >>> attacks.features_present(jnp.array([[0.5, -1.0], [0.0, 0.0], [0.0, 0.25]])).tolist()
+        >>> from gia_jax.attacks import graph_closed_form
+        >>> graph_closed_form.features_present(jnp.array([[0.5, -1.0], [0.0, 0.0], [0.0, 0.25]])).tolist()
         [True, False, True]
     """
     if tolerance is None:

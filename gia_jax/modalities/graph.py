@@ -170,7 +170,13 @@ def graph(
         guesses = graph_guesses(truth, public, hops=hops)
         return {name: next(iter(score_fn(guess, truth).values())) for name, guess in guesses.items()}
 
-    def draw_fn(columns: Mapping[str, Batch], path: Path) -> None:
+    def draw_fn(
+        columns: Mapping[str, Batch],
+        path: Path,
+        *,
+        captions: Mapping[str, Sequence[str]] | None = None,
+        title: str = "",
+    ) -> None:
         from gia_jax.report.graph_plots import graph_grid  # needs matplotlib and networkx
 
         if not columns:
@@ -179,7 +185,8 @@ def graph(
         shown = {
             name: reference if batch is reference else align_fn(batch, reference) for name, batch in columns.items()
         }
-        graph_grid({name: _graphs(batch) for name, batch in shown.items()}, blocks, path)
+        graphs = {name: _graphs(batch) for name, batch in shown.items()}
+        graph_grid(graphs, blocks, path, captions=captions, title=title)
 
     return Modality(
         init_fn=_start(known, like, edges) if init_fn is None else init_fn,

@@ -13,7 +13,12 @@ FAINT = 0.05  # edges below it are not drawn
 
 
 def graph_grid(
-    columns: Mapping[str, Sequence[Mapping[str, np.ndarray]]], blocks: Sequence[FeatureBlock], path: Path
+    columns: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+    blocks: Sequence[FeatureBlock],
+    path: Path,
+    *,
+    captions: Mapping[str, Sequence[str]] | None = None,
+    title: str = "",
 ) -> None:
     """Draws a row for each graph and a column for each version of it (original, reconstruction, ...), as a PNG.
 
@@ -27,9 +32,13 @@ def graph_grid(
             columns. The first 16 graphs are drawn.
         blocks: What the columns of the features are.
         path: Path of the file, whose folder must exist.
+        captions: Lines of text under the graphs of a column, such as their scores, by the column's heading: one line
+            for each graph. None draws no captions.
+        title: Text above the grid. Where graphs are left out, their number is added.
 
     Raises:
-        ValueError: If there are no columns, or they have different numbers of graphs.
+        ValueError: If there are no columns, they have different numbers of graphs, or captions are not one for each
+            graph of a column.
         ImportError: If matplotlib or networkx is not installed.
 
     Examples:
@@ -49,7 +58,14 @@ def graph_grid(
     counts = {heading: len(graphs) for heading, graphs in columns.items()}
     if not columns or len(set(counts.values())) > 1 or not next(iter(counts.values())):
         raise ValueError(f"columns must hold as many graphs each, at least one, got {counts}")
-    rows = min(next(iter(counts.values())), MAX_ROWS)
+    count = next(iter(counts.values()))
+    for heading, lines in (captions or {}).items():
+        if heading not in columns or len(lines) != count:
+            place = f"captions[{heading!r}] must be a line for each of the {count} graphs of a column"
+            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+    rows = min(count, MAX_ROWS)
+    if rows < count:
+        title = f"{title} (the first {rows} of {count} graphs)".strip()
     figure = Figure(figsize=(3.2 * len(columns) + 0.2, 3.2 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for i in range(rows):
@@ -59,7 +75,12 @@ def graph_grid(
             axes[i, j].set_title(heading if i == 0 else "", fontsize=10)
             axes[i, j].set_axis_off()
             axes[i, j].margins(0.12)
+            if captions and heading in captions:
+                axes[i, j].text(
+                    0.5, -0.02, captions[heading][i], ha="center", transform=axes[i, j].transAxes, fontsize=8
+                )
             _draw(axes[i, j], graphs[i], reference if j else None, places, blocks)
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 

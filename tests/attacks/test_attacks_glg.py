@@ -9,7 +9,20 @@ import optax
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, ThreatModel, attacks, clients, labels, modalities, models, observe, run
+from gia_jax import (
+    Batch,
+    Observation,
+    ThreatModel,
+    attacks,
+    clients,
+    labels,
+    modalities,
+    models,
+    observe,
+    restarts,
+    run,
+    stack,
+)
 from gia_jax.data import FeatureBlock, pad_graphs
 from gia_jax.models.layers import symmetric_uniform
 
@@ -58,6 +71,25 @@ def test_edges_stay_in_their_box_and_the_priors_lower_their_number() -> None:
     # A gradient that points in the right direction is not the graph.
     assert degrees[1] < 0.5 * degrees[0]
     assert modalities.graph(BLOCKS, 6).score_fn(found.batch, TRUTH)["exact"][0] == 0
+
+
+def test_vmap_over_victims_and_restarts_equals_a_loop() -> None:
+    client_fn, first = setting()
+    rule = labels.bias_counts(labels.dense("head"))
+    attack = attacks.glg(client_fn, blocks=BLOCKS, max_nodes=6, num_steps=3, label_fn=rule)
+    nodes = TRUTH.inputs["nodes"][:, ::-1]
+    other = Batch(TRUTH.inputs | {"nodes": nodes}, jnp.array([0]))
+    second = observe(jax.random.key(1), ThreatModel(), client_fn, first.params, other, num_classes=2)
+    solve = restarts(lambda key, seen: run(attack, key, seen)[0], 2)
+    keys = jax.random.split(jax.random.key(3), 2)
+    both = stack([first, second])
+    lanes = jax.jit(jax.vmap(solve, in_axes=(0, Observation(params=None, update=0, extra=0))))(keys, both)
+    one = jax.jit(solve)
+    for v, seen in enumerate((first, second)):
+        alone = one(keys[v], seen)
+        for found, wanted in zip(jax.tree.leaves(lanes), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(found[v], wanted, rtol=1e-3, atol=1e-4)
+    assert lanes.batch.labels.tolist() == [[1], [0]]
 
 
 def test_an_optimizer_of_ones_own_leaves_the_number_of_steps_open() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, ThreatModel, attacks, clients, labels, models, observe
+from gia_jax import Batch, ThreatModel, clients, labels, models, observe
+from gia_jax.attacks import graph_closed_form
 from gia_jax.models.layers import symmetric_uniform
 
 FEATURES, CLASSES = 4, 3
@@ -49,7 +50,7 @@ def test_the_label_and_the_pooled_features_of_one_graph_are_exact(name: str, rea
         assert labels.bias_counts(labels.dense("head"))(seen).tolist() == [label]
         if activation is jax.nn.relu:  # features of at least 0
             assert labels.idlg(labels.dense("head"))(seen).tolist() == [label]
-        found = attacks.pooled_embedding(seen.update, labels.dense("head"))
+        found = graph_closed_form.pooled_embedding(seen.update, labels.dense("head"))
         np.testing.assert_allclose(found.inputs, hidden, rtol=1e-12, atol=1e-13)
         assert float(found.residual) < 1e-14
 
@@ -59,7 +60,7 @@ def test_the_residual_tells_a_batch_from_one_graph() -> None:
     other = {"nodes": NODES[None, ::-1] * 2, "adjacency": ADJACENCY[None, ::-1, ::-1], "mask": INPUTS["mask"][:, ::-1]}
     both = {name: np.concatenate([INPUTS[name], other[name]]) for name in INPUTS}
     update = update_of(module_of("gcn"), both, [0, 1])
-    assert float(attacks.pooled_embedding(update, labels.dense("head")).residual) > 1e-3
+    assert float(graph_closed_form.pooled_embedding(update, labels.dense("head")).residual) > 1e-3
 
 
 @pytest.mark.usefixtures("x64")
@@ -68,9 +69,9 @@ def test_graphsage_gives_a_labelled_node_and_its_neighbours_away(node: int) -> N
     targets = np.full((1, 6), -1)
     targets[0, node] = 2
     update = update_of(module_of("graphsage", readout="none"), INPUTS, targets)
-    own = attacks.target_node(update, labels.dense("layer0", "self"))
+    own = graph_closed_form.target_node(update, labels.dense("layer0", "self"))
     np.testing.assert_allclose(own.inputs, NODES[node], rtol=1e-12, atol=1e-12)
-    others = attacks.neighbour_mean(update, "layer0")
+    others = graph_closed_form.neighbour_mean(update, "layer0")
     np.testing.assert_allclose(others.inputs, NODES[ADJACENCY[node] > 0].mean(0), rtol=1e-12, atol=1e-12)
     assert float(own.residual) < 1e-14
     assert float(others.residual) < 1e-14
@@ -81,14 +82,14 @@ def test_a_convolution_gives_away_a_mean_and_two_layers_a_mixture() -> None:
     targets = np.full((1, 6), -1)
     targets[0, 1] = 0
     update = update_of(module_of("gcn", readout="none"), INPUTS, targets)
-    found = attacks.target_node(update, labels.dense("layer0"))
+    found = graph_closed_form.target_node(update, labels.dense("layer0"))
     mixing = np.asarray(models.normalized_adjacency(jnp.asarray(ADJACENCY[:5, :5])))
     np.testing.assert_allclose(found.inputs, mixing[1] @ NODES[:5], rtol=1e-12)
     two = update_of(module_of("graphsage", readout="none", widths=(9, 9)), INPUTS, targets)
-    assert float(attacks.target_node(two, labels.dense("layer0", "self")).residual) > 1e-3
+    assert float(graph_closed_form.target_node(two, labels.dense("layer0", "self")).residual) > 1e-3
     alone = ADJACENCY[None] * (1 - np.eye(6)[1])[:, None] * (1 - np.eye(6)[1])
     update = update_of(module_of("graphsage", readout="none"), INPUTS | {"adjacency": alone}, targets)
-    np.testing.assert_array_equal(attacks.neighbour_mean(update, "layer0").inputs, 0)
+    np.testing.assert_array_equal(graph_closed_form.neighbour_mean(update, "layer0").inputs, 0)
 
 
 @pytest.mark.parametrize("name", ["gcn", "graphsage", "gin"])
@@ -99,29 +100,29 @@ def test_the_first_layer_says_which_features_occur(name: str) -> None:
     inputs = {name: np.asarray(array, np.float32) for name, array in (INPUTS | {"nodes": nodes[None]}).items()}
     layer = update_of(module, inputs, [1])["layer0"]
     kernel = {"gcn": layer, "graphsage": layer.get("self"), "gin": layer.get("dense0")}[name]["kernel"]
-    assert attacks.features_present(kernel).tolist() == [True, False, True, False]
+    assert graph_closed_form.features_present(kernel).tolist() == [True, False, True, False]
     noise = 1e-3 * jnp.max(jnp.abs(kernel)) * jax.random.normal(jax.random.key(0), kernel.shape)
-    assert attacks.features_present(kernel + noise).all()
-    assert attacks.features_present(kernel + noise, tolerance=0.02).tolist() == [True, False, True, False]
+    assert graph_closed_form.features_present(kernel + noise).all()
+    assert graph_closed_form.features_present(kernel + noise, tolerance=0.02).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: attacks.pooled_embedding({"head": {"kernel": jnp.ones((2, 3))}}, labels.dense("head")),
+            lambda: graph_closed_form.pooled_embedding({"head": {"kernel": jnp.ones((2, 3))}}, labels.dense("head")),
             "pooled_embedding needs a bias in the layer, got none",
         ),
         (
-            lambda: attacks.neighbour_mean({"layer0": {"kernel": jnp.ones((2, 3))}}, "layer0"),
+            lambda: graph_closed_form.neighbour_mean({"layer0": {"kernel": jnp.ones((2, 3))}}, "layer0"),
             r"layer at \('layer0',\) must hold 'self' and 'neighbours', got \['kernel'\]",
         ),
         (
-            lambda: attacks.neighbour_mean({"layer1": {}}, "layer0"),
+            lambda: graph_closed_form.neighbour_mean({"layer1": {}}, "layer0"),
             r"path must lead to a layer of the update, got \('layer0',\): 'layer0' not found",
         ),
         (
-            lambda: attacks.features_present(jnp.ones((2, 3)), tolerance=-1.0),
+            lambda: graph_closed_form.features_present(jnp.ones((2, 3)), tolerance=-1.0),
             r"tolerance must not be negative, got -1\.0",
         ),
     ],

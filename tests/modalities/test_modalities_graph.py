@@ -27,6 +27,7 @@ from gia_jax.matching import graph_priors
 from gia_jax.metrics.node_order import permuted
 from gia_jax.modalities.graph import SHOWN
 from gia_jax.models.layers import symmetric_uniform
+from gia_jax.report.graph_plots import graph_grid
 
 BLOCKS = (FeatureBlock("label", ("C", "N", "O")), FeatureBlock("attributes", ("charge",)))
 SIZE, WIDTH = 6, 4
@@ -104,9 +105,13 @@ def test_what_is_granted_is_no_unknown() -> None:
     assert np.all(nothing.decode_fn(unknowns_of(nothing, BOTH), BOTH.labels).inputs["mask"] == 1)
 
 
+def graph_of(batch: Batch, place: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array[place]) for name, array in batch.inputs.items()}
+
+
 def turned(batch: Batch, orders: list[list[int]]) -> Batch:
     """The graphs in the opposite order, and their nodes in the orders given."""
-    graphs = [{name: np.asarray(array[i]) for name, array in batch.inputs.items()} for i in range(len(orders))]
+    graphs = [graph_of(batch, i) for i in range(len(orders))]
     moved = [permuted(graph, np.array(order)) for graph, order in zip(graphs, orders, strict=True)][::-1]
     return Batch({name: np.stack([one[name] for one in moved]) for name in batch.inputs}, batch.labels[::-1])
 
@@ -185,6 +190,20 @@ def test_graphs_are_drawn_with_nodes_in_their_places(tmp_path: Path) -> None:
     modality.draw_fn({"original": BOTH, "reconstruction": missed}, path)
     image = imread(path)
     assert np.all(np.abs(image[..., :3] - np.array([0.84, 0.15, 0.16])) < 0.03, -1).sum() > 20
+    captions = {"reconstruction": ["AUC 0.500", "AUC 0.250"]}
+    graph_grid(
+        {name: [graph_of(BOTH, i) for i in range(2)] for name in ("original", "reconstruction")},
+        BLOCKS,
+        path,
+        captions=captions,
+        title="Two graphs",
+    )
+    top = image.shape[0] // 12  # where the title is
+    assert np.mean(imread(path)[:top, ..., :3] < 0.5) > np.mean(image[:top, ..., :3] < 0.5)
+    with pytest.raises(ValueError, match=r"captions\['reconstruction'\] must be a line for each of the 1 graphs"):
+        graph_grid({"original": [graph_of(BOTH, 0)]}, BLOCKS, path, captions=captions)
+    with pytest.raises(ValueError, match=r"as many graphs each, at least one, got \{'a': 1, 'b': 0\}"):
+        graph_grid({"a": [graph_of(BOTH, 0)], "b": []}, BLOCKS, path)
     with pytest.raises(ValueError, match="columns must hold graphs, got none"):
         modality.draw_fn({}, path)
 
