@@ -181,7 +181,7 @@ class Attacker(NamedTuple):
 
         objective = jax.jit(jax.vmap(match))(found.batch, together.update)
         truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(rates)), victims.truth)
-        right = self.data.modality.score_fn(found.batch, truth)["fields"][:, 0]
+        right = self.data.modality.score_fn(found.batch, truth).scores["fields"][:, 0]
         rows, places = np.asarray(found.batch.inputs[:, 0]), np.tile(victims.places, len(rates))
         finite = np.all(np.isfinite(rows), 1)
         distances = self.data.schema.distances(rows, victims.gallery)

@@ -1,9 +1,13 @@
-"""The gradient inversion attacks, with one paper in each module, for users who attack their own models."""
+"""The gradient inversion attacks, with one paper in each module, for users who attack their own models.
+
+What the gradient of a graph network gives away in closed form is in the module `graph_closed_form`.
+"""
 
 from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.gias import gias, latent_search
 from gia_jax.attacks.giml import giml
+from gia_jax.attacks.glg import glg
 from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
@@ -19,6 +23,7 @@ __all__ = [
     "dlg",
     "gias",
     "giml",
+    "glg",
     "grad_inversion",
     "idlg",
     "inverting_gradients",

@@ -38,11 +38,11 @@ def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None, modalit
     main, *others = modality.shown
     alone = "-"
     if prior is not None and prior.scored is not None:
-        alone = f"{_median(prior.scores(main), modality, main)}, {_noise(prior)}"
+        alone = f"{_summary(prior.scores(main), modality, main)}, {_noise(prior)}"
     return [
         *first,
         _list_of(outcome.scores(main), modality),
-        *(_median(outcome.scores(name)[kept], modality, name) for name in (main, *others)),
+        *(_summary(outcome.scores(name)[kept], modality, name) for name in (main, *others)),
         f"{np.mean(outcome.label_correct[kept]):.0%}",
         share,
         alone,
@@ -52,13 +52,13 @@ def row(name: str, known: bool, outcome: Outcome, prior: Outcome | None, modalit
 
 def table(rows: list[list[str]], guesses: dict[str, np.ndarray], modality: Modality) -> str:
     """Makes the table of attacks and, below them, of guesses without a gradient, by the modality's first score."""
-    main, *others = (shown.heading for shown in modality.shown.values())
+    main, *others = modality.shown.values()
     header = [
         "attack or guess",
         "labels",
-        main,
-        "median",
-        *others,
+        main.heading,
+        main.average,
+        *(shown.heading for shown in others),
         "labels right",
         "explained",
         "prior only",
@@ -66,7 +66,7 @@ def table(rows: list[list[str]], guesses: dict[str, np.ndarray], modality: Modal
         "run s",
     ]
     for name, scores in guesses.items():
-        cells = [name, "", _list_of(scores, modality), _median(scores, modality, modality.main)]
+        cells = [name, "", _list_of(scores, modality), _summary(scores, modality, modality.main)]
         rows.append([*cells, *[""] * (len(header) - len(cells))])
     return report.table(header, [[*cells, *[""] * (len(header) - len(cells))] for cells in rows])
 
@@ -110,9 +110,9 @@ def _noise(prior: Outcome) -> str:
     return f"{np.median(prior.explained.share):.0%}"
 
 
-def _median(scores: np.ndarray, modality: Modality, name: str) -> str:
-    """Returns the median of scores, as the modality writes them."""
-    return modality.shown[name].text(float(np.median(scores)))
+def _summary(scores: np.ndarray, modality: Modality, name: str) -> str:
+    """Returns the median or mean of scores, as the modality writes them."""
+    return modality.shown[name].summary(scores)
 
 
 def _list_of(scores: np.ndarray, modality: Modality) -> str:

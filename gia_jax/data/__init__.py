@@ -1,8 +1,9 @@
-"""Real data as NumPy arrays: images that come with other packages or from TensorFlow Datasets (TFDS), and rows."""
+"""Real data as NumPy arrays: images of other packages and TensorFlow Datasets (TFDS), rows, and graphs of TUDataset."""
 
 from gia_jax import _check
 from gia_jax.data.adult import adult
 from gia_jax.data.embedded import digits, photos
+from gia_jax.data.graphs import FeatureBlock, GraphData, load_graphs, pad_graphs
 from gia_jax.data.images import ImageData
 from gia_jax.data.prepared import prepared
 from gia_jax.data.table import TableData
@@ -41,4 +42,16 @@ def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageDa
     return data._replace(images=data.images[:limit], labels=data.labels[:limit], ids=data.ids[:limit])
 
 
-__all__ = ["ImageData", "TableData", "adult", "digits", "load", "photos", "prepared"]
+__all__ = [
+    "FeatureBlock",
+    "GraphData",
+    "ImageData",
+    "TableData",
+    "adult",
+    "digits",
+    "load",
+    "load_graphs",
+    "pad_graphs",
+    "photos",
+    "prepared",
+]

@@ -1,6 +1,6 @@
 """The parts of an iterative attack: objectives, priors, initialisations, optimisers, and what runs them."""
 
-from gia_jax.matching import adaptive, group, initializations, objectives, optimizers, priors
+from gia_jax.matching import adaptive, graph_priors, group, initializations, objectives, optimizers, priors
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
@@ -12,6 +12,7 @@ __all__ = [
     "choose",
     "continued",
     "gradient_matching",
+    "graph_priors",
     "group",
     "initializations",
     "keep_best",

@@ -1,4 +1,4 @@
-"""Modalities: what an example is, be it an image, a row of a table or any array, apart from who attacks it and how.
+"""Modalities: what an example is, be it an image, a row of a table, a graph or any array, apart from who attacks it.
 
 A modality says how unknowns become a batch, which unknowns are possible, how a reconstruction is scored against the
 truth, what one would guess without a gradient, and how a reconstruction is shown. An attack takes the first part of it:
@@ -23,8 +23,9 @@ The first four are pure functions that JAX can trace. The scores, guesses and dr
 
 from gia_jax.modalities.array import array
 from gia_jax.modalities.base import Modality, Scored, Shown
+from gia_jax.modalities.graph import graph
 from gia_jax.modalities.image import image
 from gia_jax.modalities.row import row
 from gia_jax.modalities.schema import Field, Schema, fit_schema
 
-__all__ = ["Field", "Modality", "Schema", "Scored", "Shown", "array", "fit_schema", "image", "row"]
+__all__ = ["Field", "Modality", "Schema", "Scored", "Shown", "array", "fit_schema", "graph", "image", "row"]

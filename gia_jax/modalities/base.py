@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,21 @@ class Shown(NamedTuple):
         heading: Heading of the column.
         form: Format of a number, such as ".1f".
         unit: What stands behind the number in a caption, such as " dB".
+        average: How several examples are summed up: by their "median", or by their "mean" where scores are 0 or 1.
     """
 
     heading: str
     form: str
     unit: str = ""
+    average: Literal["median", "mean"] = "median"
 
     def text(self, score: float) -> str:
         """Writes a score without its unit."""
         return format(score, self.form)
+
+    def summary(self, scores: np.ndarray) -> str:
+        """Writes the median or mean of several scores."""
+        return self.text(float(np.mean(scores) if self.average == "mean" else np.median(scores)))
 
 
 class DrawFn(Protocol):

@@ -126,7 +126,7 @@ def row(
         prior_fn=prior_fn,
         like=jax.ShapeDtypeStruct((schema.num_entries,), jnp.dtype(jnp.float32)),
         score_fn=score_fn,
-        shown={"fields": Shown("fields right", ".0%", " right"), "row": Shown("rows right", ".0%")},
+        shown={"fields": Shown("fields right", ".0%", " right"), "row": Shown("rows right", ".0%", average="mean")},
         guess_fn=guess_fn,
         draw_fn=draw_fn,
         suffix=".txt",

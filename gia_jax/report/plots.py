@@ -76,7 +76,7 @@ def picture_grid(
             if captions and heading in captions:
                 axes[i, j].set_xlabel(captions[heading][i], fontsize=8)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = "") -> None:
@@ -125,10 +125,10 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")

@@ -1,0 +1,350 @@
+"""Graphs: features of nodes, and edges between 0 and 1, for networks that take padded batches of graphs.
+
+That edges are searched as numbers in [0, 1] and categories as the softmax of logits is common to the attacks that match
+gradients of graph networks; see Sinha et al., Gradient Inversion Attack on Graph Neural Networks (GLG), 2024, and the
+baselines of Drencheva et al., GRAIN, ICLR 2025.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from gia_jax import _check
+from gia_jax.base import Batch, InitFn, Observation, PriorFn
+from gia_jax.data.graphs import FeatureBlock
+from gia_jax.matching import graph_priors, priors
+from gia_jax.metrics.graphs import graph_scores
+from gia_jax.metrics.node_order import match_nodes, permuted
+from gia_jax.modalities.base import Modality, Scored, Shown
+from gia_jax.modalities.graph_guesses import graph_guesses
+from gia_jax.precision import wide_dtype
+from gia_jax.threat import granted
+
+NAMES = ("nodes", "adjacency", "mask")
+
+# The scores, by the fields of `GraphScores` that they are.
+FIELDS = {
+    "edges": "edge_auc",
+    "edge_ap": "edge_ap",
+    "edge_f1": "edge_f1",
+    "nodes": "node_accuracy",
+    "node_mse": "node_mse",
+    "propagated_mse": "propagated_mse",
+    "colors": "same_colors",
+    "exact": "is_exact",
+}
+
+# The scores that a table shows.
+SHOWN = {
+    "edges": Shown("edge AUC", ".2f", " edge AUC"),
+    "edge_ap": Shown("edge AP", ".2f"),
+    "nodes": Shown("nodes right", ".0%", " of nodes right"),
+    "node_mse": Shown("node MSE", ".3f"),
+    "colors": Shown("same colours", ".0%", average="mean"),
+    "exact": Shown("exact", ".0%", average="mean"),
+}
+
+
+def graph(
+    blocks: Sequence[FeatureBlock],
+    max_nodes: int,
+    *,
+    num_nodes: Sequence[int] | np.ndarray | None = None,
+    structure: np.ndarray | None = None,
+    features: np.ndarray | None = None,
+    edges: Literal["sigmoid", "box"] = "sigmoid",
+    smoothness_weight: float = 0.0,
+    sparsity_weight: float = 0.0,
+    binarity_weight: float = 0.0,
+    hops: int = 2,
+    init_fn: InitFn | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Modality:
+    """Builds the modality of graphs as the networks of `gia_jax.models` take them: nodes, adjacency and mask.
+
+    The unknowns are a dict of "nodes" (b, n, f) and "edges" (b, n (n - 1) / 2), one number for each pair of nodes.
+    One-hot blocks of features are the softmax of their unknowns, and other features are their unknowns. Edges are the
+    sigmoid of theirs, or, with `edges="box"`, their unknowns, which are held in [0, 1]. So the adjacency is always
+    symmetric, without loops, and 0 at padding, and what a network makes of it, such as degrees, follows from it.
+
+    Three grants go beyond the threat model of an observation and belong beside every number: the numbers of nodes, the
+    structure and the features of the client's own graphs. They are part of the modality, so that one with a grant is
+    for one client, and is compiled anew for another one.
+
+    Args:
+        blocks: What the columns of the nodes' features are, which the attacker knows.
+        max_nodes: Number n of nodes that graphs are padded to, at least 1.
+        num_nodes: Number of nodes of each graph of the batch, from 1 to n, where they are granted. None takes all
+            n for nodes. Nodes come first.
+        structure: Adjacency of each graph, padded to n, shape (b, n, n), where it is granted. There are then no unknown
+            edges, and nodes are compared in their places.
+        features: Features of each graph's nodes, padded to n, shape (b, n, f), where they are granted. There are then
+            no unknown ones.
+        edges: How edges are kept in [0, 1]: "sigmoid" or "box".
+        smoothness_weight: Weight of `graph_priors.smoothness`, at least 0 and finite.
+        sparsity_weight: Weight of `graph_priors.sparsity`, at least 0 and finite.
+        binarity_weight: Weight of `graph_priors.binarity`, at least 0 and finite.
+        hops: Number of layers of the network, for matching nodes and for the score "colors", at least 0.
+        init_fn: Function `(key, observation) -> unknowns`. None draws those of nodes from N(0, 0.1^2), and those of
+            edges from N(-1, 0.1^2), which makes about a quarter of an edge of every pair.
+        dtype: Floating-point type of the model's inputs.
+
+    Returns:
+        The modality. Graphs are assigned to the true ones, and the nodes of each then matched, by
+        `metrics.match_nodes`; `metrics.GraphScores` explains the scores. They are "edges" (AUC), "edge_ap",
+        "edge_f1", "nodes" (share of nodes whose features are all right), "node_mse", "propagated_mse", "colors" and
+        "exact", the last two 0 or 1. With the structure granted "nodes" comes first. Guesses, which are matched alike,
+        are those of `graph_guesses`. `draw_fn` writes a PNG and needs the extra `demo`.
+
+    Raises:
+        ValueError: If a number is out of range, there are no features, `edges` is unknown, `dtype` is no floating-point
+            type, or a grant has not its shape, or is no graph, or both the structure and the features are granted.
+
+    Examples:
+        The edges of a path of three nodes, whose features are known, are found:
+
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from flax import nnx
+        >>> from gia_jax import Batch, ThreatModel, clients, data, gradient_matching, modalities, models, observe, run
+        >>> path = np.eye(3, k=1) + np.eye(3, k=-1)
+        >>> nodes, adjacency, mask = map(jnp.asarray, data.pad_graphs([path], [np.eye(3)]))
+        >>> truth = Batch({"nodes": nodes, "adjacency": adjacency, "mask": mask}, jnp.array([1]))
+        >>> modality = modalities.graph([data.FeatureBlock("label", ("C", "N", "O"))], 3, features=np.asarray(nodes))
+        >>> module = models.GCN(3, 2, widths=(16,), activation=jnp.tanh, rngs=nnx.Rngs(0))
+        >>> apply_fn, params = models.functional(module)
+        >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
+        >>> seen = observe(jax.random.key(1), ThreatModel(labels=True), client_fn, params, truth)
+        >>> attack = gradient_matching(client_fn, **modality.matching())
+        >>> found, _ = jax.jit(lambda key: run(attack, key, seen, num_steps=200))(jax.random.key(2))
+        >>> modality.score_fn(found.batch, truth).scores["exact"].tolist()
+        [1.0]
+    """
+    width = sum(len(block.names) for block in blocks)
+    _check.integer(max_nodes=max_nodes)
+    _check.integer(0, hops=hops)
+    if not width:
+        raise ValueError(f"blocks must have at least one column, got {list(blocks)}")
+    if edges not in ("sigmoid", "box"):
+        raise ValueError(f"edges must be 'sigmoid' or 'box', got {edges!r}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    known = _known(max_nodes, width, num_nodes, structure, features)
+    like = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for name, shape in (("nodes", (max_nodes, width)), ("adjacency", (max_nodes,) * 2), ("mask", (max_nodes,)))
+    }
+    weighted = (
+        (smoothness_weight, graph_priors.smoothness),
+        (sparsity_weight, graph_priors.sparsity),
+        (binarity_weight, graph_priors.binarity),
+    )
+    prior_fn: PriorFn | None = priors.combine(*weighted)
+
+    def project_fn(unknowns: PyTree[Array]) -> PyTree[Array]:
+        return unknowns | {"edges": jnp.clip(unknowns["edges"], 0, 1)}
+
+    def align_fn(found: Batch, truth: Batch) -> Batch:
+        return _aligned(found, truth, blocks, hops, keeps_nodes=structure is not None)
+
+    # Where the structure is granted, edges say nothing.
+    first = "edges" if structure is None else "nodes"
+
+    def score_fn(found: Batch, truth: Batch) -> Scored:
+        aligned, shape = align_fn(found, truth), truth.inputs["mask"].shape[:-1]
+        pairs = zip(_graphs(aligned), _graphs(truth), strict=True)
+        every = [graph_scores(*pair, blocks, hops=hops, order=np.arange(len(pair[0]["mask"]))) for pair in pairs]
+        scores = {
+            name: np.asarray([getattr(one, field) for one in every], np.float64).reshape(shape)
+            for name, field in ({first: FIELDS[first]} | FIELDS).items()
+        }
+        return Scored(scores, aligned)
+
+    def guess_fn(truth: Batch, public: Batch) -> dict[str, np.ndarray]:
+        guesses = graph_guesses(truth, public, hops=hops)
+        return {name: score_fn(guess, truth).scores[first] for name, guess in guesses.items()}
+
+    def draw_fn(
+        columns: Mapping[str, Batch],
+        path: Path,
+        *,
+        captions: Mapping[str, Sequence[str]] | None = None,
+        title: str = "",
+    ) -> None:
+        from gia_jax.report.graph_plots import graph_grid  # needs matplotlib and networkx
+
+        if not columns:
+            raise ValueError("columns must hold graphs, got none")
+        reference = next(iter(columns.values()))
+        shown = {
+            name: reference if batch is reference else align_fn(batch, reference) for name, batch in columns.items()
+        }
+        graphs = {name: _graphs(batch) for name, batch in shown.items()}
+        graph_grid(graphs, blocks, path, captions=captions, title=title)
+
+    return Modality(
+        init_fn=_start(known, like, edges) if init_fn is None else init_fn,
+        decode_fn=_decoder(known, blocks, max_nodes, edges),
+        project_fn=project_fn if edges == "box" and structure is None else None,
+        prior_fn=prior_fn if any(weight for weight, _ in weighted) else None,
+        like=like,
+        score_fn=score_fn,
+        shown={first: SHOWN[first]} | SHOWN,
+        guess_fn=guess_fn,
+        draw_fn=draw_fn,
+    )
+
+
+def _known(
+    max_nodes: int,
+    width: int,
+    num_nodes: Sequence[int] | np.ndarray | None,
+    structure: np.ndarray | None,
+    features: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Returns what is granted of the graphs as arrays, after checking it."""
+    known: dict[str, np.ndarray] = {}
+    if num_nodes is not None:
+        for count in num_nodes:
+            _check.integer(1, max_nodes, num_nodes=count)
+        known["mask"] = (np.arange(max_nodes) < np.asarray(num_nodes)[:, None]) * 1.0
+    if structure is not None and features is not None:
+        raise ValueError("structure and features must not both be granted: nothing is unknown then")
+    for name, array, shape in (
+        ("structure", structure, (max_nodes, max_nodes)),
+        ("features", features, (max_nodes, width)),
+    ):
+        if array is not None:
+            array = np.asarray(array)
+            if array.shape[1:] != shape or array.ndim != 3:
+                raise ValueError(f"{name} must have shape (b, {shape[0]}, {shape[1]}), got {array.shape}")
+            _check.finite(name, array)
+            known["adjacency" if name == "structure" else "nodes"] = array
+    if structure is not None:
+        array = known["adjacency"]
+        loops = np.diagonal(array, axis1=1, axis2=2)
+        if np.any(array != array.swapaxes(1, 2)) or np.any(loops) or np.any((array != 0) & (array != 1)):
+            raise ValueError("structure must be symmetric, without loops, and of 0 and 1, got another adjacency")
+    return known
+
+
+def _start(known: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct], edges: str) -> InitFn:
+    """Returns the function that draws the first unknowns of what is not granted."""
+
+    def init_fn(key: PRNGKeyArray, observation: Observation) -> dict[str, Array]:
+        seen = granted(observation, "inputs_like")
+        wanted = {name: leaf.shape for name, leaf in like.items()}
+        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], seen)
+        if shapes != wanted:
+            raise ValueError(f"the inputs must be graphs of the shapes {wanted}, got {shapes}")
+        size, dtype = _check.examples(seen), wide_dtype(seen["nodes"].dtype)
+        for name, array in known.items():
+            if len(array) != size:
+                raise ValueError(f"the granted {name} must be of {size} graphs, as the batch is, got {len(array)}")
+        key_nodes, key_edges = jax.random.split(key)
+        unknowns = {}
+        if "nodes" not in known:
+            unknowns["nodes"] = 0.1 * jax.random.normal(key_nodes, (size, *wanted["nodes"]), dtype)
+        if "adjacency" not in known:
+            count = math.comb(wanted["mask"][0], 2)
+            start = 0.1 * jax.random.normal(key_edges, (size, count), dtype) - 1
+            unknowns["edges"] = jax.nn.sigmoid(start) if edges == "box" else start
+        return unknowns
+
+    return init_fn
+
+
+def _decoder(
+    known: dict[str, np.ndarray], blocks: Sequence[FeatureBlock], max_nodes: int, edges: str
+) -> Callable[[dict[str, Array], Any], Batch]:
+    """Returns the function that makes a batch of what is unknown and what is granted."""
+    pair_of = _pairs(max_nodes)
+
+    def decode_fn(unknowns: dict[str, Array], labels: Any) -> Batch:
+        leaf = next(iter(unknowns.values()))
+        mask = jnp.asarray(known["mask"] if "mask" in known else np.ones((len(leaf), max_nodes)), leaf.dtype)
+        nodes = jnp.asarray(known["nodes"], leaf.dtype) if "nodes" in known else _relaxed(unknowns["nodes"], blocks)
+        if "adjacency" in known:
+            adjacency = jnp.asarray(known["adjacency"], leaf.dtype)
+        else:
+            chosen = unknowns["edges"] if edges == "box" else jax.nn.sigmoid(unknowns["edges"])
+            adjacency = jnp.pad(chosen, ((0, 0), (0, 1)))[:, pair_of]  # the diagonal takes the zero at the end
+        there = mask[:, :, None] * mask[:, None]
+        return Batch({"nodes": nodes * mask[..., None], "adjacency": adjacency * there, "mask": mask}, labels)
+
+    return decode_fn
+
+
+def _pairs(count: int) -> np.ndarray:
+    """Returns the place of every pair of nodes among the pairs i < j, and one past the last of them for i = j."""
+    places = np.full((count, count), count * (count - 1) // 2)
+    rows, columns = np.triu_indices(count, 1)
+    places[rows, columns] = places[columns, rows] = np.arange(len(rows))
+    return places
+
+
+def _relaxed(unknowns: Float[Array, "b n f"], blocks: Sequence[FeatureBlock]) -> Float[Array, "b n f"]:
+    """Returns features: the softmax of the unknowns of each one-hot block, and other unknowns as they are."""
+    ends = np.cumsum([len(block.names) for block in blocks])[:-1]
+    parts = jnp.split(unknowns, ends, -1)
+    relaxed = [jax.nn.softmax(part) if block.is_one_hot else part for block, part in zip(blocks, parts, strict=True)]
+    return jnp.concatenate(relaxed, -1)
+
+
+def _graphs(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """Returns the graphs of a batch, or of all victims, one after the other."""
+    inputs = batch.inputs
+    if not isinstance(inputs, Mapping) or set(inputs) != set(NAMES):
+        got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(f"inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
+    arrays = {name: np.asarray(inputs[name], np.float64) for name in NAMES}
+    flat = {name: array.reshape(-1, *array.shape[(-1 if name == "mask" else -2) :]) for name, array in arrays.items()}
+    return [{name: array[i] for name, array in flat.items()} for i in range(len(flat["mask"]))]
+
+
+def _aligned(found: Batch, truth: Batch, blocks: Sequence[FeatureBlock], hops: int, *, keeps_nodes: bool) -> Batch:
+    """Puts a reconstruction's graphs in the order of the true ones, and their nodes in the order of the true nodes."""
+    shape = truth.inputs["mask"].shape[:-1]
+    if found.inputs["mask"].shape[:-1] != shape:
+        raise ValueError(f"found must hold the graphs of truth, {shape}, got {found.inputs['mask'].shape[:-1]}")
+    size = shape[-1]
+    graphs, true = _graphs(found), _graphs(truth)
+    aligned, order = [], []
+    for start in range(0, math.prod(shape), size):
+        moved = [
+            [
+                one if keeps_nodes else permuted(one, match_nodes(one, wanted, blocks, hops=hops))
+                for one in graphs[start : start + size]
+            ]
+            for wanted in true[start : start + size]
+        ]
+        costs = np.array([[_distance(one, wanted) for one in row] for row, wanted in zip(moved, true[start:])])
+        chosen = scipy.optimize.linear_sum_assignment(costs)[1]
+        aligned += [moved[i][j] for i, j in enumerate(chosen)]
+        order += [chosen]
+    rows = max(len(one["mask"]) for one in aligned)
+    padded = [permuted(one, np.arange(rows)) for one in aligned]
+    inputs = {name: np.stack([one[name] for one in padded]).reshape(*shape, *padded[0][name].shape) for name in NAMES}
+    places = np.stack(order).reshape(shape)
+
+    def moved_labels(leaf: Array) -> np.ndarray:
+        values = np.asarray(leaf)
+        index = places.reshape(*shape, *(1,) * (values.ndim - len(shape)))
+        return np.take_along_axis(values, index, len(shape) - 1) if values.shape[: len(shape)] == shape else values
+
+    return Batch(inputs, jax.tree.map(moved_labels, found.labels))
+
+
+def _distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Returns the squared distance of two graphs' nodes and edges. It is a large number where it is not finite."""
+    rows = max(len(one["mask"]), len(other["mask"]))
+    first, second = (permuted(graph, np.arange(rows)) for graph in (one, other))
+    squares = sum(float(np.sum(np.square(first[name] - second[name]))) for name in NAMES)
+    return squares if np.isfinite(squares) else 1e30
