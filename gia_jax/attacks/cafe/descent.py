@@ -173,7 +173,8 @@ def _first_guess(key: PRNGKeyArray, like: Array, layers: Sequence[LayerRounds], 
 
 def _by_layers(guess: Guess, layers: Sequence[Dense]) -> tuple[list[Array], list[Array]]:
     """Does step I, and returns the new V of every worker with the derivatives of step II by H."""
-    gradients = [v - 1e-2 * (v.sum(0) - layer.bias) for v, layer in zip(guess.gradients, layers, strict=True)]
+    biases = [layer.bias for layer in layers if layer.bias is not None]  # `init` refuses a layer without one
+    gradients = [v - 1e-2 * (v.sum(0) - bias) for v, bias in zip(guess.gradients, biases, strict=True)]
     by_features = [
         2 * v @ (h.T @ v - layer.kernel).T for h, v, layer in zip(guess.features, gradients, layers, strict=True)
     ]
