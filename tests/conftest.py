@@ -22,6 +22,12 @@ import pytest
 gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_collection_finish() -> None:
+    """Let Python never look again through what the imports made."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 within one test."""

@@ -62,6 +62,28 @@ def once(make, key, update):
     return transformation.update(update, transformation.init(update))[0]
 
 
+NUM_CLIENTS = 3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_clients(make, keys, updates):
+    """What each client shares, whose transformation is built inside the vmap with a key of its own."""
+    return jax.vmap(functools.partial(once, make))(keys, updates)
+
+
+def lane(tree, i):
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[i], tree)
+
+
+def repeated(update):
+    return jax.tree.map(lambda leaf: np.stack([leaf] * NUM_CLIENTS), update)
+
+
+@functools.cache
+def model():
+    return models.functional(models.MLP((6,), 3, hidden=(5,), rngs=nnx.Rngs(0)))
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_structure_shapes_and_types_are_kept(make, dtype):
@@ -95,29 +117,30 @@ def test_jit_agrees_and_does_not_trace_twice(make):
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def compiled(key, update):
+    def traced(key, update):
         return op_by_op(make, key, update)
 
-    updates = [update_of(jax.random.key(10 + seed)) for seed in range(2)]
-    shared = [compiled(jax.random.key(seed), update) for seed, update in enumerate(updates)]
-    chex.assert_trees_all_close(shared[0], op_by_op(make, jax.random.key(0), updates[0]), rtol=1e-5, atol=1e-6)
+    for seed in range(2):
+        key, update = jax.random.key(seed), update_of(jax.random.key(10 + seed))
+        traced.trace(key, update)  # a second trace would raise
+    chex.assert_trees_all_close(once(make, key, update), op_by_op(make, key, update), rtol=1e-5, atol=1e-6)
 
 
 @EVERY
 def test_vmap_over_clients_is_a_loop(make):
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), NUM_CLIENTS)
     updates = jax.vmap(update_of)(keys)
-    together = jax.vmap(lambda key, update: once(make, key, update))(keys, updates)
-    for i in range(3):
-        alone = once(make, keys[i], jax.tree.map(lambda leaf, i=i: leaf[i], updates))
-        chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-5, atol=1e-6)
+    together = of_clients(make, keys, updates)
+    for i in range(NUM_CLIENTS):
+        alone = once(make, keys[i], lane(updates, i))
+        chex.assert_trees_all_close(lane(together, i), alone, rtol=1e-5, atol=1e-6)
 
 
 @EVERY_RANDOM
 def test_clients_and_rounds_draw_differently_and_keys_repeat(make):
     update = update_of(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), 2)
-    shared = jax.vmap(lambda key: once(make, key, update))(keys)["head"]["w"]
+    keys = jax.random.split(jax.random.key(1), NUM_CLIENTS)
+    shared = of_clients(make, keys, repeated(update))["head"]["w"]
     assert not np.allclose(shared[0], shared[1])
     transformation = make(keys[0])
     update_fn = jax.jit(transformation.update)
@@ -131,12 +154,12 @@ def test_clients_and_rounds_draw_differently_and_keys_repeat(make):
 def test_clients_draw_alike_where_one_transformation_serves_them_all(make):
     """The trap of `vmap(tx.init)`: why it is built inside the vmap over clients, with a key of each."""
     update = update_of(jax.random.key(0))
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), update)
+    alike = repeated(update)
     transformation = make(jax.random.key(1))
-    trapped, _ = jax.jit(jax.vmap(transformation.update))(both, jax.vmap(transformation.init)(both))
-    chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf, i=i: leaf[i], trapped) for i in range(2)))
-    keys = jax.random.split(jax.random.key(1), 2)
-    built_inside = jax.vmap(lambda key, update: once(make, key, update))(keys, both)["head"]["w"]
+    trapped, _ = jax.jit(jax.vmap(lambda u: transformation.update(u, transformation.init(u))))(alike)
+    chex.assert_trees_all_equal(*(lane(trapped, i) for i in range(2)))
+    keys = jax.random.split(jax.random.key(1), NUM_CLIENTS)
+    built_inside = of_clients(make, keys, alike)["head"]["w"]
     assert not np.allclose(built_inside[0], built_inside[1])
 
 
@@ -184,7 +207,7 @@ def test_it_trains(make):
 @EVERY
 def test_a_client_behind_it_can_be_attacked(make):
     """The defended client is differentiable in its inputs, in both modes and under vmap."""
-    apply_fn, params = models.functional(models.MLP((6,), 3, hidden=(5,), rngs=nnx.Rngs(0)))
+    apply_fn, params = model()
     client_fn = defenses.defended(clients.federated_sgd(clients.cross_entropy(apply_fn)), make(jax.random.key(0)))
     inputs = jax.random.normal(jax.random.key(1), (2, 1, 6))
 
@@ -193,19 +216,22 @@ def test_a_client_behind_it_can_be_attacked(make):
         # Not of the length alone, which clipping takes away.
         return optax.tree.norm(jax.tree.map(lambda leaf: leaf - 0.2, update), squared=True)
 
-    gradients = jax.jit(jax.vmap(jax.grad(objective)))(inputs)
+    both_modes = jax.jit(jax.vmap(lambda x: (jax.grad(objective)(x), jax.jacfwd(objective)(x))))
+    gradients, forward = both_modes(inputs)
     assert np.isfinite(gradients).all()
     assert (np.abs(gradients).max((1, 2)) > 1e-3).all()
-    forward = jax.jit(jax.vmap(jax.jacfwd(objective)))(inputs)
     np.testing.assert_allclose(forward, gradients, rtol=1e-4, atol=1e-5)
 
 
 @EVERY
 def test_a_nan_stays_with_its_client(make):
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), NUM_CLIENTS)
     updates = jax.vmap(update_of)(keys)
-    spoiled = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), updates)
-    shared = jax.vmap(lambda key, update: once(make, key, update))
-    chex.assert_trees_all_equal(
-        *(jax.tree.map(lambda leaf: leaf[1], shared(keys, tree)) for tree in (updates, spoiled))
-    )
+
+    def without_first(leaf):
+        return np.concatenate([np.full_like(leaf[:1], np.nan), leaf[1:]])
+
+    spoiled = jax.tree.map(without_first, updates)
+    whole, hurt = (of_clients(make, keys, tree) for tree in (updates, spoiled))
+    for i in range(1, NUM_CLIENTS):
+        chex.assert_trees_all_equal(lane(whole, i), lane(hurt, i))
