@@ -316,9 +316,9 @@ def write_attacked(found: dict[str, tuple[Found, Found]], version: str) -> None:
         "Explained: share of the gradient that the reconstruction explains at its best scale, which needs no truth. "
         "PSNR in dB, mean over the batch. CPU seconds of all cores: reading the files, compiling and attacking. The "
         "two start from other random images. BN: batch normalisation. PyTorch's own first weights, of the LeNets those "
-        "of DLG, U(-0.5, 0.5), seed 0; photographs; attack seed 0, 1 start. A grey image has about 12 dB. The few steps, "
-        "and the small images of ResNet-18, are what fits into minutes, not what the attacks need: read there that "
-        "both ways run and agree.\n\n"
+        "of DLG, U(-0.5, 0.5), seed 0; photographs; attack seed 0, 1 start. A grey image has about 12 dB. The few "
+        "steps, and the small images of ResNet-18, are what fits into minutes, not what the attacks need: read there "
+        "that both ways run and agree.\n\n"
         f"Threat model: {THREAT}, and the range of pixels.\n\n"
         f"The command for LeNet: `python -m gia_jax {shown}`. The others differ in `--attack`, `--model`, `--steps`, "
         "`--input-shape` and `--batch-size`; only training-mode BN needs another option, `--batch-norm training`.",
