@@ -29,6 +29,18 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else type(leaf), jnp.inexact)
 
 
+def arrays(name: str, tree: PyTree[Any], hint: str = "") -> None:
+    """Raises ValueError for a tree without leaves, or naming a leaf that is no array of JAX or NumPy and no number."""
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one array, got {tree!r}")
+    for path, leaf in leaves:
+        known = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int)
+        if not known or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSU"):
+            where, kind = name + jax.tree_util.keystr(path), type(leaf).__name__
+            raise ValueError(f"{where} must be an array of numbers, of JAX or NumPy, got {kind} {leaf!r:.60}{hint}")
+
+
 def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
     """Raises ValueError naming the first place where the structure or a shape of `tree` differs from that of `like`."""
     got = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -67,8 +79,10 @@ def not_negative(**values: Any) -> None:
 
 
 def scalar(**values: Any) -> None:
-    """Raises ValueError naming a value that is an array with an axis, in place of a single number."""
+    """Raises ValueError naming a value that is None or an array with an axis, in place of a single number."""
     for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name} must be a single number, got None")
         shape = value.shape if hasattr(value, "shape") else np.shape(value)
         if shape != ():
             raise ValueError(f"{name} must be a single number, got shape {shape}")
@@ -117,6 +131,7 @@ def examples(inputs: PyTree[Any], *, name: str = "batch.inputs", hint: str = "")
     leaves = jax.tree.leaves_with_path(inputs)
     if not leaves:
         raise ValueError(f"{name} must hold at least one array, got {inputs!r}")
+    _no_numbers(name, inputs)
     first, size = name + jax.tree_util.keystr(leaves[0][0]), (*jnp.shape(leaves[0][1]), 0)[0]
     for path, leaf in leaves:
         where, shape = name + jax.tree_util.keystr(path), jnp.shape(leaf)
@@ -130,16 +145,25 @@ def examples(inputs: PyTree[Any], *, name: str = "batch.inputs", hint: str = "")
 
 def one_array(name: str, inputs: PyTree[Any]) -> None:
     """Raises ValueError for inputs that are a tree where only one array is taken."""
+    _no_numbers(name, inputs)
     if not isinstance(inputs, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must be one array of shape (b, *d) here, got a {type(inputs).__name__}")
 
 
-def batch(inputs: PyTree[Array | np.ndarray], labels: PyTree[Array], num_classes: int | None = None) -> None:
+def _no_numbers(name: str, tree: PyTree[Any]) -> None:
+    """Raises ValueError for a list or tuple of numbers, which a tree takes for as many arrays without an axis."""
+    if isinstance(tree, list | tuple) and any(jnp.shape(leaf) == () for leaf in jax.tree.leaves(tree)):
+        kind = type(tree).__name__
+        raise ValueError(f"{name} must be an array, got a {kind} of {len(tree)}: jnp.asarray makes one of it")
+
+
+def batch(inputs: PyTree[Any], labels: PyTree[Any], num_classes: int | None = None) -> None:
     """Raises ValueError for an empty batch, non-finite inputs or labels, or labels that are not of its examples.
 
     Labels must be classes where `num_classes` is given, and may be targets of any kind otherwise.
     """
     size = examples(inputs)
+    _no_numbers("batch.labels", labels)
     for path, leaf in jax.tree.leaves_with_path(labels):
         if jnp.shape(leaf)[:1] != (size,):
             where = f"batch.labels{jax.tree_util.keystr(path)}"

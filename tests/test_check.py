@@ -65,6 +65,36 @@ def test_an_array_is_no_single_number():
     _check.scalar(width=1.0, height=jnp.float32(2), depth=np.ones(()))
     with pytest.raises(ValueError, match=r"width must be a single number, got shape \(3,\)"):
         _check.scalar(width=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="width must be a single number, got None"):
+        _check.scalar(width=None)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, r"thing must hold at least one array, got \{\}"),
+        (None, "thing must hold at least one array, got None"),
+        (
+            {"a": 1.0, "b": ["x"]},
+            r"thing\['b'\]\[0\] must be an array of numbers, .*, got str 'x': read on",
+        ),
+        ([np.array(["x"])], r"thing\[0\] must be an array of numbers, .* got ndarray array\(\['x'\]"),
+    ],
+)
+def test_arrays_names_what_is_none(tree, message):
+    _check.arrays("thing", [1, 2.0, True, np.zeros(2), jnp.zeros(2)])
+    with pytest.raises(ValueError, match=message):
+        _check.arrays("thing", tree, ": read on")
+
+
+def test_a_list_of_numbers_is_no_batch():
+    _check.batch([INPUTS, INPUTS], (LABELS, LABELS))  # trees of arrays are
+    for labels in ([0, 1], (0, 1)):
+        kind = type(labels).__name__
+        with pytest.raises(ValueError, match=rf"batch\.labels must be an array, got a {kind} of 2: jnp\.asarray makes"):
+            _check.batch(INPUTS, labels)
+    with pytest.raises(ValueError, match=r"batch\.inputs must be an array, got a list of 2: jnp\.asarray makes"):
+        _check.batch(INPUTS.tolist(), LABELS)
 
 
 def test_keys_that_are_the_same_are_named():

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, observe, observed
+from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, models, observe, observed
+from gia_jax.threat import _inputs_like
 
 PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
 BATCH = Batch(jax.random.normal(jax.random.key(0), (8, 4)), jnp.array([0, 1, 2, 0, 1, 2, 2, 2]))
@@ -210,7 +212,9 @@ IMAGES = {"conv": jnp.ones((3, 3, 3, 5))}
     ("change", "message"),
     [
         ({"update": {"kernel": UPDATE["kernel"]}}, r"update\['bias'\] is missing"),
-        ({"update": list(UPDATE.values())}, r"update\['bias'\] is missing"),
+        ({"update": list(UPDATE.values())}, r"update must be a dict as params is, got a list: interop\.from_torch"),
+        ({"params": list(PARAMS.values())}, r"params must be a dict as update is, got a list: interop\.from_torch"),
+        ({"update": None}, "update must hold at least one array, got None"),
         (
             {"update": UPDATE | {"kernel": UPDATE["kernel"].T}},
             r"\['kernel'\] has shape \(3, 4\), expected \(4, 3\)",
@@ -224,6 +228,7 @@ IMAGES = {"conv": jnp.ones((3, 3, 3, 5))}
         ({"labels": [0, 1]}, "batch.labels must have a first axis of 8 examples"),
         ({"labels": [3] * 8, "num_classes": 3}, "batch.labels must be at least 0 and below 3, got 3"),
         ({"labels": [3] * 8, "apply_fn": lambda p, x: x @ p["kernel"]}, "must be at least 0 and below 3, got 3"),
+        ({"labels": [[2]] * 8, "apply_fn": lambda p, x: x @ p["kernel"]}, r"shape \(8, 1\) must be probabilities"),
     ],
 )
 def test_what_was_not_recorded_of_such_a_client_is_refused(change, message):
@@ -237,6 +242,10 @@ def test_what_was_not_recorded_of_such_a_client_is_refused(change, message):
     [
         ((2, 3, 8, 8), "the channels are first (NCHW), and the model takes (2, 8, 8, 3)"),
         ((8, 8, 3), "the batch axis is missing, and the model takes (1, 8, 8, 3)"),
+        (
+            (3, 8, 8),
+            "the batch axis is missing and the channels are first (CHW), and the model takes (1, 8, 8, 3)",
+        ),
     ],
 )
 def test_images_of_another_layout_are_named_as_such(shape, reason):
@@ -244,3 +253,30 @@ def test_images_of_another_layout_are_named_as_such(shape, reason):
         observed(IMAGES, IMAGES, inputs_like=jnp.zeros(shape), apply_fn=image_model)
     good = observed(IMAGES, IMAGES, inputs_like=jnp.zeros((2, 8, 8, 3)), apply_fn=image_model)
     assert good.extra["inputs_like"].shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("like", [(2, 8, 8, 3), [2, 8, 8, 3], 2, "images"])
+def test_a_shape_is_no_array(like):
+    message = f"inputs_like must be an array or a jax.ShapeDtypeStruct, or a tree of them, got {like!r}: pass jnp.zeros"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _inputs_like(like, IMAGES, None)
+
+
+def test_parameters_of_another_model_are_not_blamed_on_the_inputs():
+    apply_fn, params = models.functional(models.MLP((4,), 3, hidden=(), rngs=nnx.Rngs(0)))
+    other = {"fc": params["head"]}
+    with pytest.raises(ValueError, match=r"^params does not fit the module: params\['head'\]\['bias'\] is missing"):
+        observed(other, jax.tree.map(jnp.ones_like, other), inputs_like=BATCH.inputs, apply_fn=apply_fn)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_numpy_array_of_doubles_and_a_tuple_of_labels_will_do():
+    seen = observed(PARAMS, UPDATE, inputs_like=np.zeros((8, 4)), labels=(2,) * 8)
+    assert seen.extra["inputs_like"].dtype == jnp.float32
+    assert seen.extra["labels"].tolist() == [2] * 8
+
+
+def test_one_output_says_nothing_of_the_number_of_classes():
+    one = {"kernel": jnp.ones((4, 1))}
+    seen = observed(one, one, inputs_like=BATCH.inputs, labels=[1] * 8, apply_fn=lambda p, x: x @ p["kernel"])
+    assert seen.extra["labels"].tolist() == [1] * 8

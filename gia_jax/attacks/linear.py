@@ -21,7 +21,11 @@ NEGLIGIBLE = 1e-9
 
 
 def linear_inversion(
-    layer_fn: ClassifierFn, *, label_fn: LabelFn = granted_labels, tolerance: float = 1e-3
+    layer_fn: ClassifierFn,
+    *,
+    label_fn: LabelFn = granted_labels,
+    tolerance: float = 1e-3,
+    flatten: tuple[int, ...] | None = None,
 ) -> ReconstructFn:
     """Builds the attack that reads the input of a fully connected first layer with a bias from its gradient:
 
@@ -40,6 +44,9 @@ def linear_inversion(
             the inversion. By default it takes those that the threat model grants.
         tolerance: Relative L2 distance below which two rows agree, above 0 and finite. Where four units of rounding of
             the update are more than that, as in half precision, they take its place.
+        flatten: Shape with the channels first, such as (3, 32, 32), in which the layer sees an example whose own
+            channels are last: the order of flattening of a model that was taken over from PyTorch with its weights
+            as they are. None is for a layer that sees the example in the example's own order.
 
     Returns:
         A function `(key, observation) -> reconstruction`, which does not use the key. Its loss is the share of the
@@ -47,7 +54,7 @@ def linear_inversion(
         inputs, and for a layer that has no bias or does not see the (flattened) example.
 
     Raises:
-        ValueError: If `tolerance` is not positive and finite.
+        ValueError: If `tolerance` is not positive and finite, or `flatten` is not of positive integers.
 
     Examples:
         One example comes back exactly, up to rounding:
@@ -66,6 +73,8 @@ def linear_inversion(
     """
     _check.positive(tolerance=tolerance)
     _check.finite("tolerance", tolerance)
+    for size in () if flatten is None else flatten:
+        _check.integer(flatten=size)
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
         del key
@@ -74,6 +83,9 @@ def linear_inversion(
             raise ValueError("linear_inversion needs a bias in the layer, got none")
         rounding = float(max(jnp.finfo(leaf.dtype).eps for leaf in (shared.kernel, shared.bias)))
         layer = widened_tree(shared)
+        if flatten is not None and tuple(flatten) != (like.shape[-1], *like.shape[1:-1]):
+            wanted = (like.shape[-1], *like.shape[1:-1])
+            raise ValueError(f"flatten must be the example's shape with its channels first, {wanted}, got {flatten}")
         if layer.kernel.shape[0] * like.shape[0] != like.size:
             raise ValueError(f"the layer must see the example {like.shape[1:]}, got {layer.kernel.shape[0]} inputs")
         usable = jnp.abs(layer.bias) > NEGLIGIBLE * jnp.max(jnp.abs(layer.bias))
@@ -81,7 +93,8 @@ def linear_inversion(
         found = _most_agreed(rows, layer.bias, usable, like.shape[0], max(tolerance, 4 * rounding))
         explained = jnp.linalg.lstsq(found.T, layer.kernel)[0]
         loss = jnp.linalg.norm(layer.kernel - found.T @ explained) / jnp.linalg.norm(layer.kernel)
-        inputs = as_granted(found.reshape(like.shape), observation)
+        images = found.reshape(like.shape) if flatten is None else jnp.moveaxis(found.reshape(-1, *flatten), 1, -1)
+        inputs = as_granted(images, observation)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(inputs)) & jnp.any(usable)
         return Reconstruction(Batch(inputs, label_fn(observation)), loss, finite)
 

@@ -219,7 +219,7 @@ def _merged(one: Any, other: Mapping[str, Any]) -> Any:
 
 
 def _head(path: str) -> ClassifierFn:
-    """Returns what picks the last layer, in the layout of JAX or, called weight, in PyTorch's."""
+    """Returns what picks the last layer, as `labels.dense` does."""
     keys = path.split(".")
 
     def classifier_fn(tree: PyTree[Array]) -> Dense:
@@ -228,8 +228,6 @@ def _head(path: str) -> ClassifierFn:
             if not isinstance(layer, Mapping) or key not in layer:
                 raise ValueError(f"--head must lead to the last layer, got {path!r}: there is no {key!r}")
             layer = layer[key]
-        if isinstance(layer, Mapping) and "weight" in layer:
-            return Dense(layer["weight"].T, layer.get("bias"))
         if not isinstance(layer, Mapping):
             raise ValueError(f"--head must lead to a layer of several arrays, got {path!r}, which is one array")
         return labels.dense(*keys)(tree)

@@ -49,7 +49,10 @@ def _add_attacker(made: argparse.ArgumentParser) -> None:
         "--labels", choices=["known", "inferred"], help="default: as in the attack's paper, with --update inferred"
     )
     made.add_argument(
-        "--label-rule", metavar="NAME", help=f"rule that infers the labels: {', '.join(LABEL_RULES)}; default: its own"
+        "--label-rule",
+        metavar="NAME",
+        help=f"rule that infers the labels: {', '.join(LABEL_RULES)}; default: its own; at an unknown scale of the "
+        "update take idlg, column_minimum, greedy_bias or llg",
     )
     made.add_argument(
         "--statistics",

@@ -1,7 +1,7 @@
 """The client of federated SGD, which takes one gradient step, and the losses that clients train with."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,12 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
         >>> print(f"{loss_fn(jnp.zeros((3, 2)), Batch(jnp.ones((4, 3)), jnp.array([0, 1, 1, 0]))):.2f}")
         0.69
     """
-    return lambda params, batch: classification_loss(apply_fn(params, batch.inputs), batch.labels)
+
+    def loss_fn(params: Any, batch: Batch) -> Float[Array, ""]:
+        _check.one_array("batch.labels", batch.labels)
+        return classification_loss(apply_fn(params, batch.inputs), batch.labels)
+
+    return loss_fn
 
 
 def classification_loss(logits: Shaped[Array, "b *t c"], labels: Shaped[Array, "..."]) -> Float[Array, ""]:
@@ -91,6 +96,7 @@ def binary_cross_entropy(apply_fn: ApplyFn) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
+        _check.one_array("batch.labels", batch.labels)
         logits, labels = apply_fn(params, batch.inputs), batch.labels
         if logits.shape[1:] != (1,):
             raise ValueError(f"apply_fn must return outputs of shape (b, 1), got {logits.shape}")
@@ -122,6 +128,7 @@ def squared_error(apply_fn: ApplyFn) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
+        _check.one_array("batch.labels", batch.labels)
         outputs, labels = widened(apply_fn(params, batch.inputs)), batch.labels
         if jnp.shape(labels) != outputs.shape:
             raise ValueError(f"batch.labels must have the outputs' shape {outputs.shape}, got {jnp.shape(labels)}")

@@ -1,4 +1,10 @@
-"""Label recovery: rules that find the labels of the batch from an observation, in no particular order."""
+"""Label recovery: rules that find the labels of the batch from an observation, in no particular order.
+
+For an update of unknown scale, such as one that was clipped or divided by a guessed learning rate, take a rule that
+gives the same labels at every positive scale: `idlg`, `column_minimum`, `greedy_bias` or `llg`. `bias_counts`, `ilrg`
+and, where labels repeat, `llg_plus` need the scale of a mean loss. They notice an update that is too long, and not one
+that is too short: at a hundredth of the scale they return wrong labels without a word.
+"""
 
 from gia_jax.labels.classifier import ClassifierFn, Dense, dense
 from gia_jax.labels.counts import bias_counts, greedy_bias

@@ -47,7 +47,8 @@ def dense(*path: str | int) -> ClassifierFn:
 
     Args:
         *path: Keys from the root of the parameters to the layer, such as "head" or "linear", 2. The layer holds
-            "kernel" and "bias" (flax) or "w" and "b" (haiku), the bias only if it has one. For anything else write the
+            "kernel" and "bias" (flax) or "w" and "b" (haiku) of shape (in, out), or "weight" and "bias" (PyTorch,
+            equinox) of shape (out, in), which is transposed; the bias only if it has one. For anything else write the
             function yourself.
 
     Returns:
@@ -73,7 +74,9 @@ def dense(*path: str | int) -> ClassifierFn:
         for kernel, bias in (("kernel", "bias"), ("w", "b")):
             if kernel in layer:
                 return Dense(layer[kernel], layer.get(bias))
-        raise ValueError(f"the classifier at {path} must hold 'kernel' or 'w', got {sorted(layer)}")
+        if "weight" in layer:
+            return Dense(layer["weight"].T, layer.get("bias"))
+        raise ValueError(f"the classifier at {path} must hold 'kernel', 'w' or 'weight', got {sorted(layer)}")
 
     return classifier_fn
 

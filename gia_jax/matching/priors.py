@@ -61,6 +61,9 @@ def total_variation(
     differences that are zero beyond the border. (p, q) = (2, 0.5) is isotropic, and (2, 1.25) is that of Wang et al.,
     Beyond Inferring Class Representatives, INFOCOM 2019.
 
+    The last axis is taken for the channels. So attack a model of NCHW images as one of NHWC images, for example by
+    `lambda params, x: apply_fn(params, jnp.moveaxis(x, -1, 1))`.
+
     Args:
         inner_exponent: Exponent p of each difference, positive and finite.
         outer_exponent: Exponent q of their sum, positive and finite.

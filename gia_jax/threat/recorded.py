@@ -32,7 +32,8 @@ def observed(
     No client is run and no true data are needed. What is not given is not known to the attack. The update must have the
     sign and scale of a gradient: `interop.pseudo_gradient` makes it from the parameters before and after local
     training, and `interop.from_torch` brings both from PyTorch or Flower. Values and shapes are checked before anything
-    is compiled.
+    is compiled. What no shape tells, such as two tensors of one shape that were swapped, shows afterwards in a low
+    share of `metrics.explained`.
 
     Args:
         params: Parameters that the server sent, a tree of arrays of JAX or NumPy.
@@ -46,7 +47,7 @@ def observed(
         apply_fn: The model, `(params, inputs) -> logits`. With it, the shapes of the inputs and the range of the labels
             are compared with what the model takes.
         num_classes: Number of classes, where labels are classes. None reads it from the logits of `apply_fn`, if these
-            are one array of shape (b, c), and else checks no range.
+            are one array of shape (b, c) with c > 1, and else checks no range.
         statistics: Batch-normalisation statistics of the client's forward pass, where the attacker knows them.
         batch_indices: Positions of the examples of each of t rounds, shape (t, b), where the update is of several
             rounds.
@@ -73,7 +74,14 @@ def observed(
         >>> attacks.linear_inversion(head, label_fn=labels.idlg(head))(jax.random.key(0), seen).batch.inputs.tolist()
         [[0.5, -1.0, 2.0]]
     """
+    for name, tree in (("params", params), ("update", update)):
+        _check.arrays(name, tree, ": interop.from_torch brings tensors of PyTorch")
     _check.finite("params", params)
+    for name, tree, other, like in (("update", update, "params", params), ("params", params, "update", update)):
+        if isinstance(tree, list | tuple) and isinstance(like, dict):
+            kind = type(tree).__name__
+            fit = f"interop.from_torch({name}, {other}) makes one of arrays in PyTorch's order"
+            raise ValueError(f"{name} must be a dict as {other} is, got a {kind}: {fit}")
     for path, leaf in jax.tree.leaves_with_path(update):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             place = f"update{jax.tree_util.keystr(path)}"
@@ -89,14 +97,20 @@ def observed(
         raise ValueError(f"update must be nested like params, {want}, got {got}")
     cast = jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(jnp.result_type(like)), update, params)
     extra: dict[str, Any] = {}
+    is_logits = False
     if inputs_like is not None:
         extra["inputs_like"], outputs = _inputs_like(inputs_like, params, apply_fn)
-        is_logits = isinstance(outputs, jax.ShapeDtypeStruct) and len(outputs.shape) == 2
+        is_logits = isinstance(outputs, jax.ShapeDtypeStruct) and len(outputs.shape) == 2 and outputs.shape[1] > 1
         num_classes = outputs.shape[-1] if num_classes is None and is_logits else num_classes
     if labels is not None:
-        labels = jax.tree.map(jnp.asarray, labels) if isinstance(labels, dict | tuple) else jnp.asarray(labels)
+        _check.arrays("labels", labels)
+        is_row = isinstance(labels, tuple) and all(isinstance(label, float | int) for label in labels)
+        is_tree = isinstance(labels, dict | tuple) and not is_row
+        labels = jax.tree.map(jnp.asarray, labels) if is_tree else jnp.asarray(labels)
         sizes = extra["inputs_like"] if inputs_like is not None else jnp.zeros((len(jax.tree.leaves(labels)[0]), 1))
         _check.batch(sizes, labels, num_classes)
+        if is_logits:
+            _check.classes(labels, labels.shape[:1], num_classes)  # one class an example, as there are logits
         extra["labels"] = labels
     extra |= beside(statistics, batch_indices, draws)
     return Observation(jax.tree.map(jnp.asarray, params), cast, extra)
@@ -107,6 +121,11 @@ def _inputs_like(
 ) -> tuple[PyTree[Array], Any]:
     """Zeros of the shape of the inputs, and the shapes of what the model makes of them."""
     for leaf in jax.tree.leaves(like):
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"inputs_like must be an array or a jax.ShapeDtypeStruct, or a tree of them, got {like!r:.60}: pass "
+                "jnp.zeros(shape) for a shape"
+            )
         if leaf.dtype == jnp.uint8:
             raise ValueError(
                 "inputs_like must be what the model sees, got uint8 pixels: divide them by 255 and normalise them"
@@ -114,7 +133,7 @@ def _inputs_like(
     _check.examples(like, name="inputs_like", hint=": is the batch axis missing?")
     for leaf in jax.tree.leaves(like):
         _check.fits(math.prod(leaf.shape), inputs_like=leaf.shape)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)), like)
     if apply_fn is None:
         return zeros, None
 
@@ -126,6 +145,8 @@ def _inputs_like(
 
     outputs = outputs_of(zeros)
     if isinstance(outputs, Exception):
+        if str(outputs).startswith("params "):  # of `models.functional`: no inputs would do
+            raise ValueError(str(outputs))
         if not hasattr(like, "shape"):
             shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), like)
             reason = " ".join(str(outputs).split())[:200]
@@ -137,6 +158,8 @@ def _inputs_like(
                 "the channels are first (NCHW)": (shape[0], *shape[2:], shape[1]),
                 "the channels are last (NHWC)": (shape[0], shape[3], *shape[1:3]),
             }
+        if len(shape) == 3:
+            moved["the batch axis is missing and the channels are first (CHW)"] = (1, *shape[1:], shape[0])
 
         def fits(other: tuple[int, ...]) -> bool:
             return not isinstance(outputs_of(jax.ShapeDtypeStruct(other, like.dtype)), Exception)

@@ -219,3 +219,12 @@ def test_losses_of_half_precision_are_computed_in_float32():
         value = loss(lambda _, inputs: inputs)(None, batch)
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, binary_cross_entropy, squared_error])
+def test_a_list_of_labels_is_refused_by_name(loss):
+    client_fn = federated_sgd(loss(lambda params, inputs: inputs @ params))
+    batch = Batch(jnp.ones((1, 2)), [1])
+    for run in (client_fn, jax.jit(client_fn)):
+        with pytest.raises(ValueError, match=r"batch\.labels must be an array, got a list of 1: jnp\.asarray"):
+            run(jnp.zeros((2, 1)), batch)

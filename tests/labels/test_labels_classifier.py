@@ -28,6 +28,12 @@ def test_dense_finds_the_layer(path, tree):
     assert layer.bias is BIAS
 
 
+def test_dense_transposes_the_weight_of_pytorch():
+    layer = labels.dense("fc")({"fc": {"weight": KERNEL.T, "bias": BIAS}})
+    np.testing.assert_array_equal(layer.kernel, KERNEL)
+    assert layer.bias is BIAS
+
+
 def test_dense_without_a_bias():
     assert labels.dense("head")({"head": {"kernel": KERNEL}}).bias is None
 
@@ -38,7 +44,7 @@ def test_dense_without_a_bias():
         (("tail",), r"path \('tail',\) does not exist: 'tail' not found"),
         (("head", "inner"), r"'inner' not found"),
         (("list", 3), "3 not found"),
-        (("conv",), r"must hold 'kernel' or 'w', got \['scale'\]"),
+        (("conv",), r"must hold 'kernel', 'w' or 'weight', got \['scale'\]"),
     ],
 )
 def test_dense_refuses_paths_that_lead_nowhere(path, message):
@@ -224,3 +230,29 @@ def test_greedy_labels_are_the_two_stages(seed, size):
         jnp.asarray(values), jnp.asarray(impact), jnp.asarray(offset), size
     )
     assert sorted(map(int, found)) == sorted(python_greedy(values, impact, offset, size))
+
+
+@pytest.mark.parametrize(
+    ("name", "truth", "is_free"),
+    [
+        ("idlg", [3], True),
+        ("column_minimum", [2, 3, 6, 7], True),
+        ("greedy_bias", [3, 3, 3, 7], True),
+        ("llg", [3, 3, 3, 7], True),
+        ("bias_counts", [3, 3, 3, 7], False),
+        ("ilrg", [3, 3, 3, 7], False),
+    ],
+)
+def test_which_rules_do_not_depend_on_the_scale(name, truth, is_free):
+    size, kernel = len(truth), 0.02 * jax.random.normal(jax.random.key(2), (16, 10))
+    features = jax.random.uniform(jax.random.key(3), (size, 16), minval=0.9)
+    error = (jax.nn.softmax(features @ kernel) - jax.nn.one_hot(jnp.asarray(truth), 10)) / size
+    update = {"head": {"kernel": features.T @ error, "bias": error.sum(0)}}
+    params, like = {"head": {"kernel": kernel, "bias": jnp.zeros(10)}}, {"inputs_like": jnp.zeros((size, 16))}
+    rule = getattr(labels, name)(labels.dense("head"))
+
+    def found(scale):
+        return sorted(rule(Observation(params, jax.tree.map(lambda leaf: scale * leaf, update), like)).tolist())
+
+    assert found(1.0) == truth
+    assert (found(0.01) == truth) == is_free
