@@ -56,6 +56,7 @@ class Observation(NamedTuple):
             * "labels" are the labels of the batch, shuffled unless the threat model grants their order;
             * "statistics" are the batch-normalisation statistics of the client's own forward pass;
             * "draws" is the random key that the client drew from, such as for its dropout masks;
+            * "inputs" is a dict of the parts of the inputs that are known, such as the "mask" of graphs;
             * "batch_indices", shape (t, b), tells which examples each of t rounds used, as positions in "inputs_like".
 
     Examples:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gia_jax import Batch, Observation, ThreatModel, clients, granted, granted_labels, models, observe, observed
-from gia_jax.threat import _inputs_like
+from gia_jax.threat.recorded import _inputs_like
 
 PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
 BATCH = Batch(jax.random.normal(jax.random.key(0), (8, 4)), jnp.array([0, 1, 2, 0, 1, 2, 2, 2]))
@@ -280,3 +280,45 @@ def test_one_output_says_nothing_of_the_number_of_classes():
     one = {"kernel": jnp.ones((4, 1))}
     seen = observed(one, one, inputs_like=BATCH.inputs, labels=[1] * 8, apply_fn=lambda p, x: x @ p["kernel"])
     assert seen.extra["labels"].tolist() == [1] * 8
+
+
+GRAPHS = Batch({"nodes": jnp.ones((2, 3, 4)), "mask": jnp.array([[1.0, 1, 0], [1, 1, 1]])}, jnp.array([0, 1]))
+
+
+def graphs_client(params, batch):
+    return {"w": batch.inputs["nodes"].sum() * params["w"]}
+
+
+def test_known_parts_of_the_inputs_are_granted_and_said():
+    params, threat = {"w": jnp.ones(2)}, ThreatModel(inputs=("mask",))
+    seen = observe(jax.random.key(0), threat, graphs_client, params, GRAPHS)
+    assert list(seen.extra["inputs"]) == ["mask"]
+    np.testing.assert_array_equal(seen.extra["inputs"]["mask"], GRAPHS.inputs["mask"])
+    assert threat.describe().endswith("batch size, number of nodes")
+    assert ThreatModel(inputs=("adjacency", "color")).describe().endswith("structure, the inputs' color")
+    assert ThreatModel.of(seen) == threat
+    recorded = observed(
+        params, seen.update, inputs_like=GRAPHS.inputs, inputs={"mask": np.array([[1, 1, 0], [1, 1, 1]])}
+    )
+    assert equal(recorded, seen)
+    assert "inputs" not in observe(jax.random.key(0), ThreatModel(), graphs_client, params, GRAPHS).extra
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("edges",), r"known inputs must be some of the parts .*, got \('edges',\) of \['mask', 'nodes'\]"),
+        (("mask", "nodes"), "known inputs must be some of the parts of the inputs, not all"),
+    ],
+)
+def test_known_parts_that_cannot_be_are_named(names, message):
+    with pytest.raises(ValueError, match=message):
+        observe(jax.random.key(0), ThreatModel(inputs=names), graphs_client, {"w": jnp.ones(2)}, GRAPHS)
+
+
+def test_what_is_known_of_a_record_has_the_shapes_of_the_inputs():
+    given = {"params": {"w": jnp.ones(2)}, "update": {"w": jnp.ones(2)}, "inputs_like": GRAPHS.inputs}
+    with pytest.raises(ValueError, match=r"inputs\['mask'\] must have shape \(2, 3\), got \(2, 2\)"):
+        observed(**given, inputs={"mask": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match=r"must be different names, got \('mask', 'mask'\)"):
+        ThreatModel(inputs=("mask", "mask"))

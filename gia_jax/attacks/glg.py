@@ -4,7 +4,6 @@
 
 from collections.abc import Hashable, Sequence
 
-import numpy as np
 import optax
 
 from gia_jax import _check, modalities
@@ -23,9 +22,7 @@ def glg(
     *,
     blocks: Sequence[FeatureBlock],
     max_nodes: int,
-    num_nodes: Sequence[int] | np.ndarray | None = None,
-    structure: np.ndarray | None = None,
-    features: np.ndarray | None = None,
+    grants: Sequence[str] = (),
     num_steps: int = NUM_STEPS,
     smoothness_weight: float = 1e-3,
     sparsity_weight: float = 1e-3,
@@ -57,9 +54,7 @@ def glg(
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
         blocks: What the columns of the nodes' features are, which the attacker knows.
         max_nodes: Number of nodes that graphs are padded to, at least 1.
-        num_nodes: Number of nodes of each graph, where they are granted. None takes `max_nodes`.
-        structure: Adjacency of each graph, shape (b, n, n), where it is granted.
-        features: Features of the nodes of each graph, shape (b, n, f), where they are granted.
+        grants: Parts of the graphs that the attack takes from the observation, "mask", "adjacency" or "nodes".
         num_steps: Number of steps that the learning rate's schedule is made for, at least 1. `run` takes it from
             the attack. It has no meaning with an `optimizer` of one's own.
         smoothness_weight: Weight alpha, at least 0 and finite.
@@ -99,9 +94,7 @@ def glg(
     modality = modalities.graph(
         blocks,
         max_nodes,
-        num_nodes=num_nodes,
-        structure=structure,
-        features=features,
+        grants=grants,
         edges="box",
         smoothness_weight=smoothness_weight,
         sparsity_weight=sparsity_weight,
@@ -111,7 +104,7 @@ def glg(
     adams: dict[Hashable, optax.GradientTransformation] = {
         name: optax.adam(step_schedule(rate, num_steps)) for name, rate in rates.items()
     }
-    ours = optax.partition(adams, lambda unknowns: {name: name for name in unknowns})
+    ours = optax.partition(adams, lambda unknowns: {name: "edges" if name == "edges" else "nodes" for name in unknowns})
     attack = gradient_matching(
         client_fn,
         **modality.matching(),

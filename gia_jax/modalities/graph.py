@@ -6,7 +6,7 @@ baselines of Drencheva et al., GRAIN, ICLR 2025.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
-from gia_jax.base import Batch, InitFn, Observation, PriorFn
+from gia_jax.base import Batch, DecodeFn, InitFn, Observation, PriorFn
 from gia_jax.data.graphs import FeatureBlock
 from gia_jax.matching import graph_priors, priors
 from gia_jax.metrics.graphs import graph_scores
@@ -57,9 +57,7 @@ def graph(
     blocks: Sequence[FeatureBlock],
     max_nodes: int,
     *,
-    num_nodes: Sequence[int] | np.ndarray | None = None,
-    structure: np.ndarray | None = None,
-    features: np.ndarray | None = None,
+    grants: Sequence[str] = (),
     edges: Literal["sigmoid", "box"] = "sigmoid",
     smoothness_weight: float = 0.0,
     sparsity_weight: float = 0.0,
@@ -75,19 +73,15 @@ def graph(
     sigmoid of theirs, or, with `edges="box"`, their unknowns, which are held in [0, 1]. So the adjacency is always
     symmetric, without loops, and 0 at padding, and what a network makes of it, such as degrees, follows from it.
 
-    Three grants go beyond the threat model of an observation and belong beside every number: the numbers of nodes, the
-    structure and the features of the client's own graphs. They are part of the modality, so that one with a grant is
-    for one client, and is compiled anew for another one.
+    The numbers of nodes, the structure and the features of the client's graphs are grants of the threat model:
+    `ThreatModel(inputs=("mask",))` and so on. What an attack uses of them is said by `grants`, and is then no unknown.
 
     Args:
         blocks: What the columns of the nodes' features are, which the attacker knows.
         max_nodes: Number n of nodes that graphs are padded to, at least 1.
-        num_nodes: Number of nodes of each graph of the batch, from 1 to n, where they are granted. None takes all
-            n for nodes. Nodes come first.
-        structure: Adjacency of each graph, padded to n, shape (b, n, n), where it is granted. There are then no unknown
-            edges, and nodes are compared in their places.
-        features: Features of each graph's nodes, padded to n, shape (b, n, f), where they are granted. There are then
-            no unknown ones.
+        grants: Parts of the graphs that the attack takes from the observation: "mask" for the numbers of nodes,
+            "adjacency" for the structure, with which nodes are compared in their places, and "nodes" for the features.
+            Without the "mask" all n are taken for nodes.
         edges: How edges are kept in [0, 1]: "sigmoid" or "box".
         smoothness_weight: Weight of `graph_priors.smoothness`, at least 0 and finite.
         sparsity_weight: Weight of `graph_priors.sparsity`, at least 0 and finite.
@@ -105,8 +99,9 @@ def graph(
         are those of `graph_guesses`. `draw_fn` writes a PNG and needs the extra `demo`.
 
     Raises:
-        ValueError: If a number is out of range, there are no features, `edges` is unknown, `dtype` is no floating-point
-            type, or a grant has not its shape, or is no graph, or both the structure and the features are granted.
+        ValueError: If a number is out of range, there are no features, `edges` or a grant is unknown, `dtype` is no
+            floating-point type, or both the structure and the features are granted. `init_fn` raises it where the
+            threat model does not grant what the attack takes.
 
     Examples:
         The edges of a path of three nodes, whose features are known, are found:
@@ -117,11 +112,11 @@ def graph(
         >>> path = np.eye(3, k=1) + np.eye(3, k=-1)
         >>> nodes, adjacency, mask = map(jnp.asarray, data.pad_graphs([path], [np.eye(3)]))
         >>> truth = Batch({"nodes": nodes, "adjacency": adjacency, "mask": mask}, jnp.array([1]))
-        >>> modality = modalities.graph([data.FeatureBlock("label", ("C", "N", "O"))], 3, features=np.asarray(nodes))
+        >>> modality = modalities.graph([data.FeatureBlock("label", ("C", "N", "O"))], 3, grants=["nodes"])
         >>> module = models.GCN(3, 2, widths=(16,), activation=jnp.tanh, rngs=nnx.Rngs(0))
         >>> apply_fn, params = models.functional(module)
         >>> client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-        >>> seen = observe(jax.random.key(1), ThreatModel(labels=True), client_fn, params, truth)
+        >>> seen = observe(jax.random.key(1), ThreatModel(labels=True, inputs=("nodes",)), client_fn, params, truth)
         >>> attack = gradient_matching(client_fn, **modality.matching())
         >>> found, _ = jax.jit(lambda key: run(attack, key, seen, num_steps=200))(jax.random.key(2))
         >>> modality.score_fn(found.batch, truth).scores["exact"].tolist()
@@ -136,7 +131,11 @@ def graph(
         raise ValueError(f"edges must be 'sigmoid' or 'box', got {edges!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    known = _known(max_nodes, width, num_nodes, structure, features)
+    wrong = [name for name in grants if name not in NAMES]
+    if wrong:
+        raise ValueError(f"grants must be of {NAMES}, got {wrong[0]!r}")
+    if {"nodes", "adjacency"} <= set(grants):
+        raise ValueError("grants must leave nodes or adjacency unknown, got both")
     like = {
         name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
         for name, shape in (("nodes", (max_nodes, width)), ("adjacency", (max_nodes,) * 2), ("mask", (max_nodes,)))
@@ -152,10 +151,10 @@ def graph(
         return unknowns | {"edges": jnp.clip(unknowns["edges"], 0, 1)}
 
     def align_fn(found: Batch, truth: Batch) -> Batch:
-        return _aligned(found, truth, blocks, hops, keeps_nodes=structure is not None)
+        return _aligned(found, truth, blocks, hops, keeps_nodes="adjacency" in grants)
 
     # Where the structure is granted, edges say nothing.
-    first = "edges" if structure is None else "nodes"
+    first = "nodes" if "adjacency" in grants else "edges"
 
     def score_fn(found: Batch, truth: Batch) -> Scored:
         aligned, shape = align_fn(found, truth), truth.inputs["mask"].shape[:-1]
@@ -190,9 +189,9 @@ def graph(
         graph_grid(graphs, blocks, path, captions=captions, title=title)
 
     return Modality(
-        init_fn=_start(known, like, edges) if init_fn is None else init_fn,
-        decode_fn=_decoder(known, blocks, max_nodes, edges),
-        project_fn=project_fn if edges == "box" and structure is None else None,
+        init_fn=_start(grants, like, edges) if init_fn is None else init_fn,
+        decode_fn=_decoder(blocks, max_nodes, edges),
+        project_fn=project_fn if edges == "box" and "adjacency" not in grants else None,
         prior_fn=prior_fn if any(weight for weight, _ in weighted) else None,
         like=like,
         score_fn=score_fn,
@@ -202,41 +201,8 @@ def graph(
     )
 
 
-def _known(
-    max_nodes: int,
-    width: int,
-    num_nodes: Sequence[int] | np.ndarray | None,
-    structure: np.ndarray | None,
-    features: np.ndarray | None,
-) -> dict[str, np.ndarray]:
-    """Returns what is granted of the graphs as arrays, after checking it."""
-    known: dict[str, np.ndarray] = {}
-    if num_nodes is not None:
-        for count in num_nodes:
-            _check.integer(1, max_nodes, num_nodes=count)
-        known["mask"] = (np.arange(max_nodes) < np.asarray(num_nodes)[:, None]) * 1.0
-    if structure is not None and features is not None:
-        raise ValueError("structure and features must not both be granted: nothing is unknown then")
-    for name, array, shape in (
-        ("structure", structure, (max_nodes, max_nodes)),
-        ("features", features, (max_nodes, width)),
-    ):
-        if array is not None:
-            array = np.asarray(array)
-            if array.shape[1:] != shape or array.ndim != 3:
-                raise ValueError(f"{name} must have shape (b, {shape[0]}, {shape[1]}), got {array.shape}")
-            _check.finite(name, array)
-            known["adjacency" if name == "structure" else "nodes"] = array
-    if structure is not None:
-        array = known["adjacency"]
-        loops = np.diagonal(array, axis1=1, axis2=2)
-        if np.any(array != array.swapaxes(1, 2)) or np.any(loops) or np.any((array != 0) & (array != 1)):
-            raise ValueError("structure must be symmetric, without loops, and of 0 and 1, got another adjacency")
-    return known
-
-
-def _start(known: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct], edges: str) -> InitFn:
-    """Returns the function that draws the first unknowns of what is not granted."""
+def _start(grants: Sequence[str], like: dict[str, jax.ShapeDtypeStruct], edges: str) -> InitFn:
+    """Returns the function that draws the first unknowns, beside which it puts what is granted."""
 
     def init_fn(key: PRNGKeyArray, observation: Observation) -> dict[str, Array]:
         seen = granted(observation, "inputs_like")
@@ -245,34 +211,40 @@ def _start(known: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct], 
         if shapes != wanted:
             raise ValueError(f"the inputs must be graphs of the shapes {wanted}, got {shapes}")
         size, dtype = _check.examples(seen), wide_dtype(seen["nodes"].dtype)
-        for name, array in known.items():
-            if len(array) != size:
-                raise ValueError(f"the granted {name} must be of {size} graphs, as the batch is, got {len(array)}")
+        known = granted(observation, "inputs") if grants else {}
+        for name in grants:
+            if name not in known:
+                raise ValueError(f"the threat model does not grant the inputs' {name!r}, got {sorted(known)}")
         key_nodes, key_edges = jax.random.split(key)
-        unknowns = {}
-        if "nodes" not in known:
-            unknowns["nodes"] = 0.1 * jax.random.normal(key_nodes, (size, *wanted["nodes"]), dtype)
-        if "adjacency" not in known:
+        start = {f"known_{name}": known[name].astype(dtype) for name in grants}
+        if "nodes" not in grants:
+            start["nodes"] = 0.1 * jax.random.normal(key_nodes, (size, *wanted["nodes"]), dtype)
+        if "adjacency" not in grants:
             count = math.comb(wanted["mask"][0], 2)
-            start = 0.1 * jax.random.normal(key_edges, (size, count), dtype) - 1
-            unknowns["edges"] = jax.nn.sigmoid(start) if edges == "box" else start
-        return unknowns
+            drawn = 0.1 * jax.random.normal(key_edges, (size, count), dtype) - 1
+            start["edges"] = jax.nn.sigmoid(drawn) if edges == "box" else drawn
+        return start
 
     return init_fn
 
 
-def _decoder(
-    known: dict[str, np.ndarray], blocks: Sequence[FeatureBlock], max_nodes: int, edges: str
-) -> Callable[[dict[str, Array], Any], Batch]:
-    """Returns the function that makes a batch of what is unknown and what is granted."""
+def _decoder(blocks: Sequence[FeatureBlock], max_nodes: int, edges: str) -> DecodeFn:
+    """Returns the function that makes a batch of what is unknown and what is granted.
+
+    What is granted is among the unknowns, so that it may differ between victims, and no gradient reaches it: an
+    optimiser leaves it as it is.
+    """
     pair_of = _pairs(max_nodes)
 
     def decode_fn(unknowns: dict[str, Array], labels: Any) -> Batch:
-        leaf = next(iter(unknowns.values()))
-        mask = jnp.asarray(known["mask"] if "mask" in known else np.ones((len(leaf), max_nodes)), leaf.dtype)
-        nodes = jnp.asarray(known["nodes"], leaf.dtype) if "nodes" in known else _relaxed(unknowns["nodes"], blocks)
+        known = jax.lax.stop_gradient(
+            {name: unknowns[f"known_{name}"] for name in NAMES if f"known_{name}" in unknowns}
+        )
+        leaf = jax.tree.leaves(unknowns)[0]
+        mask = known.get("mask", jnp.ones((len(leaf), max_nodes), leaf.dtype))
+        nodes = known["nodes"] if "nodes" in known else _relaxed(unknowns["nodes"], blocks)
         if "adjacency" in known:
-            adjacency = jnp.asarray(known["adjacency"], leaf.dtype)
+            adjacency = known["adjacency"]
         else:
             chosen = unknowns["edges"] if edges == "box" else jax.nn.sigmoid(unknowns["edges"])
             adjacency = jnp.pad(chosen, ((0, 0), (0, 1)))[:, pair_of]  # the diagonal takes the zero at the end

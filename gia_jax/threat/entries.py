@@ -1,5 +1,6 @@
 """The entries of `Observation.extra`, which hold what the adversary knows beside the parameters and the update."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ def grants(
         The entries by name, which `Observation` describes.
 
     Raises:
-        ValueError: If statistics, batch indices or draws are granted and not given.
+        ValueError: If statistics, batch indices or draws are granted and not given, or parts of the inputs are granted
+            that there are not, or all of them.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -56,6 +58,8 @@ def grants(
         size = _check.examples(batch.inputs)
         order = jnp.arange(size) if threat.label_order else jax.random.permutation(key, size)
         extra["labels"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], batch.labels)
+    if threat.inputs:
+        extra["inputs"] = known_parts(batch.inputs, threat.inputs)
     given = beside(statistics, batch_indices, draws)
     for name in ("statistics", "batch_indices", "draws"):
         if getattr(threat, name):
@@ -63,6 +67,27 @@ def grants(
                 raise ValueError(f"{name} must be given where the threat model grants them, got None")
             extra[name] = given[name]
     return extra
+
+
+def known_parts(inputs: PyTree[Array], names: Sequence[str]) -> dict[str, Array]:
+    """Returns the parts of the inputs that an adversary knows.
+
+    Args:
+        inputs: Inputs of the client's batch.
+        names: Names of the parts.
+
+    Returns:
+        The parts by name.
+
+    Raises:
+        ValueError: If the inputs are no dict, have no such part, or nothing of them is left unknown.
+    """
+    if not isinstance(inputs, Mapping) or not set(names) < set(inputs):
+        parts = sorted(inputs) if isinstance(inputs, Mapping) else "no dict"
+        raise ValueError(
+            f"known inputs must be some of the parts of the inputs, not all, got {tuple(names)} of {parts}"
+        )
+    return {name: inputs[name] for name in names}
 
 
 def beside(

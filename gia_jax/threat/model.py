@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from gia_jax.base import Observation
 
+# What the parts of graphs are called.
+PARTS = {"mask": "number of nodes", "adjacency": "structure", "nodes": "features of the nodes"}
+
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -26,9 +29,12 @@ class ThreatModel:
             `observation.extra["batch_indices"]`.
         draws: Whether it knows the client's own random draws, such as those of dropout masks and noise layers, from the
             random key in `observation.extra["draws"]`.
+        inputs: Names of the parts of the inputs that it knows, where these are a dict: it finds them in
+            `observation.extra["inputs"]`, in the order of the batch. Of graphs "mask" is the number of nodes,
+            "adjacency" the structure, and "nodes" the features.
 
     Raises:
-        ValueError: If `label_order` is granted without `labels`.
+        ValueError: If `label_order` is granted without `labels`, or a name of `inputs` is given twice.
 
     Examples:
         >>> from gia_jax import ThreatModel
@@ -43,10 +49,13 @@ class ThreatModel:
     statistics: bool | str = False
     batch_indices: bool = False
     draws: bool = False
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.label_order and not self.labels:
             raise ValueError("label_order=True needs labels=True, got labels=False")
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"inputs must be different names, got {self.inputs}")
 
     def describe(self) -> str:
         """Returns one line that says who attacks, and what the adversary knows.
@@ -61,6 +70,7 @@ class ThreatModel:
         known += [f"{kind}batch statistics"] if self.statistics else []
         known += ["batch indices"] if self.batch_indices else []
         known += ["the client's random draws"] if self.draws else []
+        known += [PARTS.get(name, f"the inputs' {name}") for name in self.inputs]
         return f"{self.name}; knows {', '.join(known)}"
 
     @classmethod
@@ -85,4 +95,4 @@ class ThreatModel:
         """
         extra = observation.extra
         grants = {grant: grant in extra for grant in ("labels", "statistics", "batch_indices", "draws")}
-        return cls(name=name, batch_size="inputs_like" in extra, **grants)
+        return cls(name=name, batch_size="inputs_like" in extra, inputs=tuple(extra.get("inputs", ())), **grants)

@@ -1,7 +1,7 @@
 """Observations of a recorded update, such as one from the log of a server."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 from gia_jax import _check
 from gia_jax.base import Observation, Params
-from gia_jax.threat.entries import beside, first_round
+from gia_jax.threat.entries import beside, first_round, known_parts
 
 
 def observed(
@@ -26,6 +26,7 @@ def observed(
     statistics: PyTree[Array] | None = None,
     batch_indices: Int[Array | np.ndarray, "t b"] | None = None,
     draws: PRNGKeyArray | None = None,
+    inputs: Mapping[str, ArrayLike] | None = None,
 ) -> Observation:
     """Makes an observation from a recorded update, such as one from the log of a server.
 
@@ -52,6 +53,8 @@ def observed(
         batch_indices: Positions of the examples of each of t rounds, shape (t, b), where the update is of several
             rounds.
         draws: Random key that the client drew from, where the attacker knows it.
+        inputs: Parts of the inputs that the attacker knows, by name, where the inputs are a dict, such as the "mask" of
+            graphs, which says how many nodes they have. They need `inputs_like`.
 
     Returns:
         The observation, which every attack takes.
@@ -112,8 +115,20 @@ def observed(
         if is_logits:
             _check.classes(labels, labels.shape[:1], num_classes)  # one class an example, as there are logits
         extra["labels"] = labels
+    if inputs:
+        extra["inputs"] = _known_inputs(inputs, extra.get("inputs_like"))
     extra |= beside(statistics, batch_indices, draws)
     return Observation(jax.tree.map(jnp.asarray, params), cast, extra)
+
+
+def _known_inputs(inputs: Mapping[str, ArrayLike], like: Any) -> dict[str, Array]:
+    """Returns the known parts of the inputs in the types of the model's, or raises ValueError for other shapes."""
+    wanted = known_parts(like, tuple(inputs))
+    for name, part in inputs.items():
+        _check.finite(f"inputs[{name!r}]", part)
+        if jnp.shape(part) != wanted[name].shape:
+            raise ValueError(f"inputs[{name!r}] must have shape {wanted[name].shape}, got {jnp.shape(part)}")
+    return {name: jnp.asarray(part, wanted[name].dtype) for name, part in inputs.items()}
 
 
 def _inputs_like(

@@ -35,12 +35,14 @@ NODES = np.concatenate([np.eye(3)[[0, 0, 1, 0, 0, 2]], np.linspace(-2, 2, 6)[[3,
 ARRAYS = pad_graphs([ADJACENCY], [NODES])
 TRUTH = Batch(dict(zip(("nodes", "adjacency", "mask"), map(jnp.asarray, ARRAYS), strict=True)), jnp.array([1]))
 
+THREAT = ThreatModel(inputs=("nodes",))
+
 
 def setting() -> tuple[Any, Any]:
     module = models.GCN(4, 2, widths=(24, 24), activation=jnp.tanh, bias_init=symmetric_uniform(0.3), rngs=nnx.Rngs(0))
     apply_fn, params = models.functional(module)
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-    return client_fn, observe(jax.random.key(1), ThreatModel(), client_fn, params, TRUTH, num_classes=2)
+    return client_fn, observe(jax.random.key(1), THREAT, client_fn, params, TRUTH, num_classes=2)
 
 
 def solved(num_steps: int, seed: int, **settings: Any) -> Any:
@@ -52,7 +54,7 @@ def solved(num_steps: int, seed: int, **settings: Any) -> Any:
 
 
 def test_edges_are_better_than_a_guess_where_features_are_granted_and_tell_all_nodes_apart() -> None:
-    found, info = solved(400, 0, features=np.asarray(TRUTH.inputs["nodes"]))
+    found, info = solved(400, 0, grants=["nodes"])
     assert float(info.match[-1]) < 1e-3
     assert found.batch.labels.tolist() == [1]
     assert modalities.graph(BLOCKS, 6).score_fn(found.batch, TRUTH).scores["edges"][0] > 0.75
@@ -79,7 +81,7 @@ def test_vmap_over_victims_and_restarts_equals_a_loop() -> None:
     attack = attacks.glg(client_fn, blocks=BLOCKS, max_nodes=6, num_steps=3, label_fn=rule)
     nodes = TRUTH.inputs["nodes"][:, ::-1]
     other = Batch(TRUTH.inputs | {"nodes": nodes}, jnp.array([0]))
-    second = observe(jax.random.key(1), ThreatModel(), client_fn, first.params, other, num_classes=2)
+    second = observe(jax.random.key(1), THREAT, client_fn, first.params, other, num_classes=2)
     solve = restarts(lambda key, seen: run(attack, key, seen)[0], 2)
     keys = jax.random.split(jax.random.key(3), 2)
     both = stack([first, second])

@@ -54,17 +54,18 @@ BOTH = batch_of(PATH, RING)
 
 
 def unknowns_of(modality: Any, batch: Batch, seed: int = 0) -> Any:
-    seen = Observation({}, {}, {"inputs_like": jax.tree.map(jnp.zeros_like, batch.inputs)})
+    seen = Observation({}, {}, {"inputs_like": jax.tree.map(jnp.zeros_like, batch.inputs), "inputs": batch.inputs})
     return modality.init_fn(jax.random.key(seed), seen)
 
 
 @pytest.mark.parametrize("edges", ["sigmoid", "box"])
 def test_whatever_is_searched_is_a_batch_of_graphs(edges: str) -> None:
-    modality = modalities.graph(BLOCKS, SIZE, num_nodes=[4, 5], edges=edges)
+    modality = modalities.graph(BLOCKS, SIZE, grants=["mask"], edges=edges)
     start = unknowns_of(modality, BOTH)
-    assert jax.tree.map(jnp.shape, start) == {"nodes": (2, SIZE, WIDTH), "edges": (2, 15)}
+    assert jax.tree.map(jnp.shape, start) == {"nodes": (2, SIZE, WIDTH), "edges": (2, 15), "known_mask": (2, SIZE)}
     assert float(jnp.std(start["nodes"])) == pytest.approx(0.1, rel=0.3)
     far = jax.tree.map(lambda leaf: 3 * jax.random.normal(jax.random.key(1), leaf.shape), start)
+    far["known_mask"] = start["known_mask"]
     far = far if modality.project_fn is None else modality.project_fn(far)
     assert (modality.project_fn is None) == (edges == "sigmoid")
     for unknowns in (start, far):
@@ -91,15 +92,15 @@ def test_every_pair_of_nodes_has_an_unknown_of_its_own() -> None:
 
 
 def test_what_is_granted_is_no_unknown() -> None:
-    structure = modalities.graph(BLOCKS, SIZE, structure=np.asarray(BOTH.inputs["adjacency"]), num_nodes=[4, 5])
+    structure = modalities.graph(BLOCKS, SIZE, grants=["adjacency", "mask"])
     start = unknowns_of(structure, BOTH)
-    assert list(start) == ["nodes"]
+    assert set(start) == {"nodes", "known_adjacency", "known_mask"}
     decoded = structure.decode_fn(start, BOTH.labels).inputs
     np.testing.assert_array_equal(decoded["adjacency"], BOTH.inputs["adjacency"])
     assert structure.main == next(iter(structure.score_fn(BOTH, BOTH).scores)) == "nodes"
-    features = modalities.graph(BLOCKS, SIZE, features=np.asarray(BOTH.inputs["nodes"]), num_nodes=[4, 5])
+    features = modalities.graph(BLOCKS, SIZE, grants=["nodes", "mask"])
     start = unknowns_of(features, BOTH)
-    assert list(start) == ["edges"]
+    assert set(start) == {"edges", "known_nodes", "known_mask"}
     np.testing.assert_array_equal(features.decode_fn(start, BOTH.labels).inputs["nodes"], BOTH.inputs["nodes"])
     nothing = modalities.graph(BLOCKS, SIZE)
     assert np.all(nothing.decode_fn(unknowns_of(nothing, BOTH), BOTH.labels).inputs["mask"] == 1)
@@ -140,7 +141,7 @@ def test_neither_the_order_of_graphs_nor_that_of_nodes_plays_a_part() -> None:
     side_by_side = modality.score_fn(found, victims).scores
     np.testing.assert_array_equal(side_by_side["exact"], np.ones((2, 2)))
     # With a granted structure nodes are known by their places.
-    granted = modalities.graph(BLOCKS, SIZE, structure=np.asarray(BOTH.inputs["adjacency"]))
+    granted = modalities.graph(BLOCKS, SIZE, grants=["adjacency"])
     assert granted.score_fn(turned(BOTH, ORDERS), BOTH).scores["nodes"].max() < 1
     with pytest.raises(ValueError, match=r"found must hold the graphs of truth, \(2,\), got \(1,\)"):
         modality.score_fn(batch_of(PATH), BOTH)
@@ -234,7 +235,8 @@ def attacked(modality: Any, truth: Batch, num_steps: int, seed: int = 2) -> Any:
     )
     apply_fn, params = models.functional(module)
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-    seen = observe(jax.random.key(1), ThreatModel(labels=True), client_fn, params, truth, num_classes=2)
+    threat = ThreatModel(labels=True, inputs=("mask", "nodes"))
+    seen = observe(jax.random.key(1), threat, client_fn, params, truth, num_classes=2)
     attack = gradient_matching(client_fn, **modality.matching())
     found, info = jax.jit(lambda key: run(attack, key, seen, num_steps=num_steps))(jax.random.key(seed))
     return found, info, metrics.explained(client_fn, seen, found.batch)
@@ -242,14 +244,14 @@ def attacked(modality: Any, truth: Batch, num_steps: int, seed: int = 2) -> Any:
 
 def test_a_structure_is_found_where_features_are_granted_and_a_little_of_both_where_not() -> None:
     truth = batch_of(PATH)
-    granted = modalities.graph(BLOCKS, SIZE, num_nodes=[4], features=np.asarray(truth.inputs["nodes"]))
+    granted = modalities.graph(BLOCKS, SIZE, grants=["mask", "nodes"])
     found, info, explained = attacked(granted, truth, 300)
     assert bool(found.is_finite)
     assert float(explained.share) > 0.99
     scores = granted.score_fn(found.batch, truth).scores
     np.testing.assert_array_equal([scores["exact"], scores["edges"]], 1)
     # Without the grant the update is matched as well, and is explained by another graph.
-    joint = modalities.graph(BLOCKS, SIZE, num_nodes=[4])
+    joint = modalities.graph(BLOCKS, SIZE, grants=["mask"])
     found, info, explained = attacked(joint, truth, 300)
     assert float(info.match[-1]) < 0.05 * float(info.match[0])
     assert float(explained.share) > 0.9
@@ -261,12 +263,8 @@ def test_a_structure_is_found_where_features_are_granted_and_a_little_of_both_wh
     [
         ({"blocks": ()}, r"blocks must have at least one column, got \[\]"),
         ({"max_nodes": 0}, "max_nodes must be an integer of at least 1, got 0"),
-        ({"num_nodes": [7]}, "num_nodes must be an integer from 1 to 6, got 7"),
-        ({"structure": np.zeros((6, 6))}, r"structure must have shape \(b, 6, 6\), got \(6, 6\)"),
-        ({"structure": np.eye(6)[None]}, "structure must be symmetric, without loops, and of 0 and 1"),
-        ({"features": np.zeros((1, 6, 3))}, r"features must have shape \(b, 6, 4\), got \(1, 6, 3\)"),
-        ({"features": np.full((1, 6, 4), np.nan)}, "features must be finite, got nan"),
-        ({"features": np.zeros((1, 6, 4)), "structure": np.zeros((1, 6, 6))}, "must not both be granted"),
+        ({"grants": ["size"]}, r"grants must be of \('nodes', 'adjacency', 'mask'\), got 'size'"),
+        ({"grants": ["nodes", "adjacency"]}, "grants must leave nodes or adjacency unknown, got both"),
         ({"sparsity_weight": -1.0}, r"weight must not be negative, got -1\.0"),
         ({"dtype": jnp.int32}, "dtype must be a floating-point type"),
         ({"hops": -1}, "hops must be an integer of at least 0, got -1"),
@@ -280,5 +278,9 @@ def test_what_is_wrong_is_named(arguments: dict, message: str) -> None:
 def test_an_observation_of_other_graphs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"inputs must be graphs of the shapes \{'nodes': \(5, 4\), .* got \{"):
         unknowns_of(modalities.graph(BLOCKS, 5), BOTH)
-    with pytest.raises(ValueError, match="the granted mask must be of 2 graphs, as the batch is, got 1"):
-        unknowns_of(modalities.graph(BLOCKS, SIZE, num_nodes=[4]), BOTH)
+    seen = Observation({}, {}, {"inputs_like": BOTH.inputs})
+    with pytest.raises(ValueError, match="the threat model does not grant 'inputs'"):
+        modalities.graph(BLOCKS, SIZE, grants=["mask"]).init_fn(jax.random.key(0), seen)
+    seen.extra["inputs"] = {"nodes": BOTH.inputs["nodes"]}
+    with pytest.raises(ValueError, match=r"does not grant the inputs' 'mask', got \['nodes'\]"):
+        modalities.graph(BLOCKS, SIZE, grants=["mask"]).init_fn(jax.random.key(0), seen)
