@@ -641,7 +641,7 @@ def test_an_empty_or_nan_batch_is_refused_before_the_client_runs():
     def refuses(key):
         raise AssertionError("the client ran")
 
-    protected = protected_by("mixup:k=2")._replace(client_fn=refuses)
+    protected = protected_by("prune")._replace(client_fn=refuses)
     for batch in (jax.tree.map(lambda leaf: leaf[:0], BATCH), BATCH._replace(inputs=jnp.nan * BATCH.inputs)):
         with pytest.raises(ValueError, match="batch"):
             protected.share(*KEYS, batch)
