@@ -113,6 +113,13 @@ class GraphNetwork(nnx.Module):
     Raises:
         ValueError: If a number is no positive integer, there is no layer, or the readout is unknown. A call raises it
             for inputs that are no batch of graphs, or whose nodes have another number of features.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = models.GRAPH_MODELS["gcn"](2, 3, widths=(5, 4), readout="nodewise", rngs=nnx.Rngs(0))
+        >>> isinstance(module, models.GraphNetwork), module.readout0.kernel.shape
+        (True, (6, 300))
     """
 
     def __init__(
