@@ -19,7 +19,15 @@ from gia_jax.models.functional import (
     stochastic,
 )
 from gia_jax.models.generator import Decoder, VariationalAutoencoder, load_decoder, save_decoder
-from gia_jax.models.graph import GCN, GIN, GRAPH_MODELS, GraphSAGE, neighbour_average, normalized_adjacency
+from gia_jax.models.graph import (
+    GCN,
+    GIN,
+    GRAPH_MODELS,
+    GraphNetwork,
+    GraphSAGE,
+    neighbour_average,
+    normalized_adjacency,
+)
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
@@ -50,6 +58,7 @@ __all__ = [
     "Convolution",
     "Decoder",
     "FullyConnected",
+    "GraphNetwork",
     "GraphSAGE",
     "GroupNormNet",
     "LeNet",

@@ -98,12 +98,13 @@ class GraphNetwork(nnx.Module):
         num_classes: Number of classes, and so of logits, at least 1.
         widths: Number of features after each graph layer, each at least 1.
         activation: Function applied to every entry after each layer but the head. The default is ReLU.
-        activate_last: Whether it is applied after the last graph layer as well. GRAIN's network has it not.
-        use_bias: Whether layers have a bias.
+        activate_last: Whether it is applied after the last graph layer as well.
+        use_bias: Whether graph layers have a bias. The readout and the head always have one.
         readout: What is made of the last layer's features. "mean" and "sum" pool them over the nodes of a graph, before
             the head. "nodewise" is the readout of GRAIN (Drencheva et al., ICLR 2025): a dense network on the features
             before the first and after the last graph layer, for every node, whose logits are averaged over the nodes.
-            "none" applies the head to every node, for labels of nodes.
+            Their network is a `GCN` with this readout, `activate_last=False` and `use_bias=False`. "none" applies the
+            head to every node, for labels of nodes.
         readout_widths: Widths of the hidden layers of the "nodewise" readout, `readout0`, `readout1`, and so on.
         kernel_init: Initialiser of every kernel. The default is Xavier's uniform one.
         bias_init: Initialiser of every bias. The default is 0, as in a network that was not trained yet.
@@ -112,6 +113,13 @@ class GraphNetwork(nnx.Module):
     Raises:
         ValueError: If a number is no positive integer, there is no layer, or the readout is unknown. A call raises it
             for inputs that are no batch of graphs, or whose nodes have another number of features.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from gia_jax import models
+        >>> module = models.GRAPH_MODELS["gcn"](2, 3, widths=(5, 4), readout="nodewise", rngs=nnx.Rngs(0))
+        >>> isinstance(module, models.GraphNetwork), module.readout0.kernel.shape
+        (True, (6, 300))
     """
 
     def __init__(
@@ -146,7 +154,6 @@ class GraphNetwork(nnx.Module):
         for i, width in enumerate(widths):
             setattr(self, f"layer{i}", self.layer(dense, features, width, use_bias))
             features = width
-        dense = functools.partial(dense, use_bias=use_bias)
         features += num_features if readout == "nodewise" else 0
         for i, width in enumerate(readout_widths[: self.num_readout_layers]):
             setattr(self, f"readout{i}", dense(features, width))

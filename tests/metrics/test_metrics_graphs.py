@@ -1,5 +1,7 @@
 """Scores of graphs: against scikit-learn, after matching, and of the same graph in another order."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -194,6 +196,13 @@ def test_an_isomorphism_keeps_edges_and_kinds() -> None:
     np.testing.assert_array_equal(moved[1][order], kinds)
     assert isomorphism(moved, (adjacency, np.roll(kinds, 1))) is None
     assert isomorphism(moved, (adjacency[:8, :8], kinds[:8])) is None
+
+
+def test_networkx_is_asked_for_where_it_is_needed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    assert not graph_scores(random_graph(0), TRUTH, BLOCKS).is_exact
+    with pytest.raises(ImportError, match=r"exact graphs need the extra 'demo': pip install 'gia-jax\[demo\]'"):
+        graph_scores(TRUTH, TRUTH, BLOCKS)
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,13 @@ def test_two_convolutions_with_a_nodewise_readout_are_those_of_the_formula() -> 
     last = mixing @ np.tanh(mixing @ X @ p["layer0"]["kernel"]) @ p["layer1"]["kernel"]
     hidden = np.concatenate([X, last], 1)
     for layer in ("readout0", "readout1"):
-        hidden = np.tanh(hidden @ p[layer]["kernel"])
+        hidden = np.tanh(hidden @ p[layer]["kernel"] + p[layer]["bias"])
     assert sorted(p) == ["head", "layer0", "layer1", "readout0", "readout1"]
-    assert all(set(layer) == {"kernel"} for layer in p.values())
+    assert [len(p[layer]) for layer in sorted(p)] == [2, 1, 1, 2, 2]  # no biases in the graph layers
     np.testing.assert_allclose(
-        apply_fn(params, inputs_of(HOUSE, X))[0], (hidden @ p["head"]["kernel"]).mean(0), rtol=1e-12
+        apply_fn(params, inputs_of(HOUSE, X))[0],
+        (hidden @ p["head"]["kernel"] + p["head"]["bias"]).mean(0),
+        rtol=1e-12,
     )
 
 
