@@ -2,6 +2,7 @@
 
 from gia_jax.clients.averaging import federated_averaging
 from gia_jax.clients.gradient import parameter_gradient
+from gia_jax.clients.nodes import node_cross_entropy
 from gia_jax.clients.sgd import binary_cross_entropy, cross_entropy, federated_sgd, per_example, squared_error
 from gia_jax.clients.vertical import quadrants, vertical_model, vertical_sgd
 
@@ -10,6 +11,7 @@ __all__ = [
     "cross_entropy",
     "federated_averaging",
     "federated_sgd",
+    "node_cross_entropy",
     "parameter_gradient",
     "per_example",
     "quadrants",

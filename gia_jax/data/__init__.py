@@ -1,7 +1,8 @@
-"""Real images as NumPy arrays, from sets that come with other packages and from TensorFlow Datasets (TFDS)."""
+"""Real images and graphs as NumPy arrays, from other packages, TensorFlow Datasets (TFDS), and TUDataset."""
 
 from gia_jax import _check
 from gia_jax.data.embedded import digits, photos
+from gia_jax.data.graphs import FeatureBlock, GraphData, load_graphs, pad_graphs
 from gia_jax.data.images import ImageData
 from gia_jax.data.prepared import prepared
 
@@ -39,4 +40,14 @@ def load(name: str, *, split: str = "test", limit: int | None = None) -> ImageDa
     return data._replace(images=data.images[:limit], labels=data.labels[:limit], ids=data.ids[:limit])
 
 
-__all__ = ["ImageData", "digits", "load", "photos", "prepared"]
+__all__ = [
+    "FeatureBlock",
+    "GraphData",
+    "ImageData",
+    "digits",
+    "load",
+    "load_graphs",
+    "pad_graphs",
+    "photos",
+    "prepared",
+]

@@ -2,8 +2,11 @@
 
 from gia_jax.metrics.diagnosis import diagnose
 from gia_jax.metrics.explained import Explained, explained
+from gia_jax.metrics.graphs import GraphScores, graph_scores, graph_similarity
 from gia_jax.metrics.images import ImageScores, image_scores, nearest, retrieval_rank, ssim, success_share
+from gia_jax.metrics.isomorphism import isomorphism, same_colors, wl_colors
 from gia_jax.metrics.labels import label_overlap
+from gia_jax.metrics.node_order import match_nodes
 from gia_jax.metrics.privacy import (
     epsilon,
     fisher_bound,
@@ -16,6 +19,7 @@ from gia_jax.metrics.scores import Scores, baselines, score
 
 __all__ = [
     "Explained",
+    "GraphScores",
     "ImageScores",
     "Scores",
     "baselines",
@@ -24,14 +28,20 @@ __all__ = [
     "explained",
     "fisher_bound",
     "fisher_information",
+    "graph_scores",
+    "graph_similarity",
     "image_scores",
+    "isomorphism",
     "label_overlap",
+    "match_nodes",
     "nearest",
     "privacy_lines",
     "reconstruction_robustness",
     "retrieval_rank",
+    "same_colors",
     "score",
     "ssim",
     "success_share",
     "van_trees_bound",
+    "wl_colors",
 ]

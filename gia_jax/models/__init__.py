@@ -19,6 +19,7 @@ from gia_jax.models.functional import (
     stochastic,
 )
 from gia_jax.models.generator import Decoder, VariationalAutoencoder, load_decoder, save_decoder
+from gia_jax.models.graph import GCN, GIN, GRAPH_MODELS, GraphSAGE, neighbour_average, normalized_adjacency
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
@@ -39,6 +40,9 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 
 __all__ = [
     "CNN6",
+    "GCN",
+    "GIN",
+    "GRAPH_MODELS",
     "MLP",
     "MODELS",
     "Activation",
@@ -46,6 +50,7 @@ __all__ = [
     "Convolution",
     "Decoder",
     "FullyConnected",
+    "GraphSAGE",
     "GroupNormNet",
     "LeNet",
     "Network",
@@ -59,6 +64,8 @@ __all__ = [
     "inferred_statistics",
     "leaky_relu",
     "load_decoder",
+    "neighbour_average",
+    "normalized_adjacency",
     "running_statistics",
     "save_decoder",
     "sigmoid",

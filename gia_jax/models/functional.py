@@ -19,7 +19,7 @@ from gia_jax import _check
 from gia_jax.base import Params, Statistics
 from gia_jax.precision import widened, widened_tree
 
-ApplyFn = Callable[[Params, Shaped[Array, "b *d"]], PyTree[Array]]
+ApplyFn = Callable[[Params, PyTree[Shaped[Array, "b ..."]]], PyTree[Array]]
 BatchNormMode = Literal["evaluation", "training", "exact"]
 
 # What a batch-normalisation layer does before it normalises: `(layer, inputs, mask) -> None`.
@@ -205,7 +205,7 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
     """
     forward, _ = _forward(module, batch_norm)
 
-    def statistics_fn(params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
+    def statistics_fn(params: Params, inputs: PyTree[Shaped[Array, "b ..."]]) -> Statistics:
         recorded: Statistics = []
         forward(params, inputs, None, lambda *call: recorded.append(_statistics_of(*call)))
         _check_reached(recorded)
@@ -216,7 +216,7 @@ def batch_norm_inputs(module: nnx.Module, *, batch_norm: Literal["evaluation", "
     return statistics_fn
 
 
-def running_statistics(module: nnx.Module, params: Params, inputs: Shaped[Array, "b *d"]) -> Statistics:
+def running_statistics(module: nnx.Module, params: Params, inputs: PyTree[Shaped[Array, "b ..."]]) -> Statistics:
     """Returns the running statistics of a module's batch-normalisation layers, in the order of the forward pass.
 
     Args:
@@ -309,7 +309,9 @@ def _forward(
     like = jax.eval_shape(lambda: nnx.to_pure_dict(params))
     keys = _keys(rest)
 
-    def run(params: Params, inputs: Array, state: PyTree, draws: bool, before: BeforeFn | None) -> PyTree[Array]:
+    def run(
+        params: Params, inputs: PyTree[Array], state: PyTree, draws: bool, before: BeforeFn | None
+    ) -> PyTree[Array]:
         model = nnx.merge(graph, params, state, copy=True)
         model.set_attributes(use_running_average=batch_norm != "training", raise_if_not_found=False)
         model.set_attributes(deterministic=not draws, raise_if_not_found=False)
@@ -324,7 +326,7 @@ def _forward(
         return outputs
 
     def forward(
-        params: Params, inputs: Shaped[Array, "b *d"], key: PRNGKeyArray | None, before: BeforeFn | None = None
+        params: Params, inputs: PyTree[Array], key: PRNGKeyArray | None, before: BeforeFn | None = None
     ) -> PyTree[Array]:
         _check.same_structure("params", params, "the module", like)
         if key is not None:
