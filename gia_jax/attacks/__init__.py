@@ -5,6 +5,7 @@ from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.gias import gias, latent_search
 from gia_jax.attacks.giml import giml
 from gia_jax.attacks.grad_inversion import grad_inversion
+from gia_jax.attacks.graph_spans import GraphSpans, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
@@ -12,6 +13,7 @@ from gia_jax.attacks.r_gap import Twins, r_gap, r_gap_twins
 from gia_jax.attacks.rank_analysis import LayerRank, rank_analysis
 
 __all__ = [
+    "GraphSpans",
     "LayerRank",
     "Twins",
     "cafe",
@@ -20,6 +22,7 @@ __all__ = [
     "gias",
     "giml",
     "grad_inversion",
+    "graph_spans",
     "idlg",
     "inverting_gradients",
     "latent_search",
