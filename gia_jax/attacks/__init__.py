@@ -9,6 +9,8 @@ from gia_jax.attacks.gias import gias, latent_search
 from gia_jax.attacks.giml import giml
 from gia_jax.attacks.glg import glg
 from gia_jax.attacks.grad_inversion import grad_inversion
+from gia_jax.attacks.graph_identifiability import GraphIdentifiability, graph_identifiability
+from gia_jax.attacks.graph_spans import GraphSpans, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
@@ -16,6 +18,8 @@ from gia_jax.attacks.r_gap import Twins, r_gap, r_gap_twins
 from gia_jax.attacks.rank_analysis import LayerRank, rank_analysis
 
 __all__ = [
+    "GraphIdentifiability",
+    "GraphSpans",
     "LayerRank",
     "Twins",
     "cafe",
@@ -25,6 +29,8 @@ __all__ = [
     "giml",
     "glg",
     "grad_inversion",
+    "graph_identifiability",
+    "graph_spans",
     "idlg",
     "inverting_gradients",
     "latent_search",

@@ -1,0 +1,201 @@
+"""The whole attack: types, stars, trees, counts and graphs, one after the other."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from gia_jax import _check
+from gia_jax.attacks.graph_spans.candidates import Types, possible_types, spanned_types
+from gia_jax.attacks.graph_spans.found import GraphSpans, Limits, nothing
+from gia_jax.attacks.graph_spans.network import Activation, layers, span
+from gia_jax.attacks.graph_spans.pooled import pooled
+from gia_jax.attacks.graph_spans.stages import Known, counted, drawn
+from gia_jax.base import ClientFn, Observation
+
+Block = int | Float[np.ndarray, "k w"]
+Readout = Literal["mean", "sum", "nodewise"]
+
+DEFAULT_LIMITS = Limits()
+
+
+def graph_spans(
+    client_fn: ClientFn,
+    blocks: Sequence[Block],
+    *,
+    degree_block: int | None = None,
+    max_degree: int | None = None,
+    max_nodes: int | None = None,
+    activation: Activation = jax.nn.relu,
+    activate_last: bool = True,
+    readout: Readout = "mean",
+    connected: bool = False,
+    min_cycle: int = 3,
+    noise: float | None = None,
+    miss: float = 1e-3,
+    tolerance: float | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Callable[[Observation], GraphSpans]:
+    """Builds the attack that finds a graph from the gradient of a GCN of two layers, exactly, by spans and counting.
+
+    The package `gia_jax.attacks.graph_spans` explains how it works, and `gia_jax.attacks.graph_identifiability` says
+    beforehand whether it can. All graphs that are found have the observed gradient, to rounding.
+
+    Threat model: an honest-but-curious server that knows the parameters and the update of one graph, and which features
+    a node may have. The label, the number of nodes, the structure and the features of the graph are not known. Where
+    `observation.extra` has "num_nodes", an array whose sum is the number of nodes, that is known too.
+
+    Args:
+        client_fn: Client that was attacked, compiled: it computes the gradients of the graphs that are found.
+        blocks: What the features of a node are made of, in order: for each block the rows that it may hold, shape
+            (k, w), or a number k for k rows that are one-hot.
+        degree_block: Index of the block whose row j says that a node has j neighbours, or None where no block does.
+        max_degree: Largest number of neighbours that a node may have, at least 1. None takes it from the degree block.
+        max_nodes: Largest number of nodes that a graph may have, at least 1. None takes it from the shape of the
+            inputs, where this is granted.
+        activation: Activation of the network.
+        activate_last: Whether it is applied after the second layer as well. It must be where the nodes are pooled
+            before the head, or the gradient of the second layer has rank one.
+        readout: How the network gets from nodes to logits, as `models.GCN` has it: "mean", "sum" or "nodewise".
+        connected: Whether the graph is known to be connected.
+        min_cycle: Length below which the graph is known to have no cycles, at least 3.
+        noise: Standard deviation of Gaussian noise that is known to be on every entry of the update. None is for
+            rounding errors alone.
+        miss: Probability with which a type or a star of the graph is lost to the noise, in (0, 1).
+        tolerance: Relative mismatch of the gradient with which a graph is accepted. None takes it from the noise.
+        limits: How much work is done.
+
+    Returns:
+        A function `(observation) -> found`, which runs on the host and needs no random key. It raises ValueError if
+        float64 is not enabled, the parameters are not those of such a network for such features, or the batch is of
+        more than one graph.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Examples:
+        A triangle of two carbon atoms and an oxygen atom comes back, up to the order of its nodes:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gia_jax import Batch, ThreatModel, attacks, clients, models, observe
+        >>> biases = jax.nn.initializers.normal(0.1)
+        >>> gcn = models.GCN(2, 3, widths=(20, 20), bias_init=biases, rngs=nnx.Rngs(0))
+        >>> apply_fn, params = models.functional(gcn)
+        >>> client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+        >>> with jax.enable_x64(True):
+        ...     params = jax.tree.map(lambda leaf: leaf.astype(float), params)
+        ...     nodes = jnp.eye(2)[jnp.array([[0, 0, 1]])]
+        ...     inputs = {"nodes": nodes, "adjacency": 1 - jnp.eye(3)[None], "mask": jnp.ones((1, 3))}
+        ...     seen = observe(jax.random.key(0), ThreatModel(), client_fn, params, Batch(inputs, jnp.array([2])))
+        ...     found = attacks.graph_spans(client_fn, [2], max_degree=2)(seen)
+        >>> found.label, found.graphs[0].nodes.argmax(1).tolist(), found.graphs[0].adjacency.tolist()
+        (2, [1, 0, 0], [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    """
+    rows = [np.eye(block) if isinstance(block, int | np.integer) else np.asarray(block, float) for block in blocks]
+    largest = _largest_degree(rows, degree_block, max_degree)
+    _check_knowledge(max_nodes, readout, min_cycle, noise, miss, tolerance)
+    _check_limits(limits)
+
+    def find(observation: Observation) -> GraphSpans:
+        if jnp.result_type(float) != jnp.float64:
+            raise ValueError(f"graph_spans needs float64: set jax_enable_x64, got {jnp.result_type(float)}")
+        known = Known(
+            params=layers("params", observation.params, nodewise=readout == "nodewise"),
+            update=layers("update", observation.update, nodewise=readout == "nodewise"),
+            activation=activation,
+            activate_last=activate_last,
+            sizes=_sizes(observation, max_nodes),
+            is_sum=readout == "sum",
+            connected=connected,
+            min_cycle=min_cycle,
+            noise=noise,
+            miss=miss,
+            spacing=_spacing(observation.update),
+            tolerance=tolerance,
+        )
+        gradient, width = known.update.first.kernel, sum(block.shape[1] for block in rows)
+        if len(gradient) != width:
+            raise ValueError(f"blocks must have {len(gradient)} features, as layer0 has, got {width}")
+        every = possible_types(gradient, rows, degree_block, range(largest + 1), noise=noise, miss=miss)
+        found = _counts(known, every, limits)
+        return drawn(client_fn, observation, known, found, limits) if found.counts else found
+
+    return find
+
+
+def _counts(known: Known, every: Types, limits: Limits) -> GraphSpans:
+    """Finds counts: with the types in the span first, and then, as it may be too small, with all that are possible."""
+    gradient = known.update.first.kernel
+    space = span(gradient, spacing=known.spacing, noise=known.noise, miss=known.miss)
+    spanned = spanned_types(space, every, miss=known.miss)
+    best = nothing(None, spanned, "the update is not that of one graph")
+    for answer in pooled(known.update.head, known.params.head):
+        for types in (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,):
+            for found in counted(known, answer, types, limits):
+                if found.counts:
+                    return found
+                if found.mismatch < best.mismatch or math.isinf(best.mismatch):
+                    best = found
+    return best
+
+
+def _sizes(observation: Observation, max_nodes: int | None) -> list[int]:
+    """Returns the numbers of nodes that the graph may have."""
+    like = observation.extra.get("inputs_like")
+    if like is not None:
+        nodes = like.get("nodes") if isinstance(like, dict) else None
+        if nodes is None or nodes.ndim != 3 or nodes.shape[0] != 1:
+            got = type(like).__name__ if nodes is None else f"nodes of shape {nodes.shape}"
+            raise ValueError(f"graph_spans needs a batch of one graph, with nodes (1, n, f), got {got}")
+        max_nodes = nodes.shape[1] if max_nodes is None else max_nodes
+    known = observation.extra.get("num_nodes")
+    if known is not None:
+        return [int(np.sum(np.asarray(known)))]
+    if max_nodes is None:
+        raise ValueError("max_nodes must be given where the shape of the inputs is not granted, got None")
+    return list(range(1, max_nodes + 1))
+
+
+def _spacing(update: Any) -> float:
+    return float(max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(update)))
+
+
+def _largest_degree(rows: Sequence[np.ndarray], degree_block: int | None, max_degree: int | None) -> int:
+    """Checks what is said about features and degrees, and returns the largest degree."""
+    if not rows or any(block.ndim != 2 or 0 in block.shape for block in rows):
+        raise ValueError(f"blocks must be matrices of a row or more, got shapes {[block.shape for block in rows]}")
+    if max_degree is not None:
+        _check.integer(max_degree=max_degree)
+    if degree_block is None:
+        if max_degree is None:
+            raise ValueError("max_degree must be given where no block of features tells the degree, got None")
+        return max_degree
+    _check.integer(0, len(rows) - 1, degree_block=degree_block)
+    told = len(rows[degree_block]) - 1
+    return told if max_degree is None else min(told, max_degree)
+
+
+def _check_knowledge(
+    max_nodes: int | None, readout: str, min_cycle: int, noise: float | None, miss: float, tolerance: float | None
+) -> None:
+    if max_nodes is not None:
+        _check.integer(max_nodes=max_nodes)
+    if readout not in ("mean", "sum", "nodewise"):
+        raise ValueError(f"readout must be 'mean', 'sum' or 'nodewise', got {readout!r}")
+    _check.integer(3, min_cycle=min_cycle)
+    _check.not_negative(noise=noise)
+    if not 0 < miss < 1:
+        raise ValueError(f"miss must be in (0, 1), got {miss}")
+    _check.positive(tolerance=tolerance)
+
+
+def _check_limits(limits: Limits) -> None:
+    for name in ("stars", "trees", "counts", "branches", "graphs"):
+        _check.integer(**{f"limits.{name}": getattr(limits, name)})
+    _check.integer(0, **{"limits.completions": limits.completions})
+    _check.positive(**{"limits.seconds": limits.seconds})

@@ -1,0 +1,213 @@
+"""The stages between the types of nodes and the graphs: stars, trees, counts, and graphs with their certificates."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from gia_jax.attacks.graph_spans.candidates import (
+    Types,
+    all_trees,
+    completed_stars,
+    consistent,
+    num_stars,
+    num_trees,
+    spanned_stars,
+    star_inputs,
+    tree_weights,
+)
+from gia_jax.attacks.graph_spans.counts import Seen, solutions, system
+from gia_jax.attacks.graph_spans.found import FoundGraph, GraphSpans, Limits, nothing, padded_inputs
+from gia_jax.attacks.graph_spans.network import Activation, Layers, activate, forward, span, tail
+from gia_jax.attacks.graph_spans.pooled import Pooled
+from gia_jax.attacks.graph_spans.realization import Budget, Drawn, realizations
+from gia_jax.base import Batch, ClientFn, Observation
+
+# Mismatch, in units of the spacing of the update's type, that two orders of summation make at most.
+SPACINGS = 256.0
+
+
+class Known(NamedTuple):
+    """What the attacker knows of one update and of how it came about.
+
+    Attributes:
+        params: Layers of the network.
+        update: Their gradients.
+        activation: Activation of the network.
+        activate_last: Whether it is applied after the second layer.
+        sizes: Numbers of nodes that the graph may have, in ascending order.
+        is_sum: Whether the network adds up the nodes, where it would otherwise average over them.
+        connected: Whether the graph is connected.
+        min_cycle: Length below which it has no cycles.
+        noise: Standard deviation of noise on the update, or None for rounding alone.
+        miss: Probability with which a true candidate is lost to the noise.
+        spacing: Relative spacing of the update's type.
+        tolerance: Relative mismatch that is accepted, or None for what the noise explains.
+    """
+
+    params: Layers
+    update: Layers
+    activation: Activation
+    activate_last: bool
+    sizes: Sequence[int]
+    is_sum: bool
+    connected: bool
+    min_cycle: int
+    noise: float | None
+    miss: float
+    spacing: float
+    tolerance: float | None
+
+    def accepted(self, *parts: Float[np.ndarray, "..."]) -> float:
+        """Returns the mismatch that errors explain, for parts of the update that count relative to their lengths.
+
+        The squared length of Gaussian noise on k entries is below k + 4 sqrt(k) variances but for one time in a
+        hundred, or less.
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        total = SPACINGS * self.spacing
+        if self.noise:
+            tiny = np.finfo(float).tiny
+            shares = [(p.size + 4 * math.sqrt(p.size)) / max(float(np.sum(np.square(p))), tiny) for p in parts]
+            total += self.noise * math.sqrt(sum(shares))
+        return total
+
+
+def counted(known: Known, answer: Pooled, types: Types, limits: Limits) -> Iterator[GraphSpans]:
+    """Yields what is found with the stars of the span, and then with those of each way to complete it.
+
+    Args:
+        known: What the attacker knows.
+        answer: Error and features of the last layer.
+        types: Types of nodes.
+        limits: How much work may be done.
+
+    Yields:
+        What was found without graphs, with a reason to stop where there are no counts.
+    """
+    found = nothing(answer.label, types, "no type of node is in the span of the first layer's gradient")
+    if not len(types.degrees):
+        yield found
+        return
+    if (number := num_stars(types)) > limits.stars:
+        yield found._replace(stopped=f"limits.stars: there are {number} stars, more than {limits.stars}")
+        return
+    space = span(known.update.second.kernel, spacing=known.spacing, noise=known.noise, miss=known.miss)
+    basis = np.asarray(space.basis)[:, : int(space.rank)]
+    first, activation, miss = known.params.first, known.activation, known.miss
+    inside = spanned_stars(types, first, activation, space, miss=miss)
+    completed = completed_stars(types, first, activation, space, inside, miss=miss, limit=limits.completions)
+    for kept in itertools.chain([inside], completed):
+        stars = consistent(types, kept)
+        if not len(stars.centres):
+            yield found._replace(stars=kept, stopped="no star has stars for all of its neighbours")
+        elif (number := num_trees(stars)) > limits.trees:
+            stopped = f"limits.trees: there are {number} trees, more than {limits.trees}"
+            yield found._replace(stars=stars, stopped=stopped)
+        else:
+            yield _solved(known, answer, found._replace(stars=stars, trees=all_trees(stars)), basis, limits)
+
+
+def _solved(
+    known: Known, answer: Pooled, found: GraphSpans, basis: Float[np.ndarray, "d q"], limits: Limits
+) -> GraphSpans:
+    """Solves for the counts of trees."""
+    types, stars, trees = found.types, found.stars, found.trees
+    hidden = activate(known.activation, forward(star_inputs(types, stars), known.params.first))
+    averages = tree_weights(types, stars, trees) @ hidden
+    nodes = types.features[stars.centres[trees.stars]]
+    last = forward(averages, known.params.second)
+    values, cotangents = tail(known.activation, known.activate_last, known.params, nodes, last, answer.error)
+    gradient = known.update.second
+    seen = Seen(answer.features, basis.T @ gradient.kernel, gradient.bias)
+    equations = system(seen, averages @ basis, values, cotangents, stars, trees)
+    parts = [part for part in (seen.kernel, seen.bias, known.update.head.kernel) if part is not None]
+    counts, mismatch = solutions(
+        equations,
+        None if known.is_sum else known.sizes,
+        tolerance=known.accepted(*parts, answer.error),
+        max_solutions=limits.counts,
+        seconds=limits.seconds,
+    )
+    stopped = "" if counts else "no numbers of trees explain the update"
+    return found._replace(counts=tuple(counts), mismatch=mismatch, stopped=stopped)
+
+
+def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: GraphSpans, limits: Limits) -> GraphSpans:
+    """Draws the graphs of the counts, and of their multiples under a mean, and keeps those of the observed gradient.
+
+    Args:
+        client_fn: Client that was attacked.
+        observation: What the attacker sees.
+        known: What the attacker knows.
+        found: What was found up to the counts.
+        limits: How much work may be done.
+
+    Returns:
+        What was found, with the graphs.
+    """
+    graphs: list[FoundGraph] = []
+    budget = Budget(limits.branches)
+    update = np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(observation.update)])
+    tolerance, stopped = known.accepted(update), ""
+    for counts, is_connected in _orders(found.counts, known):
+        every = realizations(found.trees, counts, connected=is_connected, min_cycle=known.min_cycle, budget=budget)
+        for one in every:
+            if not is_connected and _is_connected(one.adjacency):
+                continue  # it was listed before
+            graph = _certified(client_fn, observation, found, one, max(known.sizes))
+            if graph.mismatch <= tolerance:
+                graphs.append(graph)
+            if len(graphs) == limits.graphs:
+                stopped = f"limits.graphs: {limits.graphs} graphs were found, and there may be more"
+                break
+        if budget.left < 0:
+            stopped = f"limits.branches: {limits.branches} half-edges were joined, and there may be more graphs"
+        if stopped:
+            break
+    stopped = stopped or ("complete" if graphs else "no graph of at most the largest size has these numbers of trees")
+    return found._replace(graphs=tuple(graphs), stopped=stopped)
+
+
+def _orders(counts: Sequence[Int[np.ndarray, " r"]], known: Known) -> Iterator[tuple[Int[np.ndarray, " r"], bool]]:
+    """Yields counts, those of smaller graphs first, and whether the graph has to be connected."""
+    every: dict[bytes, np.ndarray] = {}
+    for base in counts:
+        smallest = base if known.is_sum else base // np.gcd.reduce(base)
+        total = int(smallest.sum())
+        factors = [size // total for size in known.sizes if size % total == 0]
+        every |= {(smallest * factor).tobytes(): smallest * factor for factor in ([1] if known.is_sum else factors)}
+    for is_connected in (True,) if known.connected else (True, False):
+        for one in sorted(every.values(), key=lambda one: int(one.sum())):
+            yield one, is_connected
+
+
+def _is_connected(adjacency: Int[np.ndarray, "n n"]) -> bool:
+    reached, front = {0}, [0]
+    while front:
+        front = list({int(j) for i in front for j in np.flatnonzero(adjacency[i])} - reached)
+        reached.update(front)
+    return len(reached) == len(adjacency)
+
+
+def _certified(
+    client_fn: ClientFn, observation: Observation, found: GraphSpans, one: Drawn, largest: int
+) -> FoundGraph:
+    """Computes the client's gradient for a graph, and its distance from the update."""
+    nodes = found.types.features[found.stars.centres[found.trees.stars[one.trees]]]
+    graph = FoundGraph(nodes, one.adjacency, math.inf)
+    dtype = jax.tree.leaves(observation.params)[0].dtype
+    inputs = padded_inputs(graph, max(largest, len(nodes)), dtype)
+    update = client_fn(observation.params, Batch(inputs, jnp.array([found.label])))
+    error, length = 0.0, 0.0
+    for leaf, own in zip(jax.tree.leaves(observation.update), jax.tree.leaves(update), strict=True):
+        seen = np.asarray(leaf, np.float64)
+        error += float(np.sum(np.square(np.asarray(own, np.float64) - seen)))
+        length += float(np.sum(np.square(seen)))
+    return graph._replace(mismatch=math.sqrt(error / length))
