@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax import clients, labels, models
 from gia_jax.base import Batch, LossFn, Observation, Statistics
-from gia_jax.cli.examples import NUM_OTHERS, Examples, load_examples
+from gia_jax.cli.examples import NUM_OTHERS, Examples, Kind, kind_of, load_examples
 from gia_jax.cli.names import Generator, Target
 from gia_jax.cli.pixels import generator_of, pixel_covariance, pixel_information
 from gia_jax.defenses.protected import Part, Protected, protect
@@ -86,7 +86,9 @@ class Case(NamedTuple):
             self.truth.labels.shape[1],
             self.modality,
             bounds=self.data.bounds,
-            apply_fn=assumed.apply_fn,
+            blocks=self.data.blocks,
+            # Label rules draw inputs that are one array for the model. Of one graph they need none.
+            apply_fn=None if self.data.blocks else assumed.apply_fn,
             statistics_fn=None if statistics == "none" else self.statistics_fn,
             known_statistics_fn=self.running_statistics if statistics == "running" else None,
             generator=generator,
@@ -115,7 +117,7 @@ class Case(NamedTuple):
                 raise ValueError(f"defense {part} must mix at most the {examples} examples that a client has")
         make_client = clients.federated_sgd if self.local_steps == 1 else averaging
         protected = protect(parts, self.module, num_classes=self.num_classes, make_client=make_client)
-        dtype = self.truth.inputs.dtype
+        dtype = jax.tree.leaves(self.truth.inputs)[0].dtype
         return protected._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), protected.params))
 
     def bounds_of(self, parts: Sequence[Part]) -> dict[str, Array]:
@@ -162,7 +164,7 @@ def load_case(
     """Makes victims in the order of the data's ids, each with its own examples, and an untrained model.
 
     Args:
-        model: Key of `models.MODELS`.
+        model: Key of the models that take such data.
         name: Name of the data, for `load_examples`.
         victims: Number of clients, at least 1.
         batch_size: Number of examples of each client, at least 1.
@@ -180,15 +182,15 @@ def load_case(
     examples = load_examples(name, count)
     truth = jax.tree.map(lambda leaf: leaf[:count].reshape(victims, batch_size, *leaf.shape[1:]), examples.batch)
     others = jax.tree.map(lambda leaf: leaf[count : count + NUM_OTHERS], examples.batch)
-    module = _built(model, truth.inputs.shape[2:], examples.num_classes, seed)
+    module = _built(model, examples, kind_of(name), seed)
     return Case(examples, truth, others, module, local_steps, learning_rate)
 
 
-def _built(model: str, shape: tuple[int, ...], num_classes: int, seed: int) -> nnx.Module:
+def _built(model: str, examples: Examples, kind: Kind, seed: int) -> nnx.Module:
     """Builds the model by one program, in place of one for each operation of the initialisation."""
 
     @nnx.jit
     def build() -> nnx.Module:
-        return models.MODELS[model](shape, num_classes, rngs=nnx.Rngs(seed))
+        return kind.build(kind.models[model], examples, nnx.Rngs(seed))
 
     return build()

@@ -181,7 +181,11 @@ def banner(case: Case, model: str, protected: Protected, clients: int = 1) -> No
     """
     victims, batch_size = case.truth.labels.shape
     groups = f"{victims} clients" if clients == 1 else f"{victims} groups of {clients} clients"
-    shape = "x".join(str(n) for n in case.truth.inputs.shape[2:])
+    like = case.modality.like
+    shape = ", ".join(
+        "x".join(map(str, leaf.shape)) + (f" {name}" if name else "")
+        for name, leaf in (like.items() if isinstance(like, dict) else [("", like)])
+    )
     size = sum(leaf.size for leaf in jax.tree.leaves(protected.params))
     print(
         f"gia_jax {gia_jax.__version__}: {model}, untrained, {size:,} parameters; "

@@ -1,18 +1,22 @@
 """The data that the command line knows by name: examples of a modality, and public ones of the same kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from gia_jax import data, modalities
+from gia_jax import data, modalities, models
 from gia_jax.base import Batch
-from gia_jax.data import ImageData
+from gia_jax.data import FeatureBlock, ImageData
 from gia_jax.modalities import Modality
+from gia_jax.models.layers import symmetric_uniform
 
 NUM_OTHERS = 16  # examples of a client beside those of its batch, for defenses that mix examples
 NUM_PUBLIC = 2_000  # examples of the training split that guesses without a gradient may use
+MAX_NODES, NUM_PUBLIC_GRAPHS = 30, 100  # of a graph; graphs that guesses may use
+GRAPH_BIAS = 0.3  # biases of graph networks are drawn from U(-0.3, 0.3)
 
 
 class Examples(NamedTuple):
@@ -25,6 +29,8 @@ class Examples(NamedTuple):
         public: Examples in the model's space, none of them a victim's, without labels. There may be none.
         num_classes: Number of classes.
         images: The set of images, where the examples are images.
+        blocks: What the features of nodes are, where the examples are graphs.
+        grants: Parts of the inputs that the threat model grants, for `ThreatModel.inputs`.
     """
 
     name: str
@@ -33,6 +39,8 @@ class Examples(NamedTuple):
     public: Batch
     num_classes: int
     images: ImageData | None = None
+    blocks: tuple[FeatureBlock, ...] = ()
+    grants: tuple[str, ...] = ()
 
     @property
     def bounds(self) -> tuple | None:
@@ -46,17 +54,30 @@ class Kind(NamedTuple):
     """What the command line says of data, and how they are read.
 
     Attributes:
+        name: What the examples are: "images", "rows" or "graphs".
         load: Function `(name, count) -> Examples` that reads at least the first `count` examples, where there are so
             many, and `NUM_OTHERS` more.
+        models: Models that take such examples, by name, each a function that `build` calls.
+        build: Function `(make, examples, rngs) -> module` that makes a model for such examples.
         model: Name of the model that is attacked by default. None takes that of the attack.
-        models: Names of the models that take such examples. None stands for all.
-        are_images: Whether the examples are images.
     """
 
+    name: str
     load: Callable[[str, int], Examples]
+    models: Mapping[str, Callable[..., nnx.Module]]
+    build: Callable[[Callable[..., nnx.Module], Examples, nnx.Rngs], nnx.Module]
     model: str | None = None
-    models: tuple[str, ...] | None = None
-    are_images: bool = False
+
+
+def build_of_array(make: Callable[..., nnx.Module], examples: Examples, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds a model of inputs that are one array, by their shape."""
+    return make(examples.modality.like.shape, examples.num_classes, rngs=rngs)
+
+
+def build_of_graphs(make: Callable[..., nnx.Module], examples: Examples, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds a graph network, whose biases are not 0: without a bias many neighbourhoods look alike to ReLU."""
+    features = sum(len(block.names) for block in examples.blocks)
+    return make(features, examples.num_classes, bias_init=symmetric_uniform(GRAPH_BIAS), rngs=rngs)
 
 
 def load_images(name: str, count: int) -> Examples:
@@ -87,15 +108,35 @@ def load_adult(name: str, count: int) -> Examples:
     return Examples(rows.name, modalities.row(schema), labelled, Batch(public, ()), len(rows.class_names))
 
 
-IMAGES = Kind(load_images, are_images=True)
-KINDS = {"adult": Kind(load_adult, "mlp", ("linear", "mlp"))}  # of data that are no images
+def load_molecules(name: str, count: int) -> Examples:
+    """Reads graphs of at most `MAX_NODES` nodes, with one-hot labels and degrees. `Kind.load` says the rest."""
+    found = data.load_graphs(name, max_nodes=MAX_NODES, limit=count + NUM_OTHERS + NUM_PUBLIC_GRAPHS)
+    dtype = jnp.result_type(float)
+    arrays = {part: jnp.asarray(getattr(found, part), dtype) for part in ("nodes", "adjacency", "mask")}
+    modality = modalities.graph(found.blocks, MAX_NODES, grants=("mask",), dtype=dtype)
+    return Examples(
+        f"{found.name}, graphs of at most {MAX_NODES} nodes with one-hot labels and degrees",
+        modality,
+        Batch(arrays, jnp.asarray(found.labels)),
+        Batch({part: array[count:] for part, array in arrays.items()}, ()),
+        len(found.class_names),
+        blocks=tuple(found.blocks),
+        grants=("mask",),
+    )
+
+
+IMAGES = Kind("images", load_images, models.MODELS, build_of_array)
+GRAPHS = Kind("graphs", load_molecules, models.GRAPH_MODELS, build_of_graphs, "gcn")
+ROWS = Kind("rows", load_adult, {name: models.MODELS[name] for name in ("linear", "mlp")}, build_of_array, "mlp")
+KINDS = {"adult": ROWS} | dict.fromkeys(("mutag", "ptc_mr", "aids", "enzymes"), GRAPHS)  # of data that are no images
 DATA_SETS = {
     "photos": "scikit-image's photographs",
     "digits": "scikit-learn's digits",
     "adult": "rows of census records, numbers and categories, in $GIA_JAX_DATA_DIR/tabular",
+    "mutag, ptc_mr, aids": "molecules of TUDataset, and enzymes: graphs, in $GIA_JAX_DATA_DIR/graphs",
     "any TFDS set": "images that are prepared, such as mnist, cifar10, cifar100",
 }
-DATA = "photos, digits, adult, or a prepared TFDS set of images such as mnist, cifar10, cifar100"
+DATA = f"photos, digits, {', '.join(KINDS)}, or a prepared TFDS set of images such as mnist, cifar10, cifar100"
 
 
 def kind_of(name: str) -> Kind:

@@ -15,7 +15,7 @@ def show() -> None:
         ("defenses", {name: f"{_settings(named)}{named.summary}" for name, named in protected.DEFENSES.items()}),
         ("aggregation", {name: named.summary for name, named in AGGREGATIONS.items()}),
         ("combinations of defenses", {name: " ".join(parts) for name, parts in protected.COMBINATIONS.items()}),
-        ("models", dict.fromkeys(models.MODELS, "")),
+        ("models", dict.fromkeys(models.MODELS, "") | dict.fromkeys(models.GRAPH_MODELS, "of graphs")),
         ("data", DATA_SETS),
         ("label rules", {name: rule.summary for name, rule in LABEL_RULES.items()}),
     ):

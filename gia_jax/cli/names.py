@@ -8,6 +8,7 @@ import optax
 from gia_jax import labels as rules
 from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
 from gia_jax.attacks.gias import NUM_STEPS as GIAS_STEPS
+from gia_jax.attacks.glg import NUM_STEPS as GLG_STEPS
 from gia_jax.attacks.grad_inversion import NUM_STEPS as GRAD_INVERSION_STEPS
 from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
 from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
@@ -84,7 +85,8 @@ class Named(NamedTuple):
         model: Name of the model that is attacked by default.
         models: Names of the models that an analytic attack inverts. They are none for other attacks, which take all.
         one_example: Whether the attack is on one example only.
-        for_images: Whether it is on images only.
+        data: "images" or "graphs" where it is on these alone; "" for an attack on any data.
+        on_host: Whether it is a search on the host, which JAX cannot trace.
         needs_range: Whether it does not work without the range of pixels.
         x64: Whether it needs float64.
     """
@@ -99,7 +101,8 @@ class Named(NamedTuple):
     model: str = "lenet"
     models: tuple[str, ...] = ()
     one_example: bool = False
-    for_images: bool = False
+    data: str = ""
+    on_host: bool = False
     needs_range: bool = False
     x64: bool = False
 
@@ -139,7 +142,7 @@ ATTACKS = {
         rule="column_minimum",
         solvers=FIRST_ORDER,
         model="resnet20_4",
-        for_images=True,
+        data="images",
     ),
     "gias": Named(
         "GIAS, Jeon et al. 2021: latents of a generator, then its weights for each image",
@@ -148,8 +151,33 @@ ATTACKS = {
         (*STEPWISE, "label_rule", "generator", "latent_steps"),
         recipes.build_gias,
         solvers=("paper",),
-        for_images=True,
+        data="images",
         needs_range=True,
+    ),
+    "glg": Named(
+        "GLG, Sinha et al. 2024: features and edges of graphs by cosine, smooth and sparse",
+        GLG_STEPS,
+        "inferred",
+        (*STEPWISE, "label_rule", "solver"),
+        recipes.build_glg,
+        rule="bias_counts",
+        solvers=FIRST_ORDER,
+        model="gcn",
+        data="graphs",
+    ),
+    "graph_spans": Named(
+        "a graph from a GCN of two layers, exactly, by spans and counting",
+        0,
+        "inferred",
+        (),
+        recipes.build_graph_spans,
+        rule="",
+        model="gcn",
+        models=("gcn",),
+        one_example=True,
+        data="graphs",
+        on_host=True,
+        x64=True,
     ),
     # Its labels are counted from the bias: iDLG's rule needs features >= 0, and a linear model's are its inputs.
     "linear": Named(
@@ -172,7 +200,7 @@ ATTACKS = {
         model="cnn6",
         models=("cnn6",),
         one_example=True,
-        for_images=True,
+        data="images",
         needs_range=True,
         x64=True,
     ),

@@ -175,12 +175,14 @@ def checked(args: argparse.Namespace) -> tuple[Part, ...]:
 
 def _check_data(args: argparse.Namespace) -> None:
     """Refuses a model or an attack that does not take such data."""
-    kind = kind_of(args.data)
-    _one_of("model", args.model, models.MODELS)
-    if kind.models is not None and args.model not in kind.models:
-        raise ValueError(f"--model of --data {args.data} must be one of {', '.join(kind.models)}, got {args.model!r}")
-    if ATTACKS[args.attack].for_images and not kind.are_images:
-        raise ValueError(f"--attack {args.attack} needs images, got --data {args.data}")
+    kind, wanted = kind_of(args.data), ATTACKS[args.attack].data
+    if args.model not in kind.models:
+        place = "--model" if kind.name == "images" else f"--model of --data {args.data}"
+        raise ValueError(f"{place} must be one of {', '.join(kind.models)}, got {args.model!r}")
+    if wanted not in ("", kind.name):
+        raise ValueError(f"--attack {args.attack} needs {wanted}, got --data {args.data}")
+    if kind.name == "graphs" and args.solver == "levenberg_marquardt":
+        raise ValueError(f"--solver levenberg_marquardt needs inputs that are one array, got --data {args.data}")
 
 
 def _check_labels(args: argparse.Namespace, size: int) -> None:
@@ -210,6 +212,8 @@ def _check_defenses(args: argparse.Namespace, parts: tuple[Part, ...]) -> None:
             if part.acts_on in ("input", "model"):
                 raise ValueError(f"--defense {part} is not for --update: it changes the client's {part.acts_on}")
         elif part.acts_on == "input":
+            if kind_of(args.data).name == "graphs":
+                raise ValueError(f"--defense {part} mixes inputs that are one array, got --data {args.data}")
             if part.settings["k"] > args.batch_size + NUM_OTHERS:
                 most = args.batch_size + NUM_OTHERS
                 raise ValueError(f"--defense {part} must mix at most the {most} examples that a client has")
@@ -240,8 +244,9 @@ def _check_recorded(args: argparse.Namespace) -> None:
             setattr(args, name, _per_channel(name, getattr(args, name), args.input_shape[-1]))
     if args.std is not None and min(args.std) <= 0:
         raise ValueError(f"--std must be above 0, got {min(args.std)}")
-    if ATTACKS[args.attack].for_images and len(args.input_shape) != 3:
-        raise ValueError(f"--attack {args.attack} needs images, an --input-shape H,W,C, got {args.input_shape}")
+    wanted = ATTACKS[args.attack].data
+    if wanted == "graphs" or (wanted == "images" and len(args.input_shape) != 3):
+        raise ValueError(f"--attack {args.attack} needs {wanted}, got --input-shape {args.input_shape}")
     if ATTACKS[args.attack].needs_range and args.mean is None:
         raise ValueError(f"--attack {args.attack} needs --mean and --std, for the range of pixels, got none")
 

@@ -12,10 +12,10 @@ from jaxtyping import PRNGKeyArray
 from gia_jax import metrics
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, ClientFn, Observation, Updates
-from gia_jax.cli.names import INVERTIBLE, Target, make_analytic, make_attack
+from gia_jax.cli.names import ATTACKS, INVERTIBLE, Target, make_analytic, make_attack
 from gia_jax.metrics.labels import are_classes
 from gia_jax.modalities import Modality, Scored
-from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic
+from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic, study_on_host
 from gia_jax.threat import control
 
 PRIOR_ONLY = "prior only"
@@ -92,7 +92,8 @@ def attack_target(
     together = joined(list(groups.values()))
     if name in INVERTIBLE:
         inversion = make_analytic(name, target, model=model, labels=labels, rule=label_rule)
-        found = study_analytic(inversion, key_attack, together, progress_fn=progress_fn)
+        runner = study_on_host if ATTACKS[name].on_host else study_analytic
+        found = runner(inversion, key_attack, together, progress_fn=progress_fn)
     else:
         found = study(
             make_attack(name, target, labels=labels, solver=solver, num_steps=num_steps, rule=label_rule),

@@ -92,9 +92,10 @@ def _add_client(made: argparse._ArgumentGroup) -> None:
     """Adds the options of a client of either kind."""
     made.add_argument(
         "--model",
-        help=f"{', '.join(models.MODELS)}; default: lenet, or one that suits the attack. With --update also "
-        "MODULE:FUNCTION, a function (params, inputs) -> logits of a module in the current directory or on sys.path; "
-        "params are nested dicts, by the dots in the names of --params, and a batch of images is (b, h, w, c)",
+        help=f"{', '.join((*models.MODELS, *models.GRAPH_MODELS))}; default: lenet, or one that suits the attack. "
+        "With --update also MODULE:FUNCTION, a function (params, inputs) -> logits of a module in the current "
+        "directory or on sys.path; params are nested dicts, by the dots in the names of --params, and a batch of "
+        "images is (b, h, w, c)",
     )
     made.add_argument("--batch-size", type=int, help="examples of a client; default: 1")
     made.add_argument("--local-steps", type=int, help="local SGD steps of the client on its whole batch; default: 1")

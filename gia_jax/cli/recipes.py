@@ -3,16 +3,32 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
+from jaxtyping import PRNGKeyArray
 
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.gias import GeneratorFn, gias
+from gia_jax.attacks.glg import glg
 from gia_jax.attacks.grad_inversion import grad_inversion
+from gia_jax.attacks.graph_spans import as_reconstruction, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
 from gia_jax.attacks.r_gap import r_gap
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params, ReconstructFn, Statistics
+from gia_jax.base import (
+    Attack,
+    ClientFn,
+    InitFn,
+    LabelFn,
+    ObjectiveFn,
+    Observation,
+    Params,
+    ReconstructFn,
+    Reconstruction,
+    Statistics,
+)
+from gia_jax.data import FeatureBlock
 from gia_jax.labels import ClassifierFn, dense
 from gia_jax.matching.adaptive import supported
 from gia_jax.matching.objectives import cosine, euclidean, layerwise_euclidean
@@ -49,6 +65,7 @@ class Target(NamedTuple):
         batch_size: Number of examples of the client.
         modality: What an example is.
         bounds: Darkest and brightest pixel in the model's space. None where the data are no images.
+        blocks: What the features of nodes are, where the data are graphs.
         apply_fn: Model `(params, inputs) -> logits`, whose predictions the counting of labels measures. None takes 1 /
             classes for every prediction.
         adapt_fn: Function that makes from the attack's own objective that of an attacker that knows the defense.
@@ -64,6 +81,7 @@ class Target(NamedTuple):
     batch_size: int
     modality: Modality
     bounds: tuple | None = None
+    blocks: tuple[FeatureBlock, ...] = ()
     apply_fn: ApplyFn | None = None
     adapt_fn: Callable[[ObjectiveFn], ObjectiveFn] = lambda objective_fn: objective_fn
     statistics_fn: Callable[..., Statistics] | None = None
@@ -167,6 +185,36 @@ def build_gias(target: Target, choices: Choices) -> Attack:
         label_fn=choices.label_fn,
         objective_fn=target.adapt_fn(supported()),
     )
+
+
+def build_glg(target: Target, choices: Choices) -> Attack:
+    """Builds GLG on graphs whose number of nodes is granted."""
+    assert choices.label_fn is not None
+    return glg(
+        target.client_fn,
+        blocks=target.blocks,
+        max_nodes=target.modality.like["mask"].shape[0],
+        grants=("mask",),
+        num_steps=choices.num_steps,
+        label_fn=choices.label_fn,
+        init_fn=choices.init_fn,
+        objective_fn=target.adapt_fn(cosine),
+        optimizer=choices.optimizer,
+    )
+
+
+def build_graph_spans(target: Target, choices: Choices) -> ReconstructFn:
+    """Builds the search by spans and counting on graphs whose nodes have one-hot labels and degrees."""
+    del choices
+    sizes, kinds = [len(block.names) for block in target.blocks], [block.kind for block in target.blocks]
+    find = graph_spans(jax.jit(target.client_fn), sizes, degree_block=kinds.index("degree"))
+    max_nodes = target.modality.like["mask"].shape[0]
+
+    def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
+        del key
+        return as_reconstruction(find(observation), num_nodes=max_nodes)
+
+    return reconstruct_fn
 
 
 def build_linear(target: Target, choices: Choices) -> ReconstructFn:

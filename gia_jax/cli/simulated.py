@@ -74,7 +74,8 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
 
     first_layer = FIRST_LAYER.get(args.model)
     first_layer_fn = None if first_layer is None else labels.dense(first_layer)
-    threat = console.threat(ThreatModel(labels=known, statistics=exact), parts, args, modelled=protected.modelled)
+    granted = ThreatModel(labels=known, statistics=exact, inputs=case.data.grants)
+    threat = console.threat(granted, parts, args, modelled=protected.modelled)
     return Setting(
         defense=console.words(parts),
         threat=threat + ("" if protocol is None else f"; {args.aggregation} of {clients} clients"),
@@ -145,7 +146,7 @@ def see(
             for granted in known:
                 observation = observe(
                     key_threat,
-                    ThreatModel(labels=granted, statistics=statistics),
+                    ThreatModel(labels=granted, statistics=statistics, inputs=case.data.grants),
                     lambda *_, u=update: u,
                     params,
                     encoding,

@@ -225,6 +225,59 @@ def study_analytic(
     return Study(found, np.zeros((victims, 1, 0)), Timing(compile_seconds, elapsed, 1e3 * elapsed / victims))
 
 
+def study_on_host(
+    reconstruct_fn: ReconstructFn,
+    key: PRNGKeyArray,
+    observations: Observation,
+    *,
+    progress_fn: ProgressFn | None = None,
+) -> Study:
+    """Runs an attack that JAX cannot trace, such as a discrete search, on one victim after the other.
+
+    Args:
+        reconstruct_fn: Attack to run, a function `(key, observation) -> reconstruction` of arrays on the host, whose
+            shapes are the same for all victims.
+        key: Random key of the attacker.
+        observations: Observations of v victims, as for `study_analytic`.
+        progress_fn: Function that is called with a `Sign` before every victim and at the end. None reports nothing.
+
+    Returns:
+        The study, with one restart of every victim.
+
+    Raises:
+        ValueError: If the key is no random key, the parameters are not finite, or no victim has a finite observation.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from gia_jax import Batch, Observation, Reconstruction
+        >>> from gia_jax.sweep import study_on_host
+        >>> def reconstruct_fn(key, observation):
+        ...     rounded = np.round(np.asarray(observation.update))
+        ...     return Reconstruction(Batch(rounded[None], np.array([0])), np.array(0.0), np.array(True))
+        >>> observations = Observation(params=jnp.array([1.0, 1.0]), update=jnp.array([[0.6, -1.0], [2.2, 0.0]]))
+        >>> study_on_host(reconstruct_fn, jax.random.key(0), observations).reconstruction.batch.inputs.tolist()
+        [[[1.0, -1.0]], [[2.0, 0.0]]]
+    """
+    key = _typed(key)
+    victims, finite = finite_victims(observations)
+    keys = victim_keys(key, victims, 1)[:, 0]
+    show_fn = (lambda sign: None) if progress_fn is None else progress_fn
+    began, found = time.perf_counter(), []
+    for v in range(victims):
+        elapsed = time.perf_counter() - began
+        show_fn(Sign("steps", v, victims, elapsed, elapsed / v * (victims - v) if v else None))
+        update, extra = jax.tree.map(lambda leaf, v=v: leaf[v], (observations.update, observations.extra))
+        if not finite[v]:  # the search may refuse it; its reconstruction is marked below, whatever it is
+            update = jax.tree.map(jnp.zeros_like, update)
+        one = reconstruct_fn(keys[v], Observation(observations.params, update, extra))
+        found.append(jax.tree.map(np.asarray, one))
+    elapsed = time.perf_counter() - began
+    show_fn(Sign("steps", victims, victims, elapsed, 0.0))
+    every: Reconstruction = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    every = every._replace(restart_losses=every.loss[:, None], is_finite=every.is_finite & finite)
+    return Study(every, np.zeros((victims, 1, 0)), Timing(0.0, elapsed, 1e3 * elapsed / victims))
+
+
 def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
     """Returns a typed random key, made from a raw one where it is one; raises ValueError where it is no key."""
     shapes = [()] if isinstance(key, jax.Array) and _check.is_key(key) else [(2,), (4,)]  # raw: threefry, rbg

@@ -47,7 +47,7 @@ def graph_spans(
 
     Threat model: an honest-but-curious server that knows the parameters and the update of one graph, and which features
     a node may have. The label, the number of nodes, the structure and the features of the graph are not known. Where
-    `observation.extra` has "num_nodes", an array whose sum is the number of nodes, that is known too.
+    the threat model grants the graph's "mask" (`ThreatModel(inputs=("mask",))`), its number of nodes is known too.
 
     Args:
         client_fn: Client that was attacked, compiled: it computes the gradients of the graphs that are found.
@@ -153,7 +153,7 @@ def _sizes(observation: Observation, max_nodes: int | None) -> list[int]:
             got = type(like).__name__ if nodes is None else f"nodes of shape {nodes.shape}"
             raise ValueError(f"graph_spans needs a batch of one graph, with nodes (1, n, f), got {got}")
         max_nodes = nodes.shape[1] if max_nodes is None else max_nodes
-    known = observation.extra.get("num_nodes")
+    known = observation.extra.get("inputs", {}).get("mask")
     if known is not None:
         return [int(np.sum(np.asarray(known)))]
     if max_nodes is None:
