@@ -68,7 +68,7 @@ class GraphIdentifiability(NamedTuple):
 def graph_identifiability(
     params: Params,
     nodes: Float[np.ndarray, "n f"],
-    adjacency: Float[np.ndarray, "n n"],
+    adjacency: Float[np.ndarray, "k k"],
     label: int,
     *,
     activation: Activation = jax.nn.relu,
@@ -83,7 +83,7 @@ def graph_identifiability(
     Args:
         params: Parameters of a GCN of two layers, as `models.GCN` has them.
         nodes: Features of the nodes, shape (n, f), without padding.
-        adjacency: 1 for neighbours and else 0, symmetric, without loops, shape (n, n).
+        adjacency: 1 for neighbours and else 0, symmetric, without loops, shape (k, k) with k = n.
         label: Class of the graph, a column of the head.
         activation: Activation of the network.
         activate_last: Whether it is applied after the second layer as well.
@@ -145,11 +145,8 @@ def graph_identifiability(
 def _verdict(numbers: GraphIdentifiability) -> tuple[bool, str]:
     """Says whether the stars can be told by their span, and why."""
     missing = numbers.hidden_rank - numbers.gradient_rank
-    if numbers.hidden_rank >= numbers.width:
-        return (
-            False,
-            f"the {numbers.num_stars} stars fill all {numbers.width} dimensions: every candidate is in the span",
-        )
+    if numbers.num_stars >= numbers.width:
+        return False, f"there are {numbers.num_stars} stars in {numbers.width} dimensions: a span tells nothing apart"
     if missing > 1:
         cause = (
             f"stars occur in fixed combinations (rank {numbers.mixing_rank} of {numbers.num_stars})"

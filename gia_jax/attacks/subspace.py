@@ -150,7 +150,7 @@ def statistic(space: Subspace, vectors: Float[Array, "n d"]) -> Float[Array, " n
     """
     inside = _unit(vectors) @ space.basis
     variance = jnp.square(space.noise) * jnp.sum(jnp.square(inside / space.values), 1)
-    own = jnp.square(ROUNDINGS * jnp.finfo(vectors.dtype).eps) / vectors.shape[1]
+    own = jnp.square(ROUNDINGS * jnp.finfo(vectors.dtype).eps)  # of every entry of the part outside
     return jnp.sum(jnp.square(outside(space, vectors)), 1) / (variance + own)
 
 

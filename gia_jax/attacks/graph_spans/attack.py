@@ -17,7 +17,7 @@ from gia_jax.attacks.graph_spans.pooled import pooled
 from gia_jax.attacks.graph_spans.stages import Known, counted, drawn
 from gia_jax.base import ClientFn, Observation
 
-Block = int | Float[np.ndarray, "k w"]
+Block = int | Float[np.ndarray, "_ _"]
 Readout = Literal["mean", "sum", "nodewise"]
 
 DEFAULT_LIMITS = Limits()
@@ -134,13 +134,13 @@ def _counts(known: Known, every: Types, limits: Limits) -> GraphSpans:
     space = span(gradient, spacing=known.spacing, noise=known.noise, miss=known.miss)
     spanned = spanned_types(space, every, miss=known.miss)
     best = nothing(None, spanned, "the update is not that of one graph")
-    for answer in pooled(known.update.head, known.params.head):
-        for types in (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,):
-            for found in counted(known, answer, types, limits):
-                if found.counts:
-                    return found
-                if found.mismatch < best.mismatch or math.isinf(best.mismatch):
-                    best = found
+    answers = pooled(known.update.head, known.params.head)
+    for types in (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,):
+        for found in counted(known, answers, types, limits) if answers else ():
+            if found.counts:
+                return found
+            if found.mismatch < best.mismatch or math.isinf(best.mismatch):
+                best = found
     return best
 
 

@@ -56,7 +56,7 @@ class Trees(NamedTuple):
 
 def possible_types(
     gradient: Float[np.ndarray, "f d"],
-    blocks: Sequence[Float[np.ndarray, "k w"]],
+    blocks: Sequence[Float[np.ndarray, "_ _"]],
     degree_block: int | None,
     degrees: Sequence[int],
     *,
@@ -112,7 +112,7 @@ def spanned_types(space: Subspace, types: Types, *, miss: float) -> Types:
 def num_stars(types: Types) -> int:
     """Counts the stars over some types."""
     outer = int(np.sum(types.degrees > 0))
-    return sum(math.comb(outer + int(k) - 1, int(k)) for k in types.degrees)
+    return sum(math.comb(outer + k - 1, k) if k else 1 for k in types.degrees.tolist())
 
 
 def all_stars(types: Types) -> Iterator[Stars]:
@@ -200,7 +200,7 @@ def completed_stars(
             yield _joined([kept, _pick(rest, group)], types)
 
 
-def _lines(rows: Float[np.ndarray, "n d"], errors: Float[np.ndarray, " n"]) -> list[Int[np.ndarray, "_"]]:
+def _lines(rows: Float[np.ndarray, "n d"], errors: Float[np.ndarray, " n"]) -> list[Int[np.ndarray, " _"]]:
     """Groups rows that lie on one line through 0 within their errors, the largest groups first, without single rows.
 
     Rows on one line have one ratio of their products with two probes. So those of about the same ratio are compared.

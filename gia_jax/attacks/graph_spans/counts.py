@@ -43,20 +43,20 @@ class Seen(NamedTuple):
 
     Attributes:
         pooled: Pooled features u, shape (m,).
-        kernel: Gradient of the second kernel, in coordinates of its span, shape (q, m).
-        bias: Gradient of the second bias, shape (m,), or None.
+        kernel: Gradient of the second kernel, in coordinates of its span, shape (q, k).
+        bias: Gradient of the second bias, shape (k,), or None.
     """
 
     pooled: Float[np.ndarray, " m"]
-    kernel: Float[np.ndarray, "q m"]
-    bias: Float[np.ndarray, " m"] | None
+    kernel: Float[np.ndarray, "q k"]
+    bias: Float[np.ndarray, " k"] | None
 
 
 def system(
     seen: Seen,
     averages: Float[np.ndarray, "r q"],
     hidden: Float[np.ndarray, "r m"],
-    cotangents: Float[np.ndarray, "r m"],
+    cotangents: Float[np.ndarray, "r k"],
     stars: Stars,
     trees: Trees,
 ) -> System:

@@ -160,7 +160,7 @@ def parts_outside(
     return parts[: len(vectors)], errors[: len(vectors)]
 
 
-def _padded(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def _padded(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "padded d"]:
     """Appends rows of zeros up to 64, 512 or a multiple of 4096, so that few programs are compiled."""
     size = next((size for size in (64, 512) if len(rows) <= size), -(-len(rows) // 4096) * 4096)
     return np.concatenate([rows, np.zeros((size - len(rows), rows.shape[1]))])

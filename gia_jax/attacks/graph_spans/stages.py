@@ -63,7 +63,7 @@ class Known(NamedTuple):
     spacing: float
     tolerance: float | None
 
-    def accepted(self, *parts: Float[np.ndarray, "..."]) -> float:
+    def accepted(self, *parts: np.ndarray) -> float:
         """Returns the mismatch that errors explain, for parts of the update that count relative to their lengths.
 
         The squared length of Gaussian noise on k entries is below k + 4 sqrt(k) variances but for one time in a
@@ -79,19 +79,19 @@ class Known(NamedTuple):
         return total
 
 
-def counted(known: Known, answer: Pooled, types: Types, limits: Limits) -> Iterator[GraphSpans]:
+def counted(known: Known, answers: Sequence[Pooled], types: Types, limits: Limits) -> Iterator[GraphSpans]:
     """Yields what is found with the stars of the span, and then with those of each way to complete it.
 
     Args:
         known: What the attacker knows.
-        answer: Error and features of the last layer.
+        answers: What error and features of the last layer may be, at least one.
         types: Types of nodes.
         limits: How much work may be done.
 
     Yields:
         What was found without graphs, with a reason to stop where there are no counts.
     """
-    found = nothing(answer.label, types, "no type of node is in the span of the first layer's gradient")
+    found = nothing(answers[0].label, types, "no type of node is in the span of the first layer's gradient")
     if not len(types.degrees):
         yield found
         return
@@ -111,7 +111,10 @@ def counted(known: Known, answer: Pooled, types: Types, limits: Limits) -> Itera
             stopped = f"limits.trees: there are {number} trees, more than {limits.trees}"
             yield found._replace(stars=stars, stopped=stopped)
         else:
-            yield _solved(known, answer, found._replace(stars=stars, trees=all_trees(stars)), basis, limits)
+            trees = all_trees(stars)
+            for answer in answers:
+                named = found._replace(label=answer.label, stars=stars, trees=trees)
+                yield _solved(known, answer, named, basis, limits)
 
 
 def _solved(
@@ -175,7 +178,7 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
     return found._replace(graphs=tuple(graphs), stopped=stopped)
 
 
-def _orders(counts: Sequence[Int[np.ndarray, " r"]], known: Known) -> Iterator[tuple[Int[np.ndarray, " r"], bool]]:
+def _orders(counts: Sequence[Int[np.ndarray, " _"]], known: Known) -> Iterator[tuple[Int[np.ndarray, " r"], bool]]:
     """Yields counts, those of smaller graphs first, and whether the graph has to be connected."""
     every: dict[bytes, np.ndarray] = {}
     for base in counts:
