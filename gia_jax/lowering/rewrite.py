@@ -7,7 +7,6 @@ differentiated* (a gradient, a Hessian-vector product), hence it never touches a
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -53,23 +52,25 @@ def lower(closed: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
     return jax.make_jaxpr(lambda *values: _interpret(closed.jaxpr, closed.consts, values))(*arguments)
 
 
-def _subjaxprs(parameter: Any) -> Iterator[jex_core.Jaxpr]:
-    """Iterates over the jaxprs that a parameter of an equation holds, such as the body of a loop."""
-    if isinstance(parameter, jex_core.ClosedJaxpr):
-        yield parameter.jaxpr
-    elif isinstance(parameter, jex_core.Jaxpr):
-        yield parameter
-    elif isinstance(parameter, (tuple, list)):
-        for item in parameter:
-            yield from _subjaxprs(item)
+def _subjaxprs(eqn: jex_core.JaxprEqn) -> list[jex_core.Jaxpr]:
+    """Returns the jaxprs that the parameters of an equation hold, such as the body of a loop."""
+    found: list[jex_core.Jaxpr] = []
+    parameters = list(eqn.params.values())
+    for parameter in parameters:  # which grow by what is inside them
+        if isinstance(parameter, jex_core.ClosedJaxpr):
+            found.append(parameter.jaxpr)
+        elif isinstance(parameter, jex_core.Jaxpr):
+            found.append(parameter)
+        elif isinstance(parameter, (tuple, list)):
+            parameters.extend(parameter)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
 def _has_convolution(jaxpr: jex_core.Jaxpr) -> bool:
     """Tells whether a jaxpr, or one inside it, has a convolution."""
     return any(
-        eqn.primitive.name == "conv_general_dilated"
-        or any(_has_convolution(sub) for parameter in eqn.params.values() for sub in _subjaxprs(parameter))
+        eqn.primitive.name == "conv_general_dilated" or any(map(_has_convolution, _subjaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 
@@ -114,11 +115,11 @@ def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
             outputs = _interpret(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, operands)
         elif name == "checkpoint" and not eqn.params["prevent_cse"]:
             outputs = _interpret(eqn.params["jaxpr"], (), operands)
-        elif not any(True for parameter in eqn.params.values() for _ in _subjaxprs(parameter)):
+        elif not (inside := _subjaxprs(eqn)):
             outputs = eqn.primitive.bind(*operands, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         else:
-            if any(_has_convolution(sub) for parameter in eqn.params.values() for sub in _subjaxprs(parameter)):
+            if any(map(_has_convolution, inside)):
                 eqn = eqn.replace(params={key: _lower_parameter(value) for key, value in eqn.params.items()})
             outputs = _evaluate(eqn, values)
         if name == "rev" and jnp.ndim(operands[0]) > 2:

@@ -147,11 +147,11 @@ def reconstruction_robustness(
     if losses is None or not _composable(losses, num_rounds):
         return max(prior, bound)
     # The distribution takes the larger of both directions; gamma is about the removal, mu against nu, alone.
-    composed = type(losses)(losses._pmf_remove).self_compose(num_rounds)
+    composed = type(losses)(losses._pmf_remove).self_compose(num_rounds)._pmf_remove
 
     def least(low: float, high: float) -> tuple[float, float]:
         grid = np.linspace(low, high, 2_001)
-        values = prior * np.exp(grid) + np.asarray(composed.get_delta_for_epsilon(grid))
+        values = prior * np.exp(grid) + _divergences(composed, grid)
         return float(grid[np.argmin(values)]), float(values.min())
 
     # The minimum is where exp(e) is a likelihood ratio; prior exp(e) <= 1 bounds it from above.
@@ -473,6 +473,22 @@ def _composable(losses: Any, num_rounds: int) -> bool:
     sides = {id(side): side for side in (losses._pmf_remove, losses._pmf_add)}.values()
     bounds = (common.compute_self_convolve_bounds(side._probs, num_rounds, TAIL) for side in sides)
     return num_rounds == 1 or all(high - low <= MAX_LOSSES for low, high in bounds)
+
+
+def _divergences(losses: Any, epsilons: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Computes the hockey-stick divergence at each of ascending epsilons.
+
+    It is the accountant's own sum over the losses above epsilon, (1 - exp(epsilon - loss)) of each probability, without
+    its Python loop over a million losses.
+    """
+    values = (np.arange(losses.size) + losses._lower_loss) * losses._discretization
+    above = values > epsilons[0]
+    values, probabilities = values[above], losses._probs[above]
+    # Of the k largest losses, for each k: the probability of the release, and that of the noise alone.
+    release = np.cumsum(np.append(losses._infinity_mass, probabilities[::-1]))
+    noise = np.cumsum(np.append(0.0, (probabilities * np.exp(-values))[::-1]))
+    count = len(values) - np.searchsorted(values, epsilons, side="right")
+    return release[count] - np.exp(epsilons) * noise[count]
 
 
 def _unresolved(name: str, value: int | float, what: str, relation: str) -> str:
