@@ -135,7 +135,7 @@ def attacked(those: Victims, setting: Setting, i: int) -> tuple[GraphSpans, floa
         rng = np.random.default_rng(i)
         seen = seen._replace(update=jax.tree.map(lambda leaf: leaf + noise * rng.normal(size=leaf.shape), seen.update))
     if setting.num_nodes:
-        seen = seen._replace(extra={**seen.extra, "num_nodes": inputs["mask"][0]})
+        seen = seen._replace(extra={**seen.extra, "inputs": {"mask": inputs["mask"]}})
     attack = attacks.graph_spans(
         those.client_fn,
         those.blocks,

@@ -129,7 +129,7 @@ def test_two_rings_of_five_and_one_of_ten_are_both_answers() -> None:
     both = [seen(net, inputs_of(nodes, ring + ring.T, 10)) for ring in (ten, five)]
     for one, other in zip(*(jax.tree.leaves(observation.update) for observation in both), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-15)
-    found = attack(net, both[0]._replace(extra={"num_nodes": jnp.array(10)}), blocks=[1, 3], max_nodes=10)
+    found = attack(net, both[0]._replace(extra={"inputs": {"mask": jnp.ones((1, 10))}}), blocks=[1, 3], max_nodes=10)
     rings = sorted(sorted(_component_sizes(graph.adjacency)) for graph in found.graphs)
     assert rings == [[3, 3, 4], [3, 7], [4, 6], [5, 5], [10]]
     assert found.stopped == "complete"
