@@ -19,6 +19,7 @@ from gia_jax import (
     ThreatModel,
     attacks,
     clients,
+    data,
     gradient_matching,
     keep_best,
     modalities,
@@ -405,14 +406,17 @@ def test_the_order_of_granted_labels_does_not_matter_for_one_image(subject: Subj
     chex.assert_trees_all_equal(first, second)
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.__all__ if name.islower() and name != "rank_analysis"])
+ANALYSES = ("rank_analysis", "graph_identifiability")  # of a known victim, before an attack
+
+
+@pytest.mark.parametrize("name", [name for name in attacks.__all__ if name.islower() and name not in ANALYSES])
 def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(name: str) -> None:
     first, *rest = inspect.signature(getattr(attacks, name)).parameters.values()
     others = {"linear_inversion": "layer_fn", "cafe": "layers_fn", "giml": "attack_fn"}
     others |= dict.fromkeys(("r_gap", "r_gap_twins"), "network")
     assert first.name == others.get(name, "client_fn")
     positional = {p.name for p in rest if p.kind is not inspect.Parameter.KEYWORD_ONLY}
-    assert positional <= {"classifier_fn"}
+    assert positional <= {"classifier_fn", "blocks"}
     for parameter in (first, *rest):
         assert parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         assert not {"truth", "true", "target", "victim", "images", "batch"} & set(parameter.name.split("_"))
@@ -422,6 +426,9 @@ def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(na
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in INVERTIBLE])
 def test_every_named_attack_has_the_three_functions(name: str, solver: str) -> None:
     target = _target(Case(dlg), lambda params, batch: params)
+    if ATTACKS[name].data == "graphs":
+        blocks = (data.FeatureBlock("label", ("C", "N")),)
+        target = target._replace(modality=modalities.graph(blocks, 3), bounds=None, blocks=blocks)
     if name == "gias":
         target = target._replace(generator=Generator(**generator(), num_latent_steps=0))
     if solver not in (solvers := ATTACKS[name].solvers):

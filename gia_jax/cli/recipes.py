@@ -188,7 +188,9 @@ def build_gias(target: Target, choices: Choices) -> Attack:
 
 
 def build_glg(target: Target, choices: Choices) -> Attack:
-    """Builds GLG on graphs whose number of nodes is granted."""
+    """Builds GLG on graphs whose number of nodes is granted, or raises ValueError where the data are none."""
+    if not target.blocks:
+        raise ValueError("target must have blocks of features for the attack glg, got none")
     assert choices.label_fn is not None
     return glg(
         target.client_fn,

@@ -16,12 +16,13 @@ class TableData(NamedTuple):
         class_names: One name for each class.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> import numpy as np
         >>> from gia_jax import data, modalities
         >>> columns = {"age": np.array([30.0, 50.0]), "work": np.array(["public", "private"])}
         >>> rows = data.TableData("two rows", columns, np.array([0, 1]), ("no", "yes"))
         >>> schema = modalities.fit_schema(rows.columns)
-        >>> schema.encode(schema.fields_of(rows.columns)).tolist()
+        >>> schema.encode(jnp.asarray(schema.fields_of(rows.columns))).tolist()
         [[-1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
     """
 
