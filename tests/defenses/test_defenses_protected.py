@@ -28,6 +28,7 @@ RANDOM = ("gaussian", "laplace", "ternary", "quantize", "dpsgd", "precode")
 ENCODINGS = ("mixup", "instahide", *COMBINATIONS)
 
 
+@functools.cache
 def protected_by(*texts):
     return protect([part for text in texts for part in parse(text)], MODULE, num_classes=4)
 
@@ -36,8 +37,18 @@ def update_of(protected, key, batch=BATCH):
     return protected.client_fn(key)(protected.params, batch)
 
 
+@functools.cache
+def undefended_update():
+    return update_of(protected_by(), KEYS[0])
+
+
+@jax.jit
+def relative_distance(a, b):
+    return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
+
+
 def distance(a, b):
-    return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
+    return float(relative_distance(a, b))
 
 
 def test_a_name_has_defaults_and_settings():
@@ -119,10 +130,12 @@ def test_dp_sgd_gives_every_example_of_precode_a_draw_of_its_own():
     assert of(both, 1) == pytest.approx(of(alone, 1), rel=0.2)
     assert of(both, 4) == pytest.approx(of(both, 1) / 4, rel=0.2)
     # Without the noise of both it is the client that the attacker assumes.
-    assert distance(both.assumed_fn(both.params, BATCH), alone.assumed_fn(alone.params, BATCH)) < 1e-5
+    assumed, assumed_alone = (jax.jit(one.assumed_fn)(one.params, BATCH) for one in (both, alone))
+    assert distance(assumed, assumed_alone) < 1e-5
     private = protected_by("precode:size=8", "dpsgd:noise_multiplier=1,norm=0.1")
     assert private.modelled
-    assert distance(update_of(private, KEYS[0]), private.assumed_fn(private.params, BATCH)) > 1
+    update = jax.jit(lambda key: update_of(private, key))(KEYS[0])
+    assert distance(update, jax.jit(private.assumed_fn)(private.params, BATCH)) > 1
 
 
 def test_shares_of_live_features_are_those_of_each_victim():
@@ -159,16 +172,14 @@ def test_every_defense_is_a_client_that_may_be_compiled_mapped_and_differentiate
         return protected.client_fn(key_client)(protected.params, protected.encode_fn(key_encode, batch))
 
     together = jax.jit(jax.vmap(share))
-    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), BATCH)
+    two = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), BATCH)
     updates = together(KEYS, two)
-    chex.assert_trees_all_equal_shapes_and_dtypes(jax.tree.map(lambda leaf: leaf[0], updates), protected.params)
-    chex.assert_trees_all_close(
-        jax.tree.map(lambda leaf: leaf[1], updates), share(KEYS[1], BATCH), rtol=1e-3, atol=1e-5
-    )
-    # Randomness is the client's own: another key another update, the same key the same.
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], updates) for i in range(2))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, protected.params)
+    chex.assert_trees_all_close(second, share(KEYS[1], BATCH), rtol=1e-3, atol=1e-5)
+    # Randomness is the client's own: another key another update, the same key the same.
     assert (distance(first, second) > 1e-5) == (name in (*RANDOM, *ENCODINGS))
-    again = together(KEYS, two._replace(inputs=two.inputs.at[1].set(jnp.nan)))
+    again = together(KEYS, two._replace(inputs=np.stack([BATCH.inputs, np.full_like(BATCH.inputs, np.nan)])))
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], again), first)
     # The attacker's client: what it assumes has a derivative in the inputs.
     soft = as_probabilities(BATCH, 4)
@@ -189,7 +200,7 @@ def test_every_defense_goes_before_another_of_the_update(name):
     once, _ = defenses.clip(0.01).update(update_of(alone, KEYS[0], batch), optax.EmptyState())
     chex.assert_trees_all_close(update_of(bounded, KEYS[0], batch), once, rtol=1e-3, atol=1e-7)
     if name != "precode":  # another model
-        undefended, _ = defenses.clip(0.01).update(update_of(protected_by(), KEYS[0]), optax.EmptyState())
+        undefended, _ = defenses.clip(0.01).update(undefended_update(), optax.EmptyState())
         plain_clip = name == "clip:norm=0.1"
         assert (distance(once, undefended) < 1e-4) == plain_clip
 
@@ -198,7 +209,7 @@ def test_every_defense_goes_before_another_of_the_update(name):
 def test_the_attacker_s_client_is_the_undefended_one_or_clips_examples(name):
     private = name == "dpsgd"
     protected = protected_by("dpsgd:noise_multiplier=1,norm=0.1" if private else name)
-    assumed, plain = protected.assumed_fn(protected.params, BATCH), update_of(protected_by(), KEYS[0])
+    assumed, plain = protected.assumed_fn(protected.params, BATCH), undefended_update()
     if private:
         noiseless = update_of(protected_by("dpsgd:noise_multiplier=0,norm=0.1"), KEYS[0])
         assert distance(noiseless, assumed) < 1e-5
@@ -210,8 +221,8 @@ def test_the_attacker_s_client_is_the_undefended_one_or_clips_examples(name):
 )
 def test_strength_nothing_is_the_undefended_client_and_attacker(text):
     """Bit for bit, so that every figure of theirs is that of the undefended client."""
-    weakest, plain = protected_by(text), protected_by()
-    jax.tree.map(np.testing.assert_array_equal, update_of(weakest, KEYS[0]), update_of(plain, KEYS[0]))
+    weakest = protected_by(text)
+    jax.tree.map(np.testing.assert_array_equal, update_of(weakest, KEYS[0]), undefended_update())
     assert weakest.adapt_fn(cosine) is cosine
 
 
@@ -219,9 +230,9 @@ def test_strength_nothing_is_the_undefended_client_and_attacker(text):
     "text", ["clip:norm=1e9", "dpsgd:noise_multiplier=0,norm=1e9", "mixup:k=1", "quantize:bits=16"]
 )
 def test_the_weakest_of_the_rest_leaves_the_update_to_rounding(text):
-    weakest, plain = protected_by(text), protected_by()
+    weakest = protected_by(text)
     batch = weakest.encode_fn(KEYS[1], BATCH)
-    assert distance(update_of(weakest, KEYS[0], batch), update_of(plain, KEYS[0])) < 1e-3
+    assert distance(update_of(weakest, KEYS[0], batch), undefended_update()) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["gaussian", "ternary", "quantize"])
@@ -279,6 +290,11 @@ def chained(*texts):
     return protect(parts, MODULE, num_classes=4, make_client=lambda loss_fn: lambda params, batch: LONG)
 
 
+@functools.cache
+def directions():
+    return jax.vmap(lambda key: optax.tree.random_like(key, LONG))(KEYS)
+
+
 def not_modelled(first, second):
     unbiased = NOISE | ROUNDING
     signs_lost = {first, second} & NOISE and "sign" in (first, second)
@@ -293,16 +309,14 @@ def test_no_pair_of_defenses_drives_the_attacker_that_knows_it_from_the_truth(fi
     # An attacker that does not know the chain has no more than directions.
     objectives = (cosine, euclidean) if both.modelled else (cosine,)
 
-    @jax.jit
-    @jax.vmap
-    def losses(key):
+    @jax.vmap  # not compiled: the pairs have most of their operations in common
+    def losses(key, direction):
         """Of each objective at the truth, at no update and at a tiny one."""
         update, truth = both.client_fn(key)(LONG, BATCH), both.assumed_fn(LONG, BATCH)
-        direction = optax.tree.random_like(key, LONG)
         points = jax.tree.map(lambda t, d: jnp.stack([t, 0 * d, 1e-6 * d]), truth, direction)
         return jnp.stack([jax.vmap(both.adapt_fn(fn), (0, None))(points, update) for fn in objectives])
 
-    at_truth, *elsewhere = jnp.moveaxis(losses(KEYS), -1, 0)
+    at_truth, *elsewhere = np.moveaxis(losses(KEYS, directions()), -1, 0)
     for loss in elsewhere:
         assert (at_truth < loss).all()
     if not both.modelled:
@@ -562,7 +576,7 @@ def test_another_client_than_of_one_step_is_refused_beside_dp_sgd_and_precode():
 
 
 def test_precode_s_weights_are_public_and_of_no_key_that_a_user_has():
-    default, again = protected_by("precode:size=4"), protected_by("precode:size=4")
+    default, again = (protect(parse("precode:size=4"), MODULE, num_classes=4) for _ in range(2))
     assert distance(default.params["encoder"], again.params["encoder"]) == 0
     own = protect(parse("precode:size=4"), MODULE, num_classes=4, key=jax.random.key(0))
     assert distance(default.params["encoder"], own.params["encoder"]) > 0.1
