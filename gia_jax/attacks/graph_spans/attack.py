@@ -197,5 +197,6 @@ def _check_knowledge(
 def _check_limits(limits: Limits) -> None:
     for name in ("stars", "trees", "counts", "branches", "graphs"):
         _check.integer(**{f"limits.{name}": getattr(limits, name)})
-    _check.integer(0, **{"limits.completions": limits.completions})
+    for name in ("completions", "ties"):
+        _check.integer(0, **{f"limits.{name}": getattr(limits, name)})
     _check.positive(**{"limits.seconds": limits.seconds})

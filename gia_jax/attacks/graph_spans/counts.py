@@ -107,7 +107,13 @@ def mismatch(equations: System, weights: Float[np.ndarray, " r"]) -> float:
 
 
 def solutions(
-    equations: System, sizes: Sequence[int] | None, *, tolerance: float, max_solutions: int, seconds: float
+    equations: System,
+    sizes: Sequence[int] | None,
+    *,
+    tolerance: float,
+    max_solutions: int,
+    seconds: float,
+    max_trees: int = 300,
 ) -> tuple[list[Int[np.ndarray, " r"]], float]:
     """Finds whole numbers of trees that explain what was observed.
 
@@ -117,6 +123,7 @@ def solutions(
         tolerance: Relative mismatch of the equations that is taken for rounding.
         max_solutions: Number of solutions that are looked for at most, where there are several.
         seconds: Time that the integer programme may take for each of them.
+        max_trees: Number of trees above which there is no integer programme, as it would take too long.
 
     Returns:
         The counts of every tree, those of the smallest graph first, and the least mismatch of any weights.
@@ -125,8 +132,6 @@ def solutions(
     full = np.concatenate([equations.matrix, rows])
     goal = np.concatenate([equations.target, np.zeros(len(rows))])
     lengths = np.maximum(np.linalg.norm(full, axis=0), np.finfo(float).tiny)
-    left, values, right = np.linalg.svd(full / lengths, full_matrices=False)
-    rank = int(np.sum(values > SINGULAR * values[0]))
     try:
         weights = scipy.optimize.nnls(full / lengths, goal, maxiter=50 * full.shape[1])[0] / lengths
     except RuntimeError:  # it ran past its number of iterations
@@ -135,6 +140,10 @@ def solutions(
     if best > tolerance:
         return [], best
     found = _rounded(equations, weights, sizes, tolerance)
+    if full.shape[1] > max_trees:
+        return found, best
+    left, values, right = np.linalg.svd(full / lengths, full_matrices=False)
+    rank = int(np.sum(values > SINGULAR * values[0]))
     if rank < full.shape[1]:
         reduced = right[:rank] * 1.0, left[:, :rank].T @ goal / values[:rank], values[:rank]
         for counts in _programmed(equations, reduced, lengths, sizes, tolerance, max_solutions, seconds):

@@ -34,6 +34,8 @@ class Limits(NamedTuple):
         completions: Number of ways in which a span of too few dimensions is completed at most, at least 0.
         counts: Number of solutions of the equations that are looked for, where they have several, at least 1.
         seconds: Time that the integer programme may take for each of these, in seconds.
+        ties: Number of trees above which there is no integer programme: the equations are then solved by least squares
+            alone, which finds a solution where there is only one. At least 0.
         branches: Number of half-edges that are joined while graphs are drawn, at least 1.
         graphs: Number of graphs that are returned at most, at least 1.
 
@@ -47,7 +49,8 @@ class Limits(NamedTuple):
     trees: int = 3000
     completions: int = 8
     counts: int = 4
-    seconds: float = 5.0
+    seconds: float = 2.0
+    ties: int = 300
     branches: int = 20_000
     graphs: int = 16
 
@@ -66,7 +69,8 @@ class GraphSpans(NamedTuple):
             nodes. The update does not tell which of them it is of. Connected graphs come first, smaller ones before.
         mismatch: Least relative distance that any weights of the trees leave to what the update says of the second
             layer and the pooled features. It is infinite where the attack stopped earlier.
-        stopped: Why the attack stopped, in words: "complete" where it listed all graphs of the counts.
+        stopped: Why the attack stopped, in words: "complete" where it listed all graphs of the counts. Where equations
+            have several solutions, the integer programme lists those that it meets, which need not be all.
     """
 
     label: int | None

@@ -131,14 +131,19 @@ def _solved(
     seen = Seen(answer.features, basis.T @ gradient.kernel, gradient.bias)
     equations = system(seen, averages @ basis, values, cotangents, stars, trees)
     parts = [part for part in (seen.kernel, seen.bias, known.update.head.kernel) if part is not None]
+    tolerance = known.accepted(*parts, answer.error)
     counts, mismatch = solutions(
         equations,
         None if known.is_sum else known.sizes,
-        tolerance=known.accepted(*parts, answer.error),
+        tolerance=tolerance,
         max_solutions=limits.counts,
         seconds=limits.seconds,
+        max_trees=limits.ties,
     )
-    stopped = "" if counts else "no numbers of trees explain the update"
+    stopped = "no numbers of trees explain the update"
+    if mismatch <= tolerance and not counts:
+        stopped = f"weights of the {len(trees.stars)} trees explain the update, and no whole numbers were found"
+    stopped = "" if counts else stopped
     return found._replace(counts=tuple(counts), mismatch=mismatch, stopped=stopped)
 
 
@@ -174,8 +179,18 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
             stopped = f"limits.branches: {limits.branches} half-edges were joined, and there may be more graphs"
         if stopped:
             break
-    stopped = stopped or ("complete" if graphs else "no graph of at most the largest size has these numbers of trees")
-    return found._replace(graphs=tuple(graphs), stopped=stopped)
+    return found._replace(graphs=tuple(graphs), stopped=stopped or _end(found, bool(graphs), limits))
+
+
+def _end(found: GraphSpans, has_graphs: bool, limits: Limits) -> str:
+    """Says why the attack ends where the search for graphs of its counts came to an end."""
+    if not has_graphs:
+        return "no graph of at most the largest size has these numbers of trees"
+    if len(found.trees.stars) > limits.ties:
+        return f"limits.ties: there are {len(found.trees.stars)} trees, and other numbers of them were not looked for"
+    if len(found.counts) == limits.counts > 1:
+        return f"limits.counts: {limits.counts} numbers of trees were found, and there may be more"
+    return "complete"
 
 
 def _orders(counts: Sequence[Int[np.ndarray, " _"]], known: Known) -> Iterator[tuple[Int[np.ndarray, " r"], bool]]:
