@@ -138,7 +138,7 @@ def attacked(those: Victims, setting: Setting, i: int) -> tuple[GraphSpans, floa
         seen = seen._replace(extra={**seen.extra, "inputs": {"mask": inputs["mask"]}})
     attack = attacks.graph_spans(
         those.client_fn,
-        those.blocks,
+        blocks=those.blocks,
         degree_block=those.degree_block,
         max_degree=those.max_degree,
         activation=setting.activation,

@@ -32,6 +32,7 @@ from gia_jax.labels import Dense
 from gia_jax.matching.initializations import near_grey
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 
+ANALYSES = ("graph_identifiability", "rank_analysis")  # of data that are known
 NUM_CLASSES = 4
 NUM_STEPS = 3
 NUM_RESTARTS = 2
@@ -421,17 +422,21 @@ def test_the_order_of_granted_labels_does_not_matter_for_one_image(subject: Subj
     chex.assert_trees_all_equal(first, second)
 
 
+<<<<<<< HEAD
 ANALYSES = ("rank_analysis", "graph_identifiability")  # of a known victim, before an attack
 
 
 @pytest.mark.parametrize("name", [name for name in attacks.__all__ if name.islower() and name not in ANALYSES])
+=======
+@pytest.mark.parametrize("name", [n for n in attacks.__all__ if n.islower() and n not in ANALYSES])
+>>>>>>> spans
 def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(name: str) -> None:
     first, *rest = inspect.signature(getattr(attacks, name)).parameters.values()
     others = {"linear_inversion": "layer_fn", "cafe": "layers_fn", "giml": "attack_fn"}
     others |= dict.fromkeys(("r_gap", "r_gap_twins"), "network")
     assert first.name == others.get(name, "client_fn")
     positional = {p.name for p in rest if p.kind is not inspect.Parameter.KEYWORD_ONLY}
-    assert positional <= {"classifier_fn", "blocks"}
+    assert positional <= {"classifier_fn"}
     for parameter in (first, *rest):
         assert parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         assert not {"truth", "true", "target", "victim", "images", "batch"} & set(parameter.name.split("_"))

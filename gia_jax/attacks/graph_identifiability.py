@@ -48,6 +48,11 @@ class GraphIdentifiability(NamedTuple):
             only the sum of their features can be found.
         is_recoverable: Whether `graph_spans` can be expected to find the graph's trees, in exact arithmetic.
         reason: Why, in words.
+
+    Examples:
+        >>> from gia_jax import attacks
+        >>> attacks.GraphIdentifiability._fields[:3]
+        ('num_types', 'num_stars', 'num_trees')
     """
 
     num_types: int

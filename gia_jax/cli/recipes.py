@@ -209,7 +209,7 @@ def build_graph_spans(target: Target, choices: Choices) -> ReconstructFn:
     """Builds the search by spans and counting on graphs whose nodes have one-hot labels and degrees."""
     del choices
     sizes, kinds = [len(block.names) for block in target.blocks], [block.kind for block in target.blocks]
-    find = graph_spans(jax.jit(target.client_fn), sizes, degree_block=kinds.index("degree"))
+    find = graph_spans(jax.jit(target.client_fn), blocks=sizes, degree_block=kinds.index("degree"))
     max_nodes = target.modality.like["mask"].shape[0]
 
     def reconstruct_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:

@@ -25,8 +25,8 @@ DEFAULT_LIMITS = Limits()
 
 def graph_spans(
     client_fn: ClientFn,
-    blocks: Sequence[Block],
     *,
+    blocks: Sequence[Block],
     degree_block: int | None = None,
     max_degree: int | None = None,
     max_nodes: int | None = None,
@@ -92,7 +92,7 @@ def graph_spans(
         ...     nodes = jnp.eye(2)[jnp.array([[0, 0, 1]])]
         ...     inputs = {"nodes": nodes, "adjacency": 1 - jnp.eye(3)[None], "mask": jnp.ones((1, 3))}
         ...     seen = observe(jax.random.key(0), ThreatModel(), client_fn, params, Batch(inputs, jnp.array([2])))
-        ...     found = attacks.graph_spans(client_fn, [2], max_degree=2)(seen)
+        ...     found = attacks.graph_spans(client_fn, blocks=[2], max_degree=2)(seen)
         >>> found.label, found.graphs[0].nodes.argmax(1).tolist(), found.graphs[0].adjacency.tolist()
         (2, [1, 0, 0], [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
     """

@@ -71,6 +71,16 @@ class GraphSpans(NamedTuple):
             layer and the pooled features. It is infinite where the attack stopped earlier.
         stopped: Why the attack stopped, in words: "complete" where it listed all graphs of the counts. Where equations
             have several solutions, the integer programme lists those that it meets, which need not be all.
+
+    Examples:
+        A result of the attack is read from its end: how many answers there are, and whether these are all.
+
+        >>> import numpy as np
+        >>> from gia_jax.attacks.graph_spans import Types
+        >>> from gia_jax.attacks.graph_spans.found import nothing
+        >>> found = nothing(None, Types(np.zeros((0, 2)), np.zeros(0, int)), "the update is not that of one graph")
+        >>> len(found.graphs), found.stopped
+        (0, 'the update is not that of one graph')
     """
 
     label: int | None
