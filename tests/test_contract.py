@@ -422,9 +422,6 @@ def test_the_order_of_granted_labels_does_not_matter_for_one_image(subject: Subj
     chex.assert_trees_all_equal(first, second)
 
 
-ANALYSES = ("rank_analysis", "graph_identifiability")  # of a known victim, before an attack
-
-
 @pytest.mark.parametrize("name", [name for name in attacks.__all__ if name.islower() and name not in ANALYSES])
 def test_constructors_take_what_the_attacker_assumes_and_nothing_of_the_truth(name: str) -> None:
     first, *rest = inspect.signature(getattr(attacks, name)).parameters.values()
