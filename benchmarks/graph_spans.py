@@ -34,6 +34,7 @@ jax.config.update("jax_enable_x64", True)
 
 MAX_NODES = 30
 THREAT = ThreatModel()
+SHARES = ("same trees", "in the list", "first")
 
 
 class Setting(NamedTuple):
@@ -229,8 +230,9 @@ def main() -> None:
         args.table,
         f"Molecules found exactly, {args.graphs} of each set with at most {MAX_NODES} nodes, {args.draws} networks",
         rows,
-        f"Graphs {args.first} to {args.first + args.graphs - 1} of a drawn order, of which the first 40 are those that the "
-        "attack was written on. Intervals of 95 %, bootstrap over graphs. Share of graphs of which an answer has the same trees of two hops, which are all that the network tells "
+        f"Graphs {args.first} to {args.first + args.graphs - 1} of a drawn order, of which the first 40 are those that "
+        "the attack was written on. Intervals of 95 %, bootstrap over graphs. Share of graphs of which an answer has "
+        "the same trees of two hops, which are all that the network tells "
         "apart; of which one is the graph itself, up to the order of its nodes; and of which the first one is. "
         "'wrong alone': there are answers, all with the observed gradient, and none has the graph's trees. Plain: "
         "untrained GCN of two layers of width 300, ReLU, biases from U(-0.3, 0.3), mean of the nodes, one-hot labels "
