@@ -143,11 +143,11 @@ def examples(inputs: PyTree[Any], *, name: str = "batch.inputs", hint: str = "")
     return size
 
 
-def one_array(name: str, inputs: PyTree[Any]) -> None:
+def one_array(name: str, inputs: PyTree[Any], where: str = "here") -> None:
     """Raises ValueError for inputs that are a tree where only one array is taken."""
     _no_numbers(name, inputs)
     if not isinstance(inputs, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-        raise ValueError(f"{name} must be one array of shape (b, *d) here, got a {type(inputs).__name__}")
+        raise ValueError(f"{name} must be one array of shape (b, *d) {where}, got a {type(inputs).__name__}")
 
 
 def _no_numbers(name: str, tree: PyTree[Any]) -> None:

@@ -176,11 +176,11 @@ def checked(args: argparse.Namespace) -> tuple[Part, ...]:
 def _check_data(args: argparse.Namespace) -> None:
     """Refuses a model or an attack that does not take such data."""
     kind, wanted = kind_of(args.data), ATTACKS[args.attack].data
+    if wanted not in ("", kind.name):
+        raise ValueError(f"--attack {args.attack} needs {wanted}, got --data {args.data}")
     if args.model not in kind.models:
         place = "--model" if kind.name == "images" else f"--model of --data {args.data}"
         raise ValueError(f"{place} must be one of {', '.join(kind.models)}, got {args.model!r}")
-    if wanted not in ("", kind.name):
-        raise ValueError(f"--attack {args.attack} needs {wanted}, got --data {args.data}")
     if kind.name == "graphs" and args.solver == "levenberg_marquardt":
         raise ValueError(f"--solver levenberg_marquardt needs inputs that are one array, got --data {args.data}")
 

@@ -51,7 +51,8 @@ def instahide(
     Raises:
         ValueError: If `num_classes` or `k` is out of range, not 0 <= low <= high <= 1, almost no coefficients lie in
             the bounds, or `public` holds too few images or a number that is not finite. The encoding raises it if there
-            are too few private images, public ones have another shape, or the labels are no classes.
+            are too few private images, public ones have another shape, the labels are no classes, or the inputs are a
+            tree of arrays, such as graphs.
 
     Examples:
         A mixture of images of ones is all ones, so that only the random signs are left:
@@ -75,6 +76,7 @@ def instahide(
             raise ValueError(f"public must have at least {k - private} images, got {len(public)}")
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
+        _check.one_array("batch.inputs", batch.inputs, "for instahide")
         key_mixing, key_signs = jax.random.split(key)
         images, labels = batch.inputs, as_probabilities(batch, num_classes)
         size = images.shape[0]

@@ -226,7 +226,8 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
     """Returns the labels of a batch as rows of probabilities, in the type of the inputs.
 
     Args:
-        batch: Batch with inputs of a floating-point type, and class indices (b,) or probabilities (b, num_classes).
+        batch: Batch with inputs of a floating-point type, an array or a tree of arrays, and class indices (b,) or
+            probabilities (b, num_classes).
         num_classes: Number of classes of the model, at least 1.
 
     Returns:
@@ -235,18 +236,21 @@ def as_probabilities(batch: Batch, num_classes: int) -> Float[Array, "b c"]:
 
     Raises:
         ValueError: If `num_classes` is no positive integer, the labels are neither indices below it nor rows of as many
-            probabilities, or the inputs are not of a floating-point type.
+            probabilities, or no input is of a floating-point type.
     """
     _check.integer(num_classes=num_classes)
-    _check.one_array("batch.inputs", batch.inputs)
-    if not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
-        raise ValueError(f"batch.inputs must be of a floating type, got {batch.inputs.dtype}")
+    size = _check.examples(batch.inputs)
+    types = [leaf.dtype for leaf in jax.tree.leaves(batch.inputs)]
+    floating = [dtype for dtype in types if jnp.issubdtype(dtype, jnp.floating)]
+    if not floating:
+        raise ValueError(f"batch.inputs must be of a floating type, got {', '.join(map(str, types))}")
+    dtype = jnp.result_type(*floating)
     if not hasattr(batch.labels, "ndim"):
         got = f"a {type(batch.labels).__name__}"
         raise ValueError(f"batch.labels must be class indices (b,) or probabilities (b, c) to be mixed, got {got}")
-    _check.classes(batch.labels, batch.inputs.shape[:1], num_classes)
-    _check.fits(batch.inputs.shape[0] * num_classes, num_classes=num_classes)
+    _check.classes(batch.labels, (size,), num_classes)
+    _check.fits(size * num_classes, num_classes=num_classes)
     if batch.labels.ndim == 2:
-        return batch.labels.astype(batch.inputs.dtype)
-    rows = jax.nn.one_hot(batch.labels, num_classes, dtype=batch.inputs.dtype)
+        return batch.labels.astype(dtype)
+    rows = jax.nn.one_hot(batch.labels, num_classes, dtype=dtype)
     return jnp.where((jnp.sum(rows, 1) > 0)[:, None], rows, jnp.nan)

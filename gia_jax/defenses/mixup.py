@@ -29,7 +29,8 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
 
     Raises:
         ValueError: If `num_classes` or `k` is out of range, not 0 <= low <= high <= 1, or almost no coefficients lie in
-            the bounds. The encoding raises it if the batch has fewer than k images or its labels are no classes.
+            the bounds. The encoding raises it if the batch has fewer than k images, its labels are no classes, or its
+            inputs are a tree of arrays, such as graphs.
 
     Examples:
         Each label is shared between two classes, and none has more than 0.65 of it:
@@ -45,6 +46,7 @@ def mixup(num_classes: int, *, k: int = 4, low: float = 0.0, high: float = 0.65)
     bounds = checked_bounds(k, low, high)
 
     def encode(key: PRNGKeyArray, batch: Batch) -> Batch:
+        _check.one_array("batch.inputs", batch.inputs, "for mixup")
         labels = as_probabilities(batch, num_classes)
         mixing = draw_mixing(key, batch.inputs.shape[0], k=k, low=bounds[0], high=bounds[1])
         return Batch(mix(mixing, batch.inputs), mix(mixing, labels))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Batch, LossFn, Params
@@ -109,7 +109,7 @@ def precode(
     _check.not_negative(weight=weight)
     _check.finite("weight", weight)
 
-    def code(params: Params, inputs: Array) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
+    def code(params: Params, inputs: PyTree[Array]) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
         mean, scale = jnp.split(_dense(params["encoder"], features_fn(params["features"], inputs)), 2, axis=1)
         return mean, jax.nn.softplus(scale - 5)
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend import core as jex_core
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from gia_jax import _check
 from gia_jax.base import Batch, ClientFn, Params, Updates
@@ -19,7 +20,7 @@ from gia_jax.defenses.pruning import checked_ratio, largest
 from gia_jax.labels.classifier import ClassifierFn
 from gia_jax.lowering import Lowering, lower, lowers_to_matmul
 from gia_jax.models.functional import ApplyFn
-from gia_jax.precision import wide_dtype, widened
+from gia_jax.precision import is_floating, wide_dtype, widened, widened_tree
 
 GUARD = 0.1  # added to |r_i| by the authors' code: a dead feature would divide by 0
 LANES = 64  # derivatives of one example taken at once
@@ -36,8 +37,9 @@ def soteria(
 ) -> ClientFn:
     """Builds the client that shares no gradient for the features of least score |dr_i / dx| / (|r_i| + 0.1).
 
-    r is the input of the last layer, with f features r_i, and x the client's input. Exactly floor(ratio * f) features
-    lose their row of the last kernel's gradient; every other entry of the update is shared as it is.
+    r is the input of the last layer, with f features r_i, and x the client's input. Where that is a tree of arrays,
+    such as a graph, x is all of its entries that are of a floating-point type. Exactly floor(ratio * f) features lose
+    their row of the last kernel's gradient; every other entry of the update is shared as it is.
 
     The scores of the examples of a batch are added. A dead feature (r_i = 0 with no derivative) scores 0 and is pruned
     first, although its row is 0 already: see `live_share_pruned`. Through the mask there is no derivative.
@@ -65,8 +67,8 @@ def soteria(
 
     Raises:
         ValueError: If `ratio` is outside [0, 1), or `num_probes` is no integer of at least 0. The client raises it if
-            the kernel that `classifier_fn` picks is no leaf of the update, such as a transposed one, or if `num_probes`
-            is too large for memory.
+            the kernel that `classifier_fn` picks is no leaf of the update, such as a transposed one, no input is of a
+            floating-point type, or `num_probes` is too large for memory.
 
     Examples:
         The inputs are the features here, and the largest one has the least score. Its row of the gradient is pruned:
@@ -102,7 +104,7 @@ def kept_features(
     apply_fn: ApplyFn,
     classifier_fn: ClassifierFn,
     params: Params,
-    inputs: Float[Array, "b *d"],
+    inputs: PyTree[Shaped[Array, "b ..."]],
     *,
     ratio: float,
     num_probes: int = 0,
@@ -114,7 +116,7 @@ def kept_features(
         apply_fn: Function `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
         classifier_fn: Function that picks that layer from the parameters, such as `labels.dense("head")`.
         params: Parameters of the model.
-        inputs: Inputs of the client's batch, shape (b, *d).
+        inputs: Inputs of the client's batch, shape (b, *d), or a tree of arrays whose first axis has length b.
         ratio: Share of the features to prune, in [0, 1).
         num_probes: Number of random directions that estimate the lengths of the derivatives, at least 0. 0 computes the
             lengths themselves.
@@ -124,7 +126,8 @@ def kept_features(
         A mask of shape (f,), True for the features kept.
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1), `num_probes` is too large for memory, or `lowering` is unknown.
+        ValueError: If `ratio` is outside [0, 1), no input is of a floating-point type, `num_probes` is too large for
+            memory, or `lowering` is unknown.
 
     Examples:
         The inputs are the features here. All have derivatives of length 1, and the largest one has the least score:
@@ -146,7 +149,7 @@ def live_share_pruned(
     apply_fn: ApplyFn,
     classifier_fn: ClassifierFn,
     params: Params,
-    inputs: Float[Array, "b *d"],
+    inputs: PyTree[Shaped[Array, "b ..."]],
     *,
     ratio: float,
     num_probes: int = 0,
@@ -160,7 +163,7 @@ def live_share_pruned(
         apply_fn: Function `(params, inputs) -> logits`, whose last operation is the dense layer of `classifier_fn`.
         classifier_fn: Function that picks that layer from the parameters, such as `labels.dense("head")`.
         params: Parameters of the model.
-        inputs: Inputs of the client's batch, shape (b, *d).
+        inputs: Inputs of the client's batch, shape (b, *d), or a tree of arrays whose first axis has length b.
         ratio: Share of all features to prune, in [0, 1).
         num_probes: Number of random directions that estimate the lengths of the derivatives, at least 0. 0 computes the
             lengths themselves.
@@ -170,7 +173,8 @@ def live_share_pruned(
         The share of the live features that is pruned, in [0, 1].
 
     Raises:
-        ValueError: If `ratio` is outside [0, 1), `num_probes` is too large for memory, or `lowering` is unknown.
+        ValueError: If `ratio` is outside [0, 1), no input is of a floating-point type, `num_probes` is too large for
+            memory, or `lowering` is unknown.
 
     Examples:
         One of four features is pruned. It is the dead one, so that nothing is defended:
@@ -190,14 +194,14 @@ def live_share_pruned(
 
 
 def _features(
-    apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: Float[Array, "b *d"]
+    apply_fn: ApplyFn, classifier_fn: ClassifierFn, params: Params, inputs: PyTree[Shaped[Array, "b ..."]]
 ) -> Float[Array, "b f"]:
     """Returns what enters the last layer: the derivative of a logit with respect to its column of the kernel."""
 
-    def logit(tree: Params, example: Array) -> Float[Array, ""]:
-        return apply_fn(tree, example[None])[0, 0]
+    def logit(tree: Params, example: PyTree[Array]) -> Float[Array, ""]:
+        return apply_fn(tree, jax.tree.map(lambda leaf: leaf[None], example))[0, 0]
 
-    def features(example: Array) -> Float[Array, " f"]:
+    def features(example: PyTree[Array]) -> Float[Array, " f"]:
         return classifier_fn(jax.grad(logit)(params, example)).kernel[:, 0]
 
     return jax.vmap(features)(inputs)
@@ -207,50 +211,65 @@ def _scores(
     apply_fn: ApplyFn,
     classifier_fn: ClassifierFn,
     params: Params,
-    inputs: Float[Array, "b *d"],
+    inputs: PyTree[Shaped[Array, "b ..."]],
     num_probes: int,
     lowering: Lowering,
 ) -> Float[Array, " f"]:
     """Returns the score |dr_i / dx| / (|r_i| + 0.1) of every feature, added over the examples."""
+    _check.examples(inputs, name="inputs")
+    leaves, tree = jax.tree.flatten(inputs)
+    moves = [is_floating(leaf) for leaf in leaves]
+    if not any(moves):
+        types = ", ".join(str(leaf.dtype) for leaf in leaves)
+        raise ValueError(f"inputs must be of a floating-point type, got {types}")
 
-    def scores_fn(params: Params, inputs: Float[Array, "b *d"]) -> Float[Array, " f"]:
-        def of_one(example: Array) -> Float[Array, " f"]:
-            def features_fn(x: Array) -> Float[Array, " f"]:
-                return _features(apply_fn, classifier_fn, params, x[None])[0]
+    def scores_fn(params: Params, *leaves: Array) -> Float[Array, " f"]:
+        def of_one(example: tuple[Array, ...]) -> Float[Array, " f"]:
+            def features_fn(x: list[Array]) -> Float[Array, " f"]:
+                found = iter(x)
+                whole = [next(found) if moved else leaf for leaf, moved in zip(example, moves, strict=True)]
+                batch = jax.tree.map(lambda leaf: leaf[None], jax.tree.unflatten(tree, whole))
+                return _features(apply_fn, classifier_fn, params, batch)[0]
 
+            x = [leaf for leaf, moved in zip(example, moves, strict=True) if moved]
             lengths_fn = functools.partial(_estimated_lengths, num_probes=num_probes) if num_probes else _lengths
-            features, lengths = lengths_fn(features_fn, example)
+            features, lengths = lengths_fn(features_fn, x)
             return lengths / (jnp.abs(widened(features)) + GUARD)
 
         # One example after the other: memory does not grow with the batch.
-        return jnp.sum(jax.lax.map(of_one, inputs), axis=0)
+        return jnp.sum(jax.lax.map(of_one, leaves), axis=0)
 
-    traced = jax.make_jaxpr(scores_fn)(params, inputs)
+    traced = jax.make_jaxpr(scores_fn)(params, *leaves)
     closed = lower(traced) if lowers_to_matmul(lowering) else traced
-    return jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, inputs)))[0]
+    return jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, leaves)))[0]
 
 
 def _lengths(
-    features_fn: Callable[[Array], Array], example: Float[Array, "*d"]
+    features_fn: Callable[[list[Array]], Array], x: list[Float[Array, "..."]]
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
     """Returns the features of one example and the lengths |dr_i / dx|, one derivative after the other."""
-    features, pull = jax.vjp(features_fn, example)
+    features, pull = jax.vjp(features_fn, x)
 
     def length(i: Array) -> Float[Array, ""]:
         (row,) = pull(jnp.zeros_like(features).at[i].set(1))
-        return jnp.linalg.norm(widened(row))
+        return optax.tree.norm(widened_tree(row))
 
     return features, jax.lax.map(length, jnp.arange(len(features)), batch_size=LANES)
 
 
 def _estimated_lengths(
-    features_fn: Callable[[Array], Array], example: Float[Array, "*d"], *, num_probes: int
+    features_fn: Callable[[list[Array]], Array], x: list[Float[Array, "..."]], *, num_probes: int
 ) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
     """Returns the features of one example and estimates of |dr_i / dx|, from derivatives along random directions."""
-    _check.fits(num_probes * example.size, num_probes=num_probes)
-    features, push = jax.linearize(features_fn, example)
+    _check.fits(num_probes * sum(leaf.size for leaf in x), num_probes=num_probes)
+    features, push = jax.linearize(features_fn, x)
     # The directions are public and the same for everyone. Their key is one that no user draws inputs from by chance.
     key = jax.random.key(int.from_bytes(b"prob"))
-    directions = jax.random.normal(key, (num_probes, *example.shape), wide_dtype(example.dtype)).astype(example.dtype)
+    keys = [key] if len(x) == 1 else jax.random.split(key, len(x))
+
+    def drawn(key: PRNGKeyArray, leaf: Array) -> Float[Array, "m ..."]:
+        return jax.random.normal(key, (num_probes, *leaf.shape), wide_dtype(leaf.dtype)).astype(leaf.dtype)
+
+    directions = [drawn(own, leaf) for own, leaf in zip(keys, x, strict=True)]
     pushed = widened(jax.lax.map(push, directions, batch_size=LANES))
     return features, jnp.sqrt(jnp.mean(jnp.square(pushed), axis=0))

@@ -306,7 +306,7 @@ def _aligned(found: Batch, truth: Batch, blocks: Sequence[FeatureBlock], hops: i
     inputs = {name: np.stack([one[name] for one in padded]).reshape(*shape, *padded[0][name].shape) for name in NAMES}
     places = np.stack(order).reshape(shape)
 
-    def moved_labels(leaf: Array) -> np.ndarray:
+    def moved_labels(leaf: Array | np.ndarray) -> np.ndarray:
         values = np.asarray(leaf)
         index = places.reshape(*shape, *(1,) * (values.ndim - len(shape)))
         return np.take_along_axis(values, index, len(shape) - 1) if values.shape[: len(shape)] == shape else values

@@ -5,7 +5,7 @@ A batch of graphs is a dict of three arrays, padded to the same number n of node
 * "nodes", shape (b, n, f): the features of every node;
 * "adjacency", shape (b, n, n): symmetric, 1 where two nodes are neighbours and else 0, without loops. Whatever is
   searched by descent may lie between;
-* "mask", shape (b, n): 1 for a node and 0 for padding.
+* "mask", shape (b, n): 1 for a node and 0 for padding. It is a constant, of which no derivative is taken.
 
 Padding is exact: what stands in padded rows and columns changes neither outputs nor gradients. All three networks are
 written for the rows H of the nodes' features, with H = X before the first layer:
@@ -197,7 +197,7 @@ class GraphNetwork(nnx.Module):
 
     def __call__(self, inputs: GraphInputs) -> Float[Array, "b *n classes"]:
         nodes, *_, hidden = self.embeddings(inputs)
-        mask = inputs["mask"]
+        mask = jax.lax.stop_gradient(inputs["mask"])
         if self.readout == "nodewise":
             hidden = jnp.concatenate([nodes, hidden], -1)
             for i in range(self.num_readout_layers):
@@ -364,4 +364,5 @@ def _checked(
     for name, array, shape in (("adjacency", adjacency, (size, count, count)), ("mask", mask, (size, count))):
         if array.shape != shape:
             raise ValueError(f"inputs[{name!r}] must have shape {shape}, got {array.shape}")
-    return nodes, adjacency, mask
+    # Else an empty row would count in what adds up derivatives by the inputs, as Soteria does.
+    return nodes, adjacency, jax.lax.stop_gradient(mask)

@@ -170,7 +170,7 @@ def test_what_noise_promises_is_said_beside_it() -> None:
     assert promises((*noise, *clip, *noise)) == []
     assert promises((*parse("dpsgd:noise_multiplier=0"), *noise)) == []
     assert promises((*parse("soteria"), *parse("dpsgd"))) == [
-        "no epsilon is computed: Soteria chooses the features it leaves out by the images"
+        "no epsilon is computed: Soteria chooses the features it leaves out by the examples"
     ]
     pytest.importorskip("dp_accounting")
     alone = promises(parse("dpsgd"))

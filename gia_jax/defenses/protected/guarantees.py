@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from gia_jax import _check, defenses, metrics
 from gia_jax.base import Params
 from gia_jax.defenses.protected.parts import Part
 from gia_jax.labels import dense
 from gia_jax.models.functional import ApplyFn
+from gia_jax.precision import is_floating
 
 CANDIDATES = 10  # of whom one is the client's, for the chance of a reconstruction
 
@@ -34,7 +34,7 @@ def promises(
         Lines of text. For DP-SGD they state epsilon and the largest chance gamma that one of `CANDIDATES` equally
         likely examples is reconstructed, where MixUp and InstaHide make an example an encoding. One line states that
         there is no epsilon where noise is added without clipping before it, where Soteria chooses features by the
-        images beside DP-SGD, and where the extra `privacy` is not installed. There is no line for other noise after
+        examples beside DP-SGD, and where the extra `privacy` is not installed. There is no line for other noise after
         clipping, whose epsilon is not computed.
 
     Raises:
@@ -57,7 +57,7 @@ def promises(
         clipped = "clip" in names and any(i > names.index("clip") for i in noise)
         return metrics.privacy_lines(None) if noise and not clipped else []
     if chosen:
-        return ["no epsilon is computed: Soteria chooses the features it leaves out by the images"]
+        return ["no epsilon is computed: Soteria chooses the features it leaves out by the examples"]
     multiplier = private.settings["noise_multiplier"]
     if multiplier == 0 and noise:
         return []
@@ -74,7 +74,12 @@ def promises(
 
 
 def live_shares(
-    parts: Sequence[Part], apply_fn: ApplyFn, params: Params, inputs: Float[Array, "v b *d"], *, head: str = "head"
+    parts: Sequence[Part],
+    apply_fn: ApplyFn,
+    params: Params,
+    inputs: PyTree[Shaped[Array, "v b ..."]],
+    *,
+    head: str = "head",
 ) -> Float[Array, " v"]:
     """Computes the share that Soteria prunes of the live features, which are not 0 for every example of a batch.
 
@@ -82,7 +87,8 @@ def live_shares(
         parts: Defenses of the client, with Soteria among them.
         apply_fn: Model of the client, a function `(params, inputs) -> logits`.
         params: Parameters of the model.
-        inputs: Batches of v victims as the model sees them, shape (v, b, *d), of a floating-point type and finite.
+        inputs: Batches of v victims as the model sees them, shape (v, b, *d), of a floating-point type and finite, or a
+            tree of arrays whose first axes are of v and b, such as graphs.
         head: Name of the last layer, a key of the parameters.
 
     Returns:
@@ -104,14 +110,19 @@ def live_shares(
         >>> share_fn(params).tolist()
         [0.5]
     """
-    if jnp.ndim(inputs) < 3 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise ValueError(f"inputs must be floating (v, b, *d), nothing of it 0, got {inputs.dtype} {jnp.shape(inputs)}")
+    leaves = jax.tree.leaves_with_path(inputs)
+    for path, leaf in leaves:
+        # One array without a third axis lacks that of the victims or of the batch; in a tree it is one field.
+        if leaf.ndim < (2 if path else 3) or 0 in leaf.shape or not any(is_floating(other) for _, other in leaves):
+            where = f"inputs{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{where} must be floating (v, b, *d), nothing of it 0, got {leaf.dtype} {leaf.shape}")
+    _check.examples(inputs, name="inputs")
     _check.finite("inputs", inputs)
     found = [part.settings for part in parts if part.name == "soteria"]
     if not found:
         raise ValueError(f"parts must have soteria, got {[part.name for part in parts]}")
 
-    def of_one(inputs: Float[Array, "b *d"]) -> Float[Array, ""]:
+    def of_one(inputs: PyTree[Shaped[Array, "b ..."]]) -> Float[Array, ""]:
         return defenses.live_share_pruned(apply_fn, dense(head), params, inputs, **found[0])
 
     return jax.lax.map(of_one, inputs)
