@@ -136,6 +136,7 @@ def matching(args: argparse.Namespace) -> None:
             own = {f"{what}, {key}": f"{one[key][i]:.5g}" for what, one in scores.items() for key in SCORES}
             of_victims.append({"set": name, "graph": graph} | own)
     none = {name: int(np.isnan(scores["GLG"]["edges"]).sum()) for name, (scores, _, _) in every.items()}
+    lacking = ", ".join(f"{number} of {name}" for name, number in none.items() if number)
     record.write(
         "matching",
         "Features and edges of graphs by joint matching of a GCN's gradient, beside guesses without a gradient",
@@ -147,8 +148,8 @@ def matching(args: argparse.Namespace) -> None:
         "them (GLG: edges at .01). L2 is DLG's distance, cosine that of Inverting Gradients; GLG is cosine, smoothness "
         "and sparsity, edges in [0, 1]. Nodes are matched to the true ones first, of attacks and guesses alike, which "
         "makes all figures better. Node MSE is that of the features; propagated, of their averages over a node and "
-        "its neighbours; nodes right, the share with all features right; edges are scored over pairs of nodes, where some are edges and "
-        f"some are not (not so in {', '.join(f'{number} of {name}' for name, number in none.items() if number)}). Means, "
+        "its neighbours; nodes right, the share with all features right; edges are scored over pairs of nodes, "
+        f"where some are edges and some are not (not so in {lacking or 'none'}). Means, "
         "with the percentile bootstrap interval of 95 % over graphs.\n\n"
         f"Guesses: from the next {NUM_PUBLIC} graphs of the set. The mean graph has their mean features at every node, "
         "and their density for every edge; the random graph draws both; the nearest one is chosen with the truth, so "
