@@ -40,7 +40,7 @@ from gia_jax import (
     observe,
     run,
 )
-from gia_jax.attacks.graph_spans import as_reconstruction
+from gia_jax.attacks.graph_spans import Limits, as_reconstruction
 from gia_jax.base import ClientFn, Params
 from gia_jax.cli.outcomes import joined
 from gia_jax.data.graphs import GraphData
@@ -59,6 +59,7 @@ NUM_PUBLIC, MAX_NODES, BIAS = 100, 20, 0.3
 WITHOUT_TRUTH = ("mean graph", "random graph")
 LANES = (1, 16, 64, 256)
 LEVELS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LIMITS = Limits(completions=2, counts=2, seconds=1.0)  # or noise costs a graph minutes
 NUM_NOISY, DELTA, NOISE_MULTIPLIER = 10, 1e-5, 1.0
 SCORES = {
     "node_mse": ("node MSE", ".4f"),
@@ -267,21 +268,22 @@ def lanes(args: argparse.Namespace) -> None:
     )
 
 
-def noisy(case: Case, level: float) -> tuple[Params, np.ndarray]:
-    """Updates of all victims, in the current precision, with noise of `level` times the root mean square of an entry.
-
-    Returns them and the noise's standard deviations, one for each victim.
+def noisy(case: Case) -> dict[float, tuple[Params, np.ndarray]]:
+    """Updates of all victims, in the current precision, with noise of each level times the root mean square of an
+    entry, and the noise's standard deviations, one for each victim.
     """
 
-    def of_one(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Array]:
+    def of_one(key: PRNGKeyArray, batch: Batch, level: Array) -> tuple[Params, Array]:
         update = case.client_fn(wide(case.params), wide(batch))
         size = sum(leaf.size for leaf in jax.tree.leaves(update))
         scale = level * optax.tree.norm(update) / np.sqrt(size)
         noise = defenses.gaussian_noise(key, scale)
         return noise.update(update, noise.init(update))[0], scale
 
-    updates, scales = jax.jit(jax.vmap(of_one))(jax.random.split(jax.random.key(4), NUM_NOISY), case.truth)
-    return updates, np.asarray(scales)
+    keys = jax.random.split(jax.random.key(4), NUM_NOISY)
+    of_all = jax.jit(jax.vmap(of_one, (0, 0, None)))
+    found = {level: of_all(keys, case.truth, jnp.asarray(level)) for level in LEVELS}
+    return {level: (updates, np.asarray(scales)) for level, (updates, scales) in found.items()}
 
 
 def private(case: Case) -> tuple[Params, np.ndarray, float]:
@@ -310,17 +312,21 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def by_spans(case: Case, updates: Params, scales: np.ndarray) -> list[dict[str, float]]:
+def by_spans(case: Case, client_fn: ClientFn, updates: Params, scales: np.ndarray) -> list[dict[str, float]]:
     """What the attack by spans, which knows the noise, finds of every victim; in float64."""
     sizes, kinds = ([len(block.names) for block in case.graphs.blocks], [block.kind for block in case.graphs.blocks])
-    client_fn, results = jax.jit(case.client_fn), []
+    results = []
     for i, scale in enumerate(scales):
         batch = jax.tree.map(lambda leaf: leaf[i], case.truth)  # noqa: B023
         update = jax.tree.map(lambda leaf: leaf[i], updates)  # noqa: B023
         threat = ThreatModel(inputs=("mask",))
         seen = observe(jax.random.key(0), threat, lambda *_: update, wide(case.params), wide(batch))  # noqa: B023
         find = attacks.graph_spans(
-            client_fn, sizes, degree_block=kinds.index("degree"), noise=float(scale) if scale else None
+            client_fn,
+            sizes,
+            degree_block=kinds.index("degree"),
+            noise=float(scale) if scale else None,
+            limits=LIMITS,
         )
         began = time.process_time()
         found = find(seen)
@@ -342,11 +348,12 @@ def noise(args: argparse.Namespace) -> None:
     """The noise at which the attack by spans, and the features by matching, end."""
     case = case_of("mutag", NUM_NOISY, 300)
     with jax.enable_x64(True):
-        every = {f"Gaussian, {level:g}" if level else "none": noisy(case, level) for level in LEVELS}
+        every = {f"Gaussian, {level:g}" if level else "none": one for level, one in noisy(case).items()}
         updates, scales, norm = private(case)
         epsilon = metrics.epsilon(NOISE_MULTIPLIER, num_rounds=1, delta=DELTA, relation="replace_one")
         every[f"DP-SGD, norm {norm:.2f}, multiplier {NOISE_MULTIPLIER:g}: epsilon {epsilon:.2f}"] = updates, scales
-        spans = {name: by_spans(case, *one) for name, one in every.items()}
+        client_fn = jax.jit(case.client_fn)
+        spans = {name: by_spans(case, client_fn, *one) for name, one in every.items()}
     seen = see(case)
     together = joined([seen._replace(update=narrow(updates)) for updates, _ in every.values()])
     attack = attacks_of(case, args.steps)["cosine"]
@@ -379,7 +386,8 @@ def noise(args: argparse.Namespace) -> None:
         "Gaussian on every entry, in units of the root mean square of an entry of the same update. Spans: of "
         f"{NUM_NOISY} graphs, in float64; the attack knows the noise's standard deviation; exact where one of the "
         "graphs that it returns is the client's, up to colours where one has the same trees of two hops, which is all "
-        f"that the network tells. Matching: cosine in float32, {args.steps} steps, 2 restarts, seed 2; means with "
+        f"that the network tells; {LIMITS.seconds:g} s for an integer programme, {LIMITS.counts} solutions and "
+        f"{LIMITS.completions} completions of a span at most. Matching: cosine in float32, {args.steps} steps, 2 restarts, seed 2; means with "
         "intervals of 95 %; the mean graph, matched alike, has node MSE "
         f"{guess['node_mse'].mean():.4f}, {guess['nodes'].mean():.2f} of nodes right and edge AUC "
         f"{guess['edges'].mean():.3f}. DP-SGD clips a graph's gradient at the largest norm of {NUM_PUBLIC} public "
