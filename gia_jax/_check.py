@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
+
+
+def brief(value: Any) -> str:
+    """Returns the beginning of what is printed for a value, on one line, for an error message."""
+    return " ".join(repr(value).split())[:60]
 
 
 def is_concrete(tree: PyTree) -> bool:
@@ -38,7 +43,7 @@ def arrays(name: str, tree: PyTree[Any], hint: str = "") -> None:
         known = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int)
         if not known or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSU"):
             where, kind = name + jax.tree_util.keystr(path), type(leaf).__name__
-            raise ValueError(f"{where} must be an array of numbers, of JAX or NumPy, got {kind} {leaf!r:.60}{hint}")
+            raise ValueError(f"{where} must be an array of numbers, of JAX or NumPy, got {kind} {brief(leaf)}{hint}")
 
 
 def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
@@ -86,6 +91,48 @@ def scalar(**values: Any) -> None:
         shape = value.shape if hasattr(value, "shape") else np.shape(value)
         if shape != ():
             raise ValueError(f"{name} must be a single number, got shape {shape}")
+
+
+def sizes(name: str, shape: Any) -> tuple[int, ...]:
+    """Returns a shape as a tuple, or raises ValueError where it is no sequence of positive integers."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence | np.ndarray):
+        raise ValueError(f"{name} must be a sequence of integers of at least 1, got {shape!r}")
+    for size in shape:
+        integer(**{name: size})
+    return tuple(shape)
+
+
+def floating(dtype: Any) -> None:
+    """Raises ValueError for what is no floating-point type."""
+    try:
+        is_floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no type has this name
+        is_floating = False
+    if not is_floating:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
+
+
+def weight(**values: Any) -> None:
+    """Raises ValueError naming a weight that is not one finite number of at least 0."""
+    scalar(**values)
+    not_negative(**values)
+    for name, value in values.items():
+        finite(name, value)
+
+
+def limits(name: str, values: Any) -> None:
+    """Raises ValueError for what is no pair of a lowest and a highest value, each a number or an array of them."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ValueError(f"{name} must be a pair, of the lowest and the highest value, got {brief(values)}")
+    for i, value in enumerate(values):
+        arrays(f"{name}[{i}]", value if jax.tree.leaves(value) else (value,))
+
+
+def functions(**values: Any) -> None:
+    """Raises ValueError naming a value that cannot be called. None passes."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} must be a function, got {brief(value)}")
 
 
 def is_key(leaf: Any) -> bool:

@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 import jax
+import jaxtyping
 import pytest
 
 # Traces and programs are millions of objects that live long: Python need not look through them for garbage so often.
@@ -40,3 +41,9 @@ def forget_programs() -> Iterator[None]:
     """Drop a module's compiled programs: kept for all modules, they exhaust the memory maps that a process may have."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the type checker away, as it is for users: the library's own messages are left."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -307,8 +307,8 @@ def test_known_parts_of_the_inputs_are_granted_and_said():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("edges",), r"known inputs must be some of the parts .*, got \('edges',\) of \['mask', 'nodes'\]"),
-        (("mask", "nodes"), "known inputs must be some of the parts of the inputs, not all"),
+        (("edges",), r"threat.inputs must name some of the parts \['mask', 'nodes'\], but not all, got \('edges',\)"),
+        (("mask", "nodes"), r"threat.inputs must name some of the parts .*, but not all, got \('mask', 'nodes'\)"),
     ],
 )
 def test_known_parts_that_cannot_be_are_named(names, message):
@@ -322,3 +322,33 @@ def test_what_is_known_of_a_record_has_the_shapes_of_the_inputs():
         observed(**given, inputs={"mask": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"must be different names, got \('mask', 'mask'\)"):
         ThreatModel(inputs=("mask", "mask"))
+    with pytest.raises(ValueError, match="inputs must be given with inputs_like, whose parts they are, got only"):
+        observed(given["params"], given["update"], inputs={"mask": jnp.ones((2, 3))})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("names", ["mask", None, (3,), (["mask"],), {"mask": True}])
+def test_names_of_known_parts_are_a_tuple_of_text(names):
+    with pytest.raises(ValueError, match="inputs must be a tuple of names, such as"):
+        ThreatModel(inputs=names)
+    assert ThreatModel(inputs=["mask"]) == ThreatModel(inputs=("mask",))
+    assert hash(ThreatModel(inputs=["mask"])) == hash(ThreatModel(inputs=("mask",)))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("mask", "inputs must be a dict of arrays by the names of parts, got 'mask'"),
+        (np.ones((2, 3)), "inputs must be a dict of arrays by the names of parts, got array"),
+        ({"mask": [[1, 1], [1]]}, r"inputs\['mask'\] must be an array, got a list"),
+        ({"mask": None}, r"inputs\['mask'\] must hold at least one array"),
+        ({"mask": np.full((2, 3), "a")}, r"inputs\['mask'\] must be an array of numbers"),
+        ({"mask": np.ones((2, 3), complex)}, r"inputs\['mask'\] must be real, got complex"),
+        ({"mask": np.full((2, 3), np.nan)}, r"inputs\['mask'\] must be finite, got nan"),
+    ],
+)
+def test_known_parts_of_a_record_that_are_no_arrays_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        observed({"w": jnp.ones(2)}, {"w": jnp.ones(2)}, inputs_like=GRAPHS.inputs, inputs=inputs)
+    assert "\n" not in str(raised.value)

@@ -46,9 +46,9 @@ def glg(
     which features are categories. The numbers of nodes, the structure and the features are grants beyond it. For labels
     pass a rule of `gia_jax.labels`, such as `labels.bias_counts`, which is exact for one graph.
 
-    Departures: the weights, rates and the number of steps are ours, and so is that categories are the softmax of their
-    unknowns; figures of this attack are not the paper's. Edges are hardly found from one gradient: other graphs have
-    nearly the same one. Compare with the guesses of `modalities.graph`.
+    Departures: the weights, rates and the number of steps are this library's, and so is that categories are the softmax
+    of their unknowns. Scores of this attack are therefore not to be compared with the paper's. Edges are hardly found
+    from one gradient: other graphs have nearly the same one. Compare with the guesses of `modalities.graph`.
 
     Args:
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
@@ -71,7 +71,7 @@ def glg(
         The attack.
 
     Raises:
-        ValueError: If `num_steps` is not a positive integer, and as `modalities.graph` raises it.
+        ValueError: If `num_steps` is not a positive integer, or an argument is one that `modalities.graph` refuses.
 
     Examples:
         Every step ends with edges in [0, 1]:

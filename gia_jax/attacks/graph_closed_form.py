@@ -3,8 +3,9 @@
 Sinha et al., Gradient Inversion Attack on Graph Neural Networks (GLG), 2024, state that the features of a target node
 and the mean of its neighbours' follow from the gradient of GraphSAGE. Wei et al., GraphDLG, 2026, read the pooled
 features from one column of the last layer's gradient. Here every column is used, which is least squares: no column
-needs to be chosen, and none is divided by that is near 0. The label of one graph is found by `labels.bias_counts`,
-which needs a bias in the last layer, or by `labels.idlg`, which needs features of at least 0 in front of it.
+needs to be chosen, and nothing is divided by the gradient of a single class, which may be near 0. The label of one
+graph is found by `labels.bias_counts`, which needs a bias in the last layer, or by `labels.idlg`, which needs features
+of at least 0 in front of it.
 
 Threat model of all three functions: an honest-but-curious server that knows the update of one graph, or of one labelled
 node, and nothing else.
@@ -28,7 +29,8 @@ class LayerInputs(NamedTuple):
         inputs: Mean of the layer's inputs over the nodes or graphs that its gradient comes from, each with a weight of
             its own. For one node, or one graph, it is the input itself. Shape (d,).
         residual: Share of the gradient, in L2 norm, that one input does not explain, in [0, 1]. It is 0 up to rounding
-            if the gradient comes from one input, and else the inputs above are a mixture.
+            if the gradient comes from one input, and else the inputs above are a mixture. Both are NaN where the
+            gradient of the layer's bias is 0, as that of a layer whose ReLUs are all off.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -221,6 +221,10 @@ def _check_graph(network: Layers, nodes: np.ndarray, adjacency: np.ndarray, labe
         raise ValueError(f"nodes must have shape (n, {features}) with n > 0, as layer0 has, got {nodes.shape}")
     if adjacency.shape != (size, size):
         raise ValueError(f"adjacency must have shape {(size, size)}, as there are {size} nodes, got {adjacency.shape}")
-    if not np.isin(adjacency, (0, 1)).all() or (adjacency != adjacency.T).any() or np.diag(adjacency).any():
-        raise ValueError("adjacency must be of 0 and 1, symmetric and without loops, got another matrix")
+    wrong = ~np.isin(adjacency, (0, 1)) | (adjacency != adjacency.T) | (np.eye(size, dtype=bool) & (adjacency != 0))
+    if wrong.any():
+        i, j = np.argwhere(wrong)[0]
+        got = f"[{i}, {j}] = {adjacency[i, j]} and [{j}, {i}] = {adjacency[j, i]}"
+        raise ValueError(f"adjacency must be of 0 and 1, symmetric and without loops, got {got}")
+    _check.finite("nodes", nodes)
     _check.integer(0, network.head.kernel.shape[1] - 1, label=label)

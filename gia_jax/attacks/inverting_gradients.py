@@ -99,8 +99,8 @@ def inverting_gradients(
         _check_images(bounds, project_fn=project_fn, prior_fn=prior_fn)
         assert bounds is not None
         weight = 1e-2 if total_variation_weight is None else total_variation_weight
-        _check.not_negative(total_variation_weight=weight)
-        _check.finite("total_variation_weight", weight)
+        _check.weight(total_variation_weight=weight)
+        _check.limits("bounds", bounds)
         project_fn, prior_fn = box(*bounds), priors.combine((weight, priors.total_variation()))
     elif bounds is not None or total_variation_weight is not None:
         given = "bounds" if bounds is not None else "total_variation_weight"

@@ -192,6 +192,7 @@ def r_gap_twins(network: Network, *, bounds: tuple[ArrayLike, ArrayLike], tolera
     """
     _check.not_negative(tolerance=tolerance)
     _check.finite("tolerance", tolerance)
+    _check.limits("bounds", bounds)
     project_fn = box(*bounds)
     _check.finite("bounds", bounds)
     check_network(network)

@@ -55,7 +55,7 @@ def column_space(matrix: Float[Array, "d m"], *, noise: ArrayLike, miss: float =
         matrix: The matrix, such as the gradient of a kernel, shape (d, m). For its row space give the transpose.
         noise: Standard deviation of the errors of its entries, which are independent, at least 0. The errors of the
             decomposition itself are added.
-        miss: Probability of at most which noise alone counts as a dimension, in (0, 1).
+        miss: Largest probability with which noise alone counts as a dimension, in (0, 1).
 
     Returns:
         The subspace, in the type of the matrix.

@@ -133,7 +133,7 @@ DATA_SETS = {
     "photos": "scikit-image's photographs",
     "digits": "scikit-learn's digits",
     "adult": "rows of census records, numbers and categories, in $GIA_JAX_DATA_DIR/tabular",
-    "mutag, ptc_mr, aids": "molecules of TUDataset, and enzymes: graphs, in $GIA_JAX_DATA_DIR/graphs",
+    "mutag, ptc_mr, aids, enzymes": "graphs of TUDataset, molecules and proteins, in $GIA_JAX_DATA_DIR/graphs",
     "any TFDS set": "images that are prepared, such as mnist, cifar10, cifar100",
 }
 DATA = f"photos, digits, {', '.join(KINDS)}, or a prepared TFDS set of images such as mnist, cifar10, cifar100"
@@ -157,7 +157,12 @@ def load_examples(name: str, count: int) -> Examples:
     Raises:
         ValueError: If the set is unknown, cannot be read, or has fewer examples.
     """
-    found = kind_of(name).load(name, count)
+    try:
+        found = kind_of(name).load(name, count)
+    except ValueError as error:
+        if str(error).startswith("data must be"):  # of `data.load`, which knows images only
+            raise ValueError(f"--data must be {DATA}, got {name!r}") from None
+        raise
     have = len(found.batch.labels)
     if have < count:
         raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gia_jax import _check, models
-from gia_jax.cli.examples import NUM_OTHERS, kind_of
+from gia_jax.cli.examples import DATA, GRAPHS, KINDS, NUM_OTHERS, kind_of
 from gia_jax.cli.names import (
     AGGREGATIONS,
     ATTACKS,
@@ -176,11 +176,14 @@ def checked(args: argparse.Namespace) -> tuple[Part, ...]:
 def _check_data(args: argparse.Namespace) -> None:
     """Refuses a model or an attack that does not take such data."""
     kind, wanted = kind_of(args.data), ATTACKS[args.attack].data
+    if args.data not in KINDS and args.data.lower() in KINDS:
+        raise ValueError(f"--data must be {DATA}, got {args.data!r}: names are in lower case")
     if wanted not in ("", kind.name):
         raise ValueError(f"--attack {args.attack} needs {wanted}, got --data {args.data}")
     if args.model not in kind.models:
         place = "--model" if kind.name == "images" else f"--model of --data {args.data}"
-        raise ValueError(f"{place} must be one of {', '.join(kind.models)}, got {args.model!r}")
+        where = ": it is for graphs, which --data must be" if args.model in GRAPHS.models else ""
+        raise ValueError(f"{place} must be one of {', '.join(kind.models)}, got {args.model!r}{where}")
     if kind.name == "graphs" and args.solver == "levenberg_marquardt":
         raise ValueError(f"--solver levenberg_marquardt needs inputs that are one array, got --data {args.data}")
 

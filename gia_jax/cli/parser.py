@@ -92,8 +92,8 @@ def _add_client(made: argparse._ArgumentGroup) -> None:
     """Adds the options of a client of either kind."""
     made.add_argument(
         "--model",
-        help=f"{', '.join((*models.MODELS, *models.GRAPH_MODELS))}; default: lenet, or one that suits the attack. "
-        "With --update also MODULE:FUNCTION, a function (params, inputs) -> logits of a module in the current "
+        help=f"{', '.join((*models.MODELS, *models.GRAPH_MODELS))}; default: lenet, or one that suits the attack or "
+        "--data. With --update also MODULE:FUNCTION, a function (params, inputs) -> logits of a module in the current "
         "directory or on sys.path; params are nested dicts, by the dots in the names of --params, and a batch of "
         "images is (b, h, w, c)",
     )

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ CATEGORIES = {
     13: "country",
 }
 LABEL = 14
+CLASSES = ("<=50K", ">50K")
 FILES = {"train": "adult.data.gz", "test": "adult.test.gz"}
 
 
-def adult(*, split: str = "test", limit: int | None = None, folder: Path | None = None) -> TableData:
+def adult(*, split: str = "test", limit: int | None = None, folder: str | Path | None = None) -> TableData:
     """Loads Adult from the files of the UCI repository, compressed by gzip: adult.data.gz and adult.test.gz.
 
     Args:
@@ -34,11 +36,13 @@ def adult(*, split: str = "test", limit: int | None = None, folder: Path | None 
         folder: Folder of the files. None is for $GIA_JAX_DATA_DIR/tabular.
 
     Returns:
-        The rows in the order of the file: 6 numbers and 8 categories, of which "?" is a value too.
+        The rows in the order of the file: 6 numbers and 8 categories. A "?" in the file, for a category that is not
+        known, is a value of its own.
 
     Raises:
         ValueError: If there is no such split, `limit` is no positive integer, the environment variable is needed and
-            not set, or the file is missing or cannot be read.
+            not set, the file is missing or cannot be read, or a line of it is no row. After `limit` rows the file is
+            not read further.
 
     Examples:
         >>> import gzip, pathlib, tempfile
@@ -50,7 +54,7 @@ def adult(*, split: str = "test", limit: int | None = None, folder: Path | None 
         >>> rows.columns["age"].tolist(), rows.columns["work"].tolist(), rows.labels.tolist()
         ([39.0], ['Local'], [0])
     """
-    if split not in FILES:
+    if not isinstance(split, str) or split not in FILES:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if limit is not None:
         _check.integer(limit=limit)
@@ -59,16 +63,41 @@ def adult(*, split: str = "test", limit: int | None = None, folder: Path | None 
         if not root:
             raise ValueError("data adult needs a folder in the environment variable GIA_JAX_DATA_DIR, got none")
         folder = Path(root) / "tabular"
-    path = folder / FILES[split]
+    path = Path(folder) / FILES[split]
     try:
-        with gzip.open(path, "rt", encoding="utf8") as file:
-            split_lines = (line.strip().rstrip(".").split(", ") for line in file)
-            lines = np.asarray([fields for fields in split_lines if len(fields) == LABEL + 1])
-        if not len(lines):
-            raise ValueError("there is no row of 15 fields")
-        columns = {name: lines[:limit, i].astype(np.float32) for i, name in NUMBERS.items()}
-    except (OSError, EOFError, ValueError) as error:
+        lines = _lines(path, limit)
+        columns = {name: _numbers(name, lines[:, i]) for i, name in NUMBERS.items()}
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"data adult needs the file {str(path)!r}, which cannot be read: {error}") from None
-    columns |= {name: lines[:limit, i] for i, name in CATEGORIES.items()}
-    labels = (lines[:limit, LABEL] == ">50K").astype(np.int32)
+    columns |= {name: lines[:, i] for i, name in CATEGORIES.items()}
+    labels = (lines[:, LABEL] == ">50K").astype(np.int32)
     return TableData(f"adult {split}", columns, labels, ("at most 50,000", "above 50,000"))
+
+
+def _lines(path: Path, limit: int | None) -> np.ndarray:
+    """Returns the fields of the first rows as text, or raises ValueError for a line that is no row."""
+    rows: list[list[str]] = []
+    with gzip.open(path, "rt", encoding="utf8") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.strip().rstrip(".").split(", ")
+            if fields == [""] or line.startswith("|"):  # empty lines, and the remark at the head of the test file
+                continue
+            if len(fields) != LABEL + 1:
+                raise ValueError(
+                    f"line {number} must have {LABEL + 1} fields with ', ' between them, got {len(fields)}"
+                )
+            if fields[LABEL] not in CLASSES:
+                raise ValueError(f"line {number} must end with one of {CLASSES}, got {fields[LABEL]!r}")
+            rows.append(fields)
+            if limit is not None and len(rows) == limit:
+                break
+    if not rows:
+        raise ValueError("there is no row")
+    return np.asarray(rows)
+
+
+def _numbers(name: str, column: np.ndarray) -> np.ndarray:
+    """Reads a column of finite numbers."""
+    numbers = column.astype(np.float32)
+    _check.finite(name, numbers)
+    return numbers

@@ -7,10 +7,12 @@ of PyTorch Geometric and DGL bring PyTorch along.
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -24,9 +26,9 @@ class FeatureBlock(NamedTuple):
     """Columns of the nodes' features that belong together.
 
     Attributes:
-        kind: What they are: "label", the kind of a node, and "degree", its number of neighbours, are one-hot;
-            "attributes" are numbers as the set has them, and "standardized" ones have mean 0 and deviation 1 over all
-            nodes of the set.
+        kind: What they are: "label" is the kind of a node, such as the element of an atom, and "degree" its number of
+            neighbours, both one-hot; "attributes" are numbers as the set has them, and "standardized" are attributes
+            with mean 0 and standard deviation 1 over all nodes of the set.
         names: Name of each column.
 
     Examples:
@@ -129,6 +131,8 @@ def pad_graphs(
     if not len(adjacency) or len(nodes) != len(adjacency):
         raise ValueError(f"nodes must have features for each of the graphs, got {len(nodes)} for {len(adjacency)}")
     names = [f"graph {i}" for i in range(len(adjacency))] if names is None else names
+    if len(names) != len(adjacency):
+        raise ValueError(f"names must be one for each of {len(adjacency)} graphs, got {len(names)}")
     for name, one, features in zip(names, adjacency, nodes, strict=True):
         _check_graph(name, one, features)
     widths = sorted({features.shape[1] for features in nodes})
@@ -140,6 +144,7 @@ def pad_graphs(
     if max(sizes) > size:
         name = names[int(np.argmax(sizes))]
         raise ValueError(f"num_nodes must be at least the {max(sizes)} nodes of {name}, got {size}")
+    _check.fits(len(sizes) * size * (size + widths[0]), num_nodes=size)
     padded_nodes = np.zeros((len(sizes), size, widths[0]), np.float32)
     padded = np.zeros((len(sizes), size, size), np.float32)
     for i, count in enumerate(sizes):
@@ -159,7 +164,7 @@ def load_graphs(
 ) -> GraphData:
     """Loads a set of TUDataset, such as "mutag", "ptc_mr", "aids" or "enzymes", from its zip file.
 
-    Nothing is downloaded. Edge labels are not read. Multiplicities, weights and directions are refused.
+    Nothing is downloaded. Labels of edges are not read. Directed, repeated and weighted edges are refused.
 
     Args:
         name: Name of the set, in upper or lower case. The file is NAME.zip, with the name in upper case.
@@ -174,8 +179,8 @@ def load_graphs(
         The graphs in the order of the file. Classes are in the order of the labels in the file.
 
     Raises:
-        ValueError: If the file is not there or is no such set, the set has not the features asked for, no graph is
-            small enough, a number is no positive integer, or a graph is none that `pad_graphs` takes.
+        ValueError: If the file is not there or is no such set, the set lacks the features asked for, no graph is small
+            enough, a number is no positive integer, or a graph is not of the kind that `pad_graphs` takes.
 
     Examples:
         The 188 molecules of MUTAG, where its file is:
@@ -192,9 +197,11 @@ def load_graphs(
     for argument, value in (("max_nodes", max_nodes), ("num_nodes", num_nodes), ("limit", limit)):
         if value is not None:
             _check.integer(**{argument: value})
-    unknown = [kind for kind in features if kind not in get_args(Kind)]
-    if unknown or not features:
-        raise ValueError(f"features must be of {get_args(Kind)}, at least one, got {tuple(features)}")
+    is_sequence = isinstance(features, Sequence) and not isinstance(features, str)
+    if not is_sequence or not features or not set(features) <= set(get_args(Kind)):
+        raise ValueError(f"features must be a sequence of at least one of {get_args(Kind)}, got {features!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name must be that of a set of TUDataset, such as 'mutag', got {name!r}")
     files = _Files.read(name, folder)
     matrix, blocks = files.features(features)
     sizes = np.bincount(files.graph_of_node, minlength=len(files.graph_labels))
@@ -229,8 +236,6 @@ class _Files(NamedTuple):
     def read(cls, name: str, folder: str | Path | None) -> "_Files":
         """Reads a set, and checks that its files fit each other."""
         upper = name.upper()
-        if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"name must be that of a set of TUDataset, such as 'mutag', got {name!r}")
         if folder is None:
             root = os.environ.get("GIA_JAX_DATA_DIR")
             if not root:
@@ -241,35 +246,53 @@ class _Files(NamedTuple):
             raise ValueError(f"graphs {upper!r} must be in {path}: get it from {SOURCE}")
         try:
             with zipfile.ZipFile(path) as archive:
-                texts = {Path(member).name: archive.read(member).decode() for member in archive.namelist()}
+                members = [member for member in archive.namelist() if member.endswith(".txt")]
+                # Bytes that are no text become no numbers, and do no harm in a text file beside the data.
+                texts = {Path(member).name: archive.read(member).decode(errors="replace") for member in members}
             found = cls._parsed(upper, texts)
-        except (zipfile.BadZipFile, UnicodeDecodeError, KeyError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
             raise ValueError(f"graphs {upper!r} in {path} cannot be read: {' '.join(str(error).split())}") from None
         return found
 
     @classmethod
     def _parsed(cls, name: str, texts: dict[str, str]) -> "_Files":
-        def numbers(part: str) -> np.ndarray:
-            lines = [line for line in texts[f"{name}_{part}.txt"].splitlines() if line.strip()]
-            return np.array([[float(value) for value in line.split(",")] for line in lines])
+        def numbers(part: str, columns: int | None = None) -> np.ndarray:
+            file = f"{name}_{part}.txt"
+            if file not in texts:
+                raise ValueError(f"there is no file {file}")
+            lines = [line.split(",") for line in texts[file].splitlines() if line.strip()]
+            counts = {len(line) for line in lines} or {columns or 0}
+            if len(counts) > 1 or columns not in (None, *counts):
+                wanted = "as many" if columns is None else columns
+                raise ValueError(f"{file} must have {wanted} numbers in every line, got lines of {sorted(counts)}")
+            return np.array([[float(value) for value in line] for line in lines]).reshape(len(lines), *counts)
 
-        def optional(part: str) -> np.ndarray | None:
-            return numbers(part) if f"{name}_{part}.txt" in texts else None
+        def integers(part: str, columns: int | None = None) -> np.ndarray:
+            values = numbers(part, columns)
+            wrong = ~(np.abs(values) < 2**53) | (values != np.floor(values))  # NaN as well
+            if wrong.any():
+                raise ValueError(f"{name}_{part}.txt must have whole numbers, got {values[wrong][0]}")
+            return values.astype(int)
 
-        edges = numbers("A").astype(int).reshape(-1, 2) - 1
-        indicator = numbers("graph_indicator")[:, 0].astype(int) - 1
-        graph_labels = numbers("graph_labels")[:, 0].astype(int)
-        labels, attributes = optional("node_labels"), optional("node_attributes")
+        def optional(part: str, read: Callable[[str], np.ndarray]) -> np.ndarray | None:
+            return read(part) if f"{name}_{part}.txt" in texts else None
+
+        edges, indicator = integers("A", 2) - 1, integers("graph_indicator", 1)[:, 0] - 1
+        graph_labels = integers("graph_labels", 1)[:, 0]
+        if not len(graph_labels):
+            raise ValueError("there must be at least one graph, got none")
+        labels, attributes = optional("node_labels", integers), optional("node_attributes", numbers)
         if np.any(np.diff(indicator) < 0) or set(indicator.tolist()) != set(range(len(graph_labels))):
             raise ValueError(f"the nodes must be in the order of the {len(graph_labels)} graphs, at least one in each")
         if edges.size and not (edges.min() >= 0 and edges.max() < len(indicator)):
-            raise ValueError(f"edges must be between the {len(indicator)} nodes, got node {edges.max() + 1}")
+            wrong = edges.min() if edges.min() < 0 else edges.max()
+            raise ValueError(f"edges must be between the nodes 1 to {len(indicator)}, got node {wrong + 1}")
         if np.any(indicator[edges[:, 0]] != indicator[edges[:, 1]]):
             raise ValueError("edges must be within one graph, got one between two")
         for part, values in (("node_labels", labels), ("node_attributes", attributes)):
             if values is not None and len(values) != len(indicator):
                 raise ValueError(f"{part} must have a line for each of the {len(indicator)} nodes, got {len(values)}")
-        node_labels = None if labels is None else labels[:, 0].astype(int)
+        node_labels = None if labels is None else labels[:, 0]
         return cls(name, edges, indicator, graph_labels, node_labels, attributes, _label_names(texts))
 
     def adjacency(self) -> list[np.ndarray]:
@@ -320,6 +343,9 @@ def _label_names(texts: dict[str, str]) -> dict[int, str]:
 
 def _check_graph(name: str, adjacency: np.ndarray, nodes: np.ndarray) -> None:
     """Raises ValueError for what is no graph, or features that are not its nodes'."""
+    for argument, value in (("adjacency", adjacency), ("nodes", nodes)):
+        if not isinstance(value, jax.Array | np.ndarray) or value.dtype.kind not in "biufV":
+            raise ValueError(f"{argument} of {name} must be an array of numbers, got {_check.brief(value)}")
     if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1]:
         raise ValueError(f"adjacency of {name} must be square, got shape {adjacency.shape}")
     if not len(adjacency):

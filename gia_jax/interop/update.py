@@ -24,8 +24,7 @@ def pseudo_gradient(
     Without a learning rate it is before - after, which is known up to a positive factor only. Then take what does not
     depend on the scale, as for an update that was clipped: cosine objectives such as that of Inverting Gradients, any
     other one in `matching.adaptive.rescaled`, and the label rules `idlg`, `column_minimum`, `greedy_bias` and `llg`. A
-    client with momentum, weight decay or Adam sends no mean of gradients: simulate
-    it by a client of your own.
+    client with momentum, weight decay or Adam sends no mean of gradients: simulate it by a client of your own.
 
     A client that sends the change after - before instead of its parameters is read with zeros as `before`.
 

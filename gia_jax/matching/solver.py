@@ -87,7 +87,11 @@ def gradient_matching(
 
     Returns:
         The attack. Its `init` raises ValueError if the observation's update does not fit its parameters, the threat
-        model does not grant what a part of the attack needs, or the granted inputs are integers.
+        model does not grant what a part of the attack needs, the granted inputs are integers, `decode_fn` returns no
+        batch of their shape, or `project_fn` no unknowns of the shape that it was given.
+
+    Raises:
+        ValueError: If an argument that must be a function is none.
 
     Examples:
         The simulated gradient comes closer to the observed one with every step:
@@ -106,6 +110,7 @@ def gradient_matching(
         >>> info.match.shape, bool(info.match[2] < info.match[0])
         ((3,), True)
     """
+    _check.functions(init_fn=init_fn, prior_fn=prior_fn, label_fn=label_fn, decode_fn=decode_fn, project_fn=project_fn)
     init_fn = normal() if init_fn is None else init_fn
     optimizer = optax.with_extra_args_support(optax.adam(0.1) if optimizer is None else optimizer)
     objective_fn, residual_fn = widening(objective_fn), widening(residual_fn)
@@ -116,15 +121,35 @@ def gradient_matching(
     def losses(variables: PyTree[Array], labels: Any, observation: Observation) -> tuple[Array, Array]:
         batch = decode_fn(variables, labels)
         match = objective_fn(simulated(batch, observation), observation.update)
-        loss = match if prior_fn is None else match + prior_fn(batch, observation)
-        return loss, match
+        penalty = 0.0 if prior_fn is None else prior_fn(batch, observation)
+        for name, value in (("objective_fn", match), ("prior_fn", penalty)):
+            if jnp.shape(value) != ():
+                raise ValueError(f"{name} must return a scalar, got an array of shape {jnp.shape(value)}")
+        return match if prior_fn is None else match + penalty, match
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
         _check.same_structure("update", observation.update, "params", observation.params)
         granted_dtype(observation)  # refuses integers
         variables = widened_tree(init_fn(key, observation))
         labels = () if label_fn is None else label_fn(observation)
+        _check_parts(variables, labels, observation)
         return AttackState(Candidate(variables, labels), optimizer.init(variables))
+
+    def _check_parts(variables: PyTree[Array], labels: Any, observation: Observation) -> None:
+        batch = jax.eval_shape(lambda z: decode_fn(z, labels), variables)
+        if not isinstance(batch, Batch):
+            raise ValueError(f"decode_fn must return a Batch, got {_check.brief(batch)}")
+        like = observation.extra.get("inputs_like")
+        if like is not None and jax.tree.structure(like) == jax.tree.structure(batch.inputs):
+            _check.same_structure("decode_fn(...).inputs", batch.inputs, "the granted inputs", like)
+        if project_fn is not None:
+            projected = jax.eval_shape(project_fn, variables)
+            if jax.tree.structure(projected) != jax.tree.structure(variables):
+                raise ValueError(f"project_fn must return unknowns like those it takes, got {_check.brief(projected)}")
+            _check.same_structure("project_fn(...)", projected, "the unknowns", variables)
+            for before, after in zip(jax.tree.leaves(variables), jax.tree.leaves(projected), strict=True):
+                if before.dtype != after.dtype:
+                    raise ValueError(f"project_fn must keep the type {before.dtype} of the unknowns, got {after.dtype}")
 
     def step(key: PRNGKeyArray, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
         (variables, labels), opt_state = state

@@ -27,14 +27,15 @@ class GraphScores(NamedTuple):
 
     Attributes:
         node_mse: Mean squared error of the nodes' features.
-        propagated_mse: The same of Â X, the average over a node and its neighbours by its own graph's edges. It is what
-            a graph convolution sees of X at most.
+        propagated_mse: Mean squared error of Â X, the weighted averages over each node and its neighbours by the edges
+            of its own graph. A graph convolution sees the features X through these averages alone.
         node_accuracy: Share of nodes whose features are all right, in [0, 1]: the likeliest category of one-hot
             columns, and numbers within the tolerance.
         label_accuracy: Share of nodes whose first one-hot block is right, in [0, 1]. NaN where there is none.
         edge_auc: Area under the receiver operating characteristic over pairs of nodes, in [0, 1], where 0.5 is chance.
             NaN where the true graph has no edge or all of them.
-        edge_ap: Average precision over pairs of nodes, in [0, 1], where chance is the density of edges. NaN as above.
+        edge_ap: Average precision over pairs of nodes, in [0, 1], where chance is the density of edges. NaN where
+            the true graph has no edge or all of them.
         edge_f1: F1 score of the edges above the threshold, in [0, 1]. It is 1 where neither graph has an edge.
         edge_count_error: Difference of the numbers of edges above the threshold and of true ones, without sign.
         same_colors: Whether no network of `hops` layers tells the rounded graph from the true one, by
@@ -87,7 +88,7 @@ def graph_scores(
         The scores.
 
     Raises:
-        ValueError: If `order` has another number of places, and as for `match_nodes`.
+        ValueError: If `order` has another number of places, or an argument is one that `match_nodes` refuses.
 
     Examples:
         The edge between the first two nodes was found, and one that is not there:
@@ -172,7 +173,7 @@ def graph_similarity(
         not finite.
 
     Raises:
-        ValueError: If no block is one-hot, `hops` is out of range, and as for `match_nodes`.
+        ValueError: If no block is one-hot, `hops` is out of range, or an argument is one that `match_nodes` refuses.
 
     Examples:
         >>> import numpy as np

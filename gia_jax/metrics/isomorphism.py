@@ -75,11 +75,11 @@ def same_colors(
 
     Args:
         first: Adjacency and kinds of the nodes of a graph.
-        second: Those of the other graph.
+        second: Adjacency and kinds of the nodes of the other graph.
         hops: Number of rounds, at least 0. None goes on until no round tells more nodes apart.
 
     Returns:
-        Whether they do.
+        Whether the two graphs have the same colours.
 
     Examples:
         Two rings of three nodes and one of six:
@@ -104,7 +104,7 @@ def isomorphism(
 
     Args:
         first: Adjacency and kinds of the nodes of a graph.
-        second: Those of the other graph.
+        second: Adjacency and kinds of the nodes of the other graph.
 
     Returns:
         The order p, with which `first[0][p][:, p]` equals `second[0]` and `first[1][p]` equals `second[1]`, or None

@@ -14,7 +14,7 @@ from gia_jax import _check
 from gia_jax.base import Batch, InitFn
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.solver import box
-from gia_jax.modalities.base import Modality, Scored, Shown, reordered
+from gia_jax.modalities.base import Modality, Scored, Shown, filled, reordered
 
 
 def array(
@@ -35,13 +35,14 @@ def array(
 
     Returns:
         The modality. Its scores are "snr", the signal-to-noise ratio 10 log10(sum of squares of the truth / sum of
-        squared errors) in dB, and "mse", the mean squared error. An entry that is NaN counts as 0. Its guesses are 0
-        everywhere, whose ratio is 0 dB, and, where there are public examples, their mean and the nearest of them.
-        Nothing is drawn.
+        squared errors) in dB, and "mse", the mean squared error. An entry of a reconstruction that is NaN counts as 0.
+        Its guesses are 0 everywhere, whose ratio is 0 dB, and, where there are public examples, their mean and the
+        nearest of them. There is no `draw_fn`.
 
     Raises:
-        ValueError: If a size is no positive integer, the bounds are in the wrong order, or `dtype` is no floating-point
-            type.
+        ValueError: If a size is no positive integer, the bounds are no pair, are in the wrong order or do not fit the
+            shape, or `dtype` is no floating-point type. `score_fn` and `guess_fn` raise it for examples of another
+            shape, for none, and for a truth or public examples that are not finite.
 
     Examples:
         >>> import numpy as np
@@ -52,16 +53,23 @@ def array(
         >>> scored.scores["snr"].round(1).tolist(), scored.batch.inputs.tolist()
         ([20.0, 20.0], [[3.0, 4.5], [1.0, 0.1]])
     """
-    shape = tuple(shape)
-    for size in shape:
-        _check.integer(shape=size)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    shape = _check.sizes("shape", shape)
+    _check.floating(dtype)
+    _check.functions(init_fn=init_fn)
+    if bounds is not None:
+        _check.limits("bounds", bounds)
+        for bound in bounds:
+            if not _broadcasts(jnp.shape(bound), shape):
+                raise ValueError(f"bounds must broadcast to the shape {shape}, got the shape {jnp.shape(bound)}")
 
     def read(name: str, batch: Batch) -> Float[np.ndarray, "*b d"]:
         inputs = np.asarray(batch.inputs)
         if inputs.ndim not in (len(shape) + 1, len(shape) + 2) or inputs.shape[inputs.ndim - len(shape) :] != shape:
             raise ValueError(f"{name}.inputs must be arrays of shape {shape}, got {inputs.shape}")
+        if name != "found":
+            _check.finite(f"{name}.inputs", inputs)
+        if name != "public":
+            filled(name, inputs.shape)
         wide = np.nan_to_num(inputs.astype(np.promote_types(inputs.dtype, np.float32)), nan=0.0)
         return wide.reshape(*inputs.shape[: inputs.ndim - len(shape)], math.prod(shape))
 
@@ -98,6 +106,14 @@ def array(
         shown={"snr": Shown("SNR", ".1f", " dB"), "mse": Shown("MSE", ".2g")},
         guess_fn=guess_fn,
     )
+
+
+def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Tells whether an array of one shape can stand for one of another shape with a leading axis."""
+    try:
+        return np.broadcast_shapes(shape, (2, *wanted))[1:] == wanted
+    except ValueError:
+        return False
 
 
 def _assigned(found: Float[np.ndarray, "b d"], true: Float[np.ndarray, "b d"]) -> np.ndarray:

@@ -168,6 +168,20 @@ def class_labels(batch: Batch, shape: tuple[int, ...]) -> Int[np.ndarray, "..."]
     return np.asarray(labels) if jnp.issubdtype(labels.dtype, jnp.integer) else None
 
 
+def filled(name: str, shape: Sequence[int]) -> None:
+    """Checks that there are examples to be scored.
+
+    Args:
+        name: Name of the batch, for the message.
+        shape: Shape of its inputs.
+
+    Raises:
+        ValueError: If one of the axes is empty.
+    """
+    if 0 in shape:
+        raise ValueError(f"{name}.inputs must hold at least one example, got the shape {tuple(shape)}")
+
+
 def reordered(batch: Batch, assignment: Int[np.ndarray, "v b"]) -> Batch:
     """Brings reconstructions into the order of the true examples.
 

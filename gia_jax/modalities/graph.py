@@ -95,13 +95,14 @@ def graph(
         The modality. Graphs are assigned to the true ones, and the nodes of each then matched, by
         `metrics.match_nodes`; `metrics.GraphScores` explains the scores. They are "edges" (AUC), "edge_ap",
         "edge_f1", "nodes" (share of nodes whose features are all right), "node_mse", "propagated_mse", "colors" and
-        "exact", the last two 0 or 1. With the structure granted "nodes" comes first. Guesses, which are matched alike,
-        are those of `graph_guesses`. `draw_fn` writes a PNG and needs the extra `demo`.
+        "exact", the last two 0 or 1. With the structure granted "nodes" comes first. The guesses are those of
+        `graph_guesses`, and their nodes are matched in the same way. `draw_fn` writes a PNG and needs the extra `demo`.
 
     Raises:
         ValueError: If a number is out of range, there are no features, `edges` or a grant is unknown, `dtype` is no
             floating-point type, or both the structure and the features are granted. `init_fn` raises it where the
-            threat model does not grant what the attack takes.
+            threat model does not grant what the attack takes, `score_fn` and `guess_fn` for what is no batch of graphs,
+            and for a truth or public graphs that are not finite.
 
     Examples:
         The edges of a path of three nodes, whose features are known, are found:
@@ -122,18 +123,21 @@ def graph(
         >>> modality.score_fn(found.batch, truth).scores["exact"].tolist()
         [1.0]
     """
+    if not isinstance(blocks, Sequence) or not all(isinstance(block, FeatureBlock) for block in blocks):
+        raise ValueError(f"blocks must be a sequence of data.FeatureBlock, got {_check.brief(blocks)}")
     width = sum(len(block.names) for block in blocks)
     _check.integer(max_nodes=max_nodes)
+    _check.fits(4 * max_nodes**2, max_nodes=max_nodes)  # the places of pairs are int64, and made by way of others
     _check.integer(0, hops=hops)
     if not width:
         raise ValueError(f"blocks must have at least one column, got {list(blocks)}")
     if edges not in ("sigmoid", "box"):
         raise ValueError(f"edges must be 'sigmoid' or 'box', got {edges!r}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    wrong = [name for name in grants if name not in NAMES]
-    if wrong:
-        raise ValueError(f"grants must be of {NAMES}, got {wrong[0]!r}")
+    _check.floating(dtype)
+    _check.functions(init_fn=init_fn)
+    if isinstance(grants, str) or not isinstance(grants, Sequence) or not set(grants) <= set(NAMES):
+        raise ValueError(f"grants must be a sequence of names out of {NAMES}, got {_check.brief(grants)}")
+    _check.weight(smoothness_weight=smoothness_weight, sparsity_weight=sparsity_weight, binarity_weight=binarity_weight)
     if {"nodes", "adjacency"} <= set(grants):
         raise ValueError("grants must leave nodes or adjacency unknown, got both")
     like = {
@@ -157,8 +161,9 @@ def graph(
     first = "nodes" if "adjacency" in grants else "edges"
 
     def score_fn(found: Batch, truth: Batch) -> Scored:
+        true = _graphs(truth, "truth")
         aligned, shape = align_fn(found, truth), truth.inputs["mask"].shape[:-1]
-        pairs = zip(_graphs(aligned), _graphs(truth), strict=True)
+        pairs = zip(_graphs(aligned, "found"), true, strict=True)
         every = [graph_scores(*pair, blocks, hops=hops, order=np.arange(len(pair[0]["mask"]))) for pair in pairs]
         scores = {
             name: np.asarray([getattr(one, field) for one in every], np.float64).reshape(shape)
@@ -167,6 +172,8 @@ def graph(
         return Scored(scores, aligned)
 
     def guess_fn(truth: Batch, public: Batch) -> dict[str, np.ndarray]:
+        for name, batch in (("truth", truth), ("public", public)):
+            _graphs(batch, name)
         guesses = graph_guesses(truth, public, hops=hops)
         return {name: score_fn(guess, truth).scores[first] for name, guess in guesses.items()}
 
@@ -185,7 +192,7 @@ def graph(
         shown = {
             name: reference if batch is reference else align_fn(batch, reference) for name, batch in columns.items()
         }
-        graphs = {name: _graphs(batch) for name, batch in shown.items()}
+        graphs = {name: _graphs(batch, f"columns[{name!r}]") for name, batch in shown.items()}
         graph_grid(graphs, blocks, path, captions=captions, title=title)
 
     return Modality(
@@ -209,7 +216,7 @@ def _start(grants: Sequence[str], like: dict[str, jax.ShapeDtypeStruct], edges: 
         wanted = {name: leaf.shape for name, leaf in like.items()}
         shapes = jax.tree.map(lambda leaf: leaf.shape[1:], seen)
         if shapes != wanted:
-            raise ValueError(f"the inputs must be graphs of the shapes {wanted}, got {shapes}")
+            raise ValueError(f"observation.extra['inputs_like'] must be graphs of the shapes {wanted}, got {shapes}")
         size, dtype = _check.examples(seen), wide_dtype(seen["nodes"].dtype)
         known = granted(observation, "inputs") if grants else {}
         for name in grants:
@@ -270,24 +277,35 @@ def _relaxed(unknowns: Float[Array, "b n f"], blocks: Sequence[FeatureBlock]) ->
     return jnp.concatenate(relaxed, -1)
 
 
-def _graphs(batch: Batch) -> list[dict[str, np.ndarray]]:
-    """Returns the graphs of a batch, or of all victims, one after the other."""
+def _graphs(batch: Batch, name: str) -> list[dict[str, np.ndarray]]:
+    """Returns the graphs of a batch, or of all victims, one after the other.
+
+    Raises ValueError for what is no batch of graphs, and for one that is not finite unless it is called "found".
+    """
     inputs = batch.inputs
     if not isinstance(inputs, Mapping) or set(inputs) != set(NAMES):
         got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise ValueError(f"inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
-    arrays = {name: np.asarray(inputs[name], np.float64) for name in NAMES}
-    flat = {name: array.reshape(-1, *array.shape[(-1 if name == "mask" else -2) :]) for name, array in arrays.items()}
-    return [{name: array[i] for name, array in flat.items()} for i in range(len(flat["mask"]))]
+        raise ValueError(f"{name}.inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
+    arrays = {part: np.asarray(inputs[part], np.float64) for part in NAMES}
+    lead = arrays["mask"].shape
+    fits = arrays["nodes"].shape[:-1] == lead and arrays["adjacency"].shape == (*lead, *lead[-1:])
+    if len(lead) < 2 or 0 in lead or not fits:
+        shapes = {part: array.shape for part, array in arrays.items()}
+        wanted = "nodes (b, n, f), adjacency (b, n, n) and mask (b, n)"
+        raise ValueError(f"{name}.inputs must be graphs, at least one, of {wanted}, got the shapes {shapes}")
+    if name == "truth" or name == "public":
+        _check.finite(f"{name}.inputs", arrays)
+    flat = {part: array.reshape(-1, *array.shape[(-1 if part == "mask" else -2) :]) for part, array in arrays.items()}
+    return [{part: array[i] for part, array in flat.items()} for i in range(len(flat["mask"]))]
 
 
 def _aligned(found: Batch, truth: Batch, blocks: Sequence[FeatureBlock], hops: int, *, keeps_nodes: bool) -> Batch:
     """Puts a reconstruction's graphs in the order of the true ones, and their nodes in the order of the true nodes."""
+    graphs, true = _graphs(found, "found"), _graphs(truth, "truth")
     shape = truth.inputs["mask"].shape[:-1]
     if found.inputs["mask"].shape[:-1] != shape:
         raise ValueError(f"found must hold the graphs of truth, {shape}, got {found.inputs['mask'].shape[:-1]}")
     size = shape[-1]
-    graphs, true = _graphs(found), _graphs(truth)
     aligned, order = [], []
     for start in range(0, math.prod(shape), size):
         moved = [

@@ -33,7 +33,7 @@ def graph_guesses(truth: Batch, public: Batch, *, hops: int = 2) -> dict[str, Ba
         is, after their nodes were matched.
 
     Raises:
-        ValueError: If there is no public graph, or public graphs have other shapes.
+        ValueError: If there is no public graph, public graphs have other shapes, or they have no nodes.
 
     Examples:
         >>> import numpy as np
@@ -52,6 +52,8 @@ def graph_guesses(truth: Batch, public: Batch, *, hops: int = 2) -> dict[str, Ba
         raise ValueError(
             f"public must hold graphs of the shapes {shapes[0]}, got {len(gallery['mask'])} of {shapes[1]}"
         )
+    if not (gallery["mask"] > 0).any():
+        raise ValueError("public must hold graphs of at least one node, got a mask of zeros")
     lead = np.shape(truth.inputs["mask"])[:-1]
     rng = np.random.default_rng(SEED)
     rows = gallery["nodes"][gallery["mask"] > 0]

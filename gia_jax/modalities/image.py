@@ -68,13 +68,11 @@ def image(
         >>> bool(modality.score_fn(found.batch, truth).scores["psnr"][0] > 30)
         True
     """
-    shape = tuple(shape)
+    shape = _check.sizes("shape", shape)
     if len(shape) != 3:
         raise ValueError(f"shape must be (h, w, c), got {shape}")
-    for size in shape:
-        _check.integer(shape=size)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    _check.floating(dtype)
+    _check.functions(init_fn=init_fn)
     mean = np.zeros(shape[-1], np.float32) if mean is None else np.asarray(mean)
     std = np.ones(shape[-1], np.float32) if std is None else np.asarray(std)
     for name, values in (("mean", mean), ("std", std)):
@@ -82,8 +80,7 @@ def image(
             raise ValueError(f"{name} must be {shape[-1]} numbers, one for each channel, got {values.tolist()}")
         _check.finite(name, values)
     _check.positive(std=std)
-    _check.not_negative(total_variation_weight=total_variation_weight)
-    _check.finite("total_variation_weight", total_variation_weight)
+    _check.weight(total_variation_weight=total_variation_weight)
     nothing = np.zeros((0, *shape), np.float32)
     data = ImageData("images", nothing, np.zeros(0, np.int32), (), (), mean.tolist(), std.tolist())
     prior_fn = priors.combine((total_variation_weight, priors.total_variation())) if total_variation_weight else None

@@ -19,7 +19,7 @@ from gia_jax import _check
 from gia_jax._files import write_whole
 from gia_jax.base import Batch, InitFn, PriorFn
 from gia_jax.matching.initializations import normal
-from gia_jax.modalities.base import Modality, Scored, Shown, class_labels, reordered
+from gia_jax.modalities.base import Modality, Scored, Shown, class_labels, filled, reordered
 from gia_jax.modalities.schema import Schema
 
 MAX_ROWS = 16
@@ -42,11 +42,13 @@ def row(
 
     Returns:
         The modality. Its scores are "fields", the share of fields that are right, in [0, 1], and "row", 1 where all of
-        a row's are and else 0; a reconstruction with a NaN has none right. Its guesses are those of `Schema.guesses`,
-        with those by class where all labels are class indices. `draw_fn` writes a text file.
+        a row's fields are right and else 0; a reconstruction with a NaN has none right. Its guesses are those of
+        `Schema.guesses`, with those by class where all labels are class indices and there are public rows of every
+        class. `draw_fn` writes a text file.
 
     Raises:
-        ValueError: If the schema is none, or `tolerance` is negative or not finite.
+        ValueError: If `schema` is no valid schema, or `tolerance` is no finite number of at least 0. `score_fn` and
+            `guess_fn` raise it for rows of another width, for none, and for a truth or public rows that are not finite.
 
     Examples:
         An attack on a row:
@@ -65,9 +67,11 @@ def row(
         >>> float(modality.score_fn(found.batch, truth).scores["fields"][0])
         1.0
     """
+    if not isinstance(schema, Schema):
+        raise ValueError(f"schema must be a Schema, such as fit_schema makes it, got {_check.brief(schema)}")
     schema.check()
-    _check.not_negative(tolerance=tolerance)
-    _check.finite("tolerance", tolerance)
+    _check.weight(tolerance=tolerance)
+    _check.functions(prior_fn=prior_fn, init_fn=init_fn)
     bounded = any(math.isfinite(bound) for field in schema.fields for bound in (field.low, field.high))
 
     def read(name: str, batch: Batch) -> Float[np.ndarray, "v b entries"]:
@@ -75,10 +79,13 @@ def row(
         if entries.ndim not in (2, 3) or entries.shape[-1] != schema.num_entries:
             wanted = f"(b, {schema.num_entries}) or (v, b, {schema.num_entries})"
             raise ValueError(f"{name}.inputs must be rows of shape {wanted}, got {entries.shape}")
+        if name != "found":
+            _check.finite(f"{name}.inputs", entries)
+        filled(name, entries.shape)
         return entries.astype(np.promote_types(entries.dtype, np.float32)).reshape(-1, *entries.shape[-2:])
 
     def of_shape(scores: Any, batch: Batch) -> np.ndarray:
-        return np.asarray(scores).reshape(batch.inputs.shape[:-1])
+        return np.asarray(scores).reshape(np.shape(batch.inputs)[:-1])
 
     def decode_fn(unknowns: Float[Array, "b entries"], labels: Any) -> Batch:
         return Batch(schema.relax(unknowns), labels)
@@ -91,15 +98,15 @@ def row(
         right, assignment = (np.stack(values) for values in zip(*pairs, strict=True))
         batch = reordered(Batch(np.asarray(found.inputs).reshape(entries.shape), ()), assignment)
         scores = {"fields": of_shape(right.mean(-1), truth), "row": of_shape(1.0 * right.all(-1), truth)}
-        return Scored(scores, Batch(batch.inputs.reshape(truth.inputs.shape), ()))
+        return Scored(scores, Batch(batch.inputs.reshape(np.shape(truth.inputs)), ()))
 
     def guess_fn(truth: Batch, public: Batch) -> dict[str, np.ndarray]:
         fields, known = (
             schema.likeliest(read(name, batch)).reshape(-1, len(schema.fields))
             for name, batch in (("truth", truth), ("public", public))
         )
-        labels, public_labels = (class_labels(batch, batch.inputs.shape[:-1]) for batch in (truth, public))
-        if labels is None or public_labels is None:
+        labels, public_labels = (class_labels(batch, np.shape(batch.inputs)[:-1]) for batch in (truth, public))
+        if labels is None or public_labels is None or not np.isin(labels, public_labels).all():
             guesses = schema.guesses(fields, known)
         else:
             guesses = schema.guesses(fields, known, labels=labels.ravel(), public_labels=public_labels.ravel())

@@ -238,16 +238,21 @@ def study_on_host(
         reconstruct_fn: Attack to run, a function `(key, observation) -> reconstruction` of arrays on the host, whose
             shapes are the same for all victims.
         key: Random key of the attacker.
-        observations: Observations of v victims, as for `study_analytic`.
+        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
+            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+            finite. They are not attacked: their reconstruction is NaN and has `is_finite` False.
         progress_fn: Function that is called with a `Sign` before every victim and at the end. None reports nothing.
 
     Returns:
         The study, with one restart of every victim.
 
     Raises:
-        ValueError: If the key is no random key, the parameters are not finite, or no victim has a finite observation.
+        ValueError: If the key is no random key, the parameters are not finite, no victim has a finite observation, or
+            `reconstruct_fn` returns no `Reconstruction`, or one of other shapes than for the first victim.
 
     Examples:
+        The update of this client is its input, which is known to be of whole numbers:
+
         >>> import jax, jax.numpy as jnp, numpy as np
         >>> from gia_jax import Batch, Observation, Reconstruction
         >>> from gia_jax.sweep import study_on_host
@@ -258,24 +263,44 @@ def study_on_host(
         >>> study_on_host(reconstruct_fn, jax.random.key(0), observations).reconstruction.batch.inputs.tolist()
         [[[1.0, -1.0]], [[2.0, 0.0]]]
     """
+    _check.functions(reconstruct_fn=reconstruct_fn)
     key = _typed(key)
     victims, finite = finite_victims(observations)
+    total = int(finite.sum())
     keys = victim_keys(key, victims, 1)[:, 0]
     show_fn = (lambda sign: None) if progress_fn is None else progress_fn
-    began, found = time.perf_counter(), []
-    for v in range(victims):
+    began, found = time.perf_counter(), {}
+    for done, v in enumerate(np.flatnonzero(finite)):
         elapsed = time.perf_counter() - began
-        show_fn(Sign("steps", v, victims, elapsed, elapsed / v * (victims - v) if v else None))
+        show_fn(Sign("steps", done, total, elapsed, elapsed / done * (total - done) if done else None))
         update, extra = jax.tree.map(lambda leaf, v=v: leaf[v], (observations.update, observations.extra))
-        if not finite[v]:  # the search may refuse it; its reconstruction is marked below, whatever it is
-            update = jax.tree.map(jnp.zeros_like, update)
         one = reconstruct_fn(keys[v], Observation(observations.params, update, extra))
-        found.append(jax.tree.map(np.asarray, one))
+        if not isinstance(one, Reconstruction):
+            raise ValueError(f"reconstruct_fn must return a Reconstruction, got {_check.brief(one)} for victim {v}")
+        found[v] = jax.tree.map(np.asarray, one._replace(restart_losses=()))
+        _check_alike(int(v), found[v], next(iter(found.values())))
+    nothing = jax.tree.map(_nothing, next(iter(found.values())))
     elapsed = time.perf_counter() - began
-    show_fn(Sign("steps", victims, victims, elapsed, 0.0))
-    every: Reconstruction = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    show_fn(Sign("steps", total, total, elapsed, 0.0))
+    every: Reconstruction = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(found.get(v, nothing) for v in range(victims))
+    )
     every = every._replace(restart_losses=every.loss[:, None], is_finite=every.is_finite & finite)
     return Study(every, np.zeros((victims, 1, 0)), Timing(0.0, elapsed, 1e3 * elapsed / victims))
+
+
+def _check_alike(victim: int, one: Reconstruction, first: Reconstruction) -> None:
+    """Raises ValueError for a reconstruction of other shapes than that of the first victim."""
+    _check.same_structure(f"reconstruct_fn(...) of victim {victim}", one, "that of the first victim", first)
+    for name in ("loss", "is_finite"):
+        if np.shape(getattr(one, name)) != ():
+            got = np.shape(getattr(one, name))
+            raise ValueError(f"reconstruct_fn must return a scalar {name}, got shape {got} for victim {victim}")
+
+
+def _nothing(leaf: np.ndarray) -> np.ndarray:
+    """Returns what stands for a part of a reconstruction that there is not: NaN, or 0 where the type has none."""
+    return np.full_like(leaf, np.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0)
 
 
 def _typed(key: PRNGKeyArray) -> PRNGKeyArray:

@@ -59,7 +59,7 @@ def grants(
         order = jnp.arange(size) if threat.label_order else jax.random.permutation(key, size)
         extra["labels"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], batch.labels)
     if threat.inputs:
-        extra["inputs"] = known_parts(batch.inputs, threat.inputs)
+        extra["inputs"] = known_parts(batch.inputs, threat.inputs, name="threat.inputs")
     given = beside(statistics, batch_indices, draws)
     for name in ("statistics", "batch_indices", "draws"):
         if getattr(threat, name):
@@ -69,12 +69,13 @@ def grants(
     return extra
 
 
-def known_parts(inputs: PyTree[Array], names: Sequence[str]) -> dict[str, Array]:
+def known_parts(inputs: PyTree[Array], names: Sequence[str], *, name: str) -> dict[str, Array]:
     """Returns the parts of the inputs that an adversary knows.
 
     Args:
         inputs: Inputs of the client's batch.
         names: Names of the parts.
+        name: Name of the argument that has them, for the message.
 
     Returns:
         The parts by name.
@@ -82,12 +83,12 @@ def known_parts(inputs: PyTree[Array], names: Sequence[str]) -> dict[str, Array]
     Raises:
         ValueError: If the inputs are no dict, have no such part, or nothing of them is left unknown.
     """
-    if not isinstance(inputs, Mapping) or not set(names) < set(inputs):
-        parts = sorted(inputs) if isinstance(inputs, Mapping) else "no dict"
-        raise ValueError(
-            f"known inputs must be some of the parts of the inputs, not all, got {tuple(names)} of {parts}"
-        )
-    return {name: inputs[name] for name in names}
+    if not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise ValueError(f"{name} must name parts of a batch whose inputs are a dict, got {tuple(names)} of {kind}")
+    if not set(names) < set(inputs):
+        raise ValueError(f"{name} must name some of the parts {sorted(inputs)}, but not all, got {tuple(names)}")
+    return {part: inputs[part] for part in names}
 
 
 def beside(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gia_jax import _check
 from gia_jax.base import Observation
 
 # What the parts of graphs are called.
@@ -29,12 +30,12 @@ class ThreatModel:
             `observation.extra["batch_indices"]`.
         draws: Whether it knows the client's own random draws, such as those of dropout masks and noise layers, from the
             random key in `observation.extra["draws"]`.
-        inputs: Names of the parts of the inputs that it knows, where these are a dict: it finds them in
-            `observation.extra["inputs"]`, in the order of the batch. Of graphs "mask" is the number of nodes,
-            "adjacency" the structure, and "nodes" the features.
+        inputs: Names of the parts of the inputs that it knows, where the inputs are a dict. It finds these parts in
+            `observation.extra["inputs"]`, with the examples in the order of the batch. Of graphs "mask" tells the
+            number of nodes, "adjacency" the structure, and "nodes" the features.
 
     Raises:
-        ValueError: If `label_order` is granted without `labels`, or a name of `inputs` is given twice.
+        ValueError: If `label_order` is granted without `labels`, or `inputs` is no tuple of different names.
 
     Examples:
         >>> from gia_jax import ThreatModel
@@ -54,8 +55,11 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.label_order and not self.labels:
             raise ValueError("label_order=True needs labels=True, got labels=False")
+        if not isinstance(self.inputs, tuple | list) or not all(isinstance(name, str) for name in self.inputs):
+            raise ValueError(f"inputs must be a tuple of names, such as ('mask',), got {_check.brief(self.inputs)}")
         if len(set(self.inputs)) < len(self.inputs):
             raise ValueError(f"inputs must be different names, got {self.inputs}")
+        object.__setattr__(self, "inputs", tuple(self.inputs))  # of a list, which has no hash
 
     def describe(self) -> str:
         """Returns one line that says who attacks, and what the adversary knows.

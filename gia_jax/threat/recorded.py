@@ -53,8 +53,8 @@ def observed(
         batch_indices: Positions of the examples of each of t rounds, shape (t, b), where the update is of several
             rounds.
         draws: Random key that the client drew from, where the attacker knows it.
-        inputs: Parts of the inputs that the attacker knows, by name, where the inputs are a dict, such as the "mask" of
-            graphs, which says how many nodes they have. They need `inputs_like`.
+        inputs: Parts of the inputs that the attacker knows, a dict of arrays, where the inputs are a dict: such as the
+            "mask" of graphs, which says how many nodes they have. They need `inputs_like`, whose shapes they have.
 
     Returns:
         The observation, which every attack takes.
@@ -62,7 +62,8 @@ def observed(
     Raises:
         ValueError: If the update does not fit the parameters, holds counters instead of numbers, is not finite or is
             zero everywhere; if the model does not take such inputs, with the reason where it is a missing batch
-            axis or another order of the axes; or if labels are not those of such a batch.
+            axis or another order of the axes; if labels are not those of such a batch; or if `inputs` are no parts of
+            `inputs_like`, have other shapes or are not finite.
 
     Examples:
         A linear model's update gives its image away:
@@ -115,7 +116,11 @@ def observed(
         if is_logits:
             _check.classes(labels, labels.shape[:1], num_classes)  # one class an example, as there are logits
         extra["labels"] = labels
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ValueError(f"inputs must be a dict of arrays by the names of parts, got {_check.brief(inputs)}")
     if inputs:
+        if inputs_like is None:
+            raise ValueError(f"inputs must be given with inputs_like, whose parts they are, got only {sorted(inputs)}")
         extra["inputs"] = _known_inputs(inputs, extra.get("inputs_like"))
     extra |= beside(statistics, batch_indices, draws)
     return Observation(jax.tree.map(jnp.asarray, params), cast, extra)
@@ -123,9 +128,14 @@ def observed(
 
 def _known_inputs(inputs: Mapping[str, ArrayLike], like: Any) -> dict[str, Array]:
     """Returns the known parts of the inputs in the types of the model's, or raises ValueError for other shapes."""
-    wanted = known_parts(like, tuple(inputs))
+    wanted = known_parts(like, tuple(inputs), name="inputs")
     for name, part in inputs.items():
+        if isinstance(part, list | tuple):
+            raise ValueError(f"inputs[{name!r}] must be an array, got a {type(part).__name__}: jnp.asarray makes one")
+        _check.arrays(f"inputs[{name!r}]", part if jax.tree.leaves(part) else (part,))
         _check.finite(f"inputs[{name!r}]", part)
+        if jnp.issubdtype(jnp.result_type(part), jnp.complexfloating):
+            raise ValueError(f"inputs[{name!r}] must be real, got {jnp.result_type(part)}")
         if jnp.shape(part) != wanted[name].shape:
             raise ValueError(f"inputs[{name!r}] must have shape {wanted[name].shape}, got {jnp.shape(part)}")
     return {name: jnp.asarray(part, wanted[name].dtype) for name, part in inputs.items()}
@@ -138,8 +148,8 @@ def _inputs_like(
     for leaf in jax.tree.leaves(like):
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise ValueError(
-                f"inputs_like must be an array or a jax.ShapeDtypeStruct, or a tree of them, got {like!r:.60}: pass "
-                "jnp.zeros(shape) for a shape"
+                f"inputs_like must be an array or a jax.ShapeDtypeStruct, or a tree of them, got {_check.brief(like)}: "
+                "pass jnp.zeros(shape) for a shape"
             )
         if leaf.dtype == jnp.uint8:
             raise ValueError(

@@ -76,6 +76,10 @@ def test_an_exact_attack_reads_a_row_off_and_noise_hides_it(adult: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "Adult"], "got 'Adult': names are in lower case"),
+        (["--data", "adults"], "cifar100, got 'adults'"),
+        (["--data", "photos", "--attack", "glg"], "--attack glg needs graphs, got --data photos"),
+        (["--data", "photos", "--model", "gcn"], "got 'gcn': it is for graphs, which --data must be"),
         (["--model", "lenet"], "--model of --data adult must be one of linear, mlp, got 'lenet'"),
         (["--attack", "grad_inversion"], "--attack grad_inversion needs images, got --data adult"),
         (["--attack", "gias"], "--attack gias needs images, got --data adult"),

@@ -44,6 +44,7 @@ def test_files_are_where_the_environment_says(tmp_path: Path, monkeypatch: pytes
         data.adult(split="train")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'all'"):
         data.adult(split="all", folder=tmp_path)
@@ -54,7 +55,30 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "adult.test.gz").write_bytes(gzip.compress(ROWS.encode())[:40])
     with pytest.raises(ValueError, match="which cannot be read: "):
         data.adult(folder=tmp_path)
-    with pytest.raises(ValueError, match="which cannot be read: there is no row of 15 fields"):
-        data.adult(folder=_write(tmp_path, "1, 2, 3"))
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got"):
+        data.adult(split=["test"], folder=tmp_path)
+    with pytest.raises(ValueError, match="which cannot be read: there is no row"):
+        data.adult(folder=_write(tmp_path, ""))
     with pytest.raises(ValueError, match="which cannot be read: could not convert string"):
         data.adult(folder=_write(tmp_path, ROWS.replace("39", "old")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (", <=50K", "", "line 1 must have 15 fields with ', ' between them, got 14"),
+        ("<=50K", "50K", r"line 1 must end with one of \('<=50K', '>50K'\), got '50K'"),
+        ("50, ?", "nan, ?", "age must be finite, got nan"),
+    ],
+)
+def test_a_line_that_is_no_row_is_not_passed_over(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"which cannot be read: {message}"):
+        data.adult(folder=str(_write(tmp_path, ROWS.replace(old, new))))
+
+
+def test_bytes_that_were_changed_are_named(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(np.random.default_rng(0).bytes(10_000).hex().encode()))
+    content[40:44] = b"\xff" * 4
+    (tmp_path / "adult.test.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="which cannot be read: "):
+        data.adult(folder=tmp_path)

@@ -73,9 +73,16 @@ def test_large_graphs_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"A": "1, 1\n"}, r"adjacency of TINY_00000 must have no loops, got \[0, 0\] = 1\.0"),
         ({"A": "1, 2\n2, 1\n1, 2\n2, 1\n"}, r"must be of 0 and 1, without weights, got \[0, 1\] = 2\.0"),
         ({"A": "1, 4\n4, 1\n"}, "cannot be read: edges must be within one graph, got one between two"),
-        ({"A": "1, 9\n9, 1\n"}, "edges must be between the 7 nodes, got node 9"),
+        ({"A": "1, 9\n9, 1\n"}, "edges must be between the nodes 1 to 7, got node 9"),
         ({"A": "1, x\n"}, "cannot be read: could not convert string to float"),
-        ({"A": None}, "cannot be read: 'TINY_A.txt'"),
+        ({"A": "0, 1\n1, 0\n"}, "edges must be between the nodes 1 to 7, got node 0"),
+        ({"A": "1, 2, 2, 1\n"}, r"TINY_A.txt must have 2 numbers in every line, got lines of \[4\]"),
+        ({"A": "1, 2\n2\n"}, r"TINY_A.txt must have 2 numbers in every line, got lines of \[1, 2\]"),
+        ({"A": "1.5, 2\n2, 1.5\n"}, "TINY_A.txt must have whole numbers, got 1.5"),
+        ({"graph_labels": "nan\n1\n2\n"}, "TINY_graph_labels.txt must have whole numbers, got nan"),
+        ({"node_labels": "0.5\n" * 7}, "TINY_node_labels.txt must have whole numbers, got 0.5"),
+        ({"A": "", "graph_indicator": "", "graph_labels": ""}, "there must be at least one graph, got none"),
+        ({"A": None}, "cannot be read: there is no file TINY_A.txt"),
         ({"graph_indicator": "1\n1\n1\n3\n3\n3\n3\n"}, "nodes must be in the order of the 3 graphs, at least one in"),
         ({"graph_indicator": "2\n2\n1\n1\n1\n3\n3\n"}, "nodes must be in the order of the 3 graphs"),
         ({"node_labels": "0\n"}, "node_labels must have a line for each of the 7 nodes, got 1"),
@@ -88,12 +95,16 @@ def test_files_that_hold_no_graphs_are_refused(tmp_path: Path, changes: dict, me
         data.load_graphs("tiny", features=("label", "attributes"), folder=written(tmp_path, **changes))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "nothing"}, "graphs 'NOTHING' must be in .*NOTHING.zip: get it from https://"),
         ({"name": "../tiny"}, r"name must be that of a set of TUDataset, such as 'mutag', got '\.\./tiny'"),
-        ({"features": ()}, r"features must be of \('label', .*\), at least one, got \(\)"),
+        ({"name": None}, "name must be that of a set of TUDataset, such as 'mutag', got None"),
+        ({"features": ()}, r"features must be a sequence of at least one of \('label', .*\), got \(\)"),
+        ({"features": "label"}, "features must be a sequence of at least one of .*, got 'label'"),
+        ({"num_nodes": 10**6}, "num_nodes must fit into memory: it needs .* got 1000000"),
         ({"max_nodes": 1}, "max_nodes must be at least the 2 nodes of the smallest graph, got 1"),
         ({"num_nodes": 2}, "num_nodes must be at least the 3 nodes of TINY_00000, got 2"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
@@ -131,6 +142,22 @@ def test_the_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_what_is_no_graph_is_refused(adjacency: list, nodes: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.pad_graphs(adjacency, nodes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adjacency": [EDGE.tolist()]}, r"adjacency of graph 0 must be an array of numbers, got \[\[0\.0, 1\.0\]"),
+        ({"nodes": [np.full((2, 2), "a")]}, "nodes of graph 0 must be an array of numbers, got array"),
+        ({"names": ["one", "two"]}, "names must be one for each of 1 graphs, got 2"),
+        ({"num_nodes": 10**6}, "num_nodes must fit into memory"),
+    ],
+)
+def test_arguments_that_are_no_arrays_or_too_large_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        data.pad_graphs(**({"adjacency": [EDGE], "nodes": [np.eye(2)]} | arguments))
+    assert "\n" not in str(raised.value)
 
 
 FOLDER = Path(os.environ.get("GIA_JAX_DATA_DIR", "")) / "graphs"

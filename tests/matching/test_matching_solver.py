@@ -313,6 +313,33 @@ def test_integer_inputs_are_refused_with_what_to_do(dtype):
         initializations.given(jnp.zeros((1, 6), jnp.int32))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("part", ["init_fn", "decode_fn", "project_fn", "prior_fn", "label_fn"])
+def test_a_part_that_is_no_function_is_named(part):
+    with pytest.raises(ValueError, match=f"{part} must be a function, got 3"):
+        gradient_matching(CLIENT, **{part: 3})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"decode_fn": lambda z, labels: z}, "decode_fn must return a Batch, got "),
+        ({"decode_fn": lambda z, labels: Batch(z[:, :2], labels)}, r"decode_fn\(...\).inputs has shape .*, expected"),
+        ({"project_fn": lambda z: z[:, :1]}, r"project_fn\(...\) has shape .*, expected"),
+        ({"project_fn": lambda z: None}, "project_fn must return unknowns like those it takes, got None"),
+        ({"project_fn": lambda z: z.astype(jnp.float16)}, "project_fn must keep the type float32 of the unknowns"),
+        ({"prior_fn": lambda batch, seen: batch.inputs}, "prior_fn must return a scalar, got an array of shape"),
+        ({"objective_fn": lambda one, other: jnp.ones(2)}, r"objective_fn must return a scalar, .* shape \(2,\)"),
+        ({"init_fn": lambda key, seen: jnp.zeros((2, 6))}, r"decode_fn\(...\).inputs has shape \(2, 6\), expected"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_named(parts, message):
+    attack, seen = gradient_matching(CLIENT, **parts), observed()
+    with pytest.raises(ValueError, match=message):
+        attack.step(jax.random.key(0), attack.init(jax.random.key(0), seen), seen)
+
+
 def test_targets_may_be_any_tree():
     def loss_fn(params, batch):
         outputs = apply_fn(params, batch.inputs)

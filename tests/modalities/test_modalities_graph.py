@@ -172,7 +172,8 @@ def test_guesses_are_matched_as_reconstructions_are_and_one_finds_what_is_public
     np.testing.assert_array_equal(found["nearest graph"], 1)
     np.testing.assert_array_equal(found["nearest of the class"], 1)
     assert "nearest of the class" not in modality.guess_fn(BOTH, public._replace(labels=jnp.zeros((5, 2))))
-    smaller = Batch({name: array[:, :5, ...] for name, array in others.inputs.items()}, others.labels)
+    parts = {name: array[:, :5] for name, array in others.inputs.items()}
+    smaller = Batch(parts | {"adjacency": parts["adjacency"][..., :5]}, others.labels)
     with pytest.raises(ValueError, match=r"public must hold graphs of the shapes .*'nodes': "):
         modality.guess_fn(BOTH, smaller)
 
@@ -258,14 +259,22 @@ def test_a_structure_is_found_where_features_are_granted_and_a_little_of_both_wh
     assert joint.score_fn(found.batch, truth).scores["exact"][0] == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"blocks": ()}, r"blocks must have at least one column, got \[\]"),
         ({"max_nodes": 0}, "max_nodes must be an integer of at least 1, got 0"),
-        ({"grants": ["size"]}, r"grants must be of \('nodes', 'adjacency', 'mask'\), got 'size'"),
+        ({"blocks": ["label"]}, r"blocks must be a sequence of data.FeatureBlock, got \['label'\]"),
+        ({"blocks": None}, "blocks must be a sequence of data.FeatureBlock, got None"),
+        ({"max_nodes": 10**6}, "max_nodes must fit into memory"),
+        ({"grants": ["size"]}, r"grants must be a sequence of names out of \('nodes', .*\), got \['size'\]"),
+        ({"grants": "mask"}, "grants must be a sequence of names out of .*, got 'mask'"),
         ({"grants": ["nodes", "adjacency"]}, "grants must leave nodes or adjacency unknown, got both"),
-        ({"sparsity_weight": -1.0}, r"weight must not be negative, got -1\.0"),
+        ({"sparsity_weight": -1.0}, r"^sparsity_weight must not be negative, got -1\.0"),
+        ({"binarity_weight": np.inf}, "^binarity_weight must be finite, got inf"),
+        ({"smoothness_weight": None}, "^smoothness_weight must be a single number, got None"),
+        ({"dtype": "word"}, "dtype must be a floating-point type, got 'word'"),
         ({"dtype": jnp.int32}, "dtype must be a floating-point type"),
         ({"hops": -1}, "hops must be an integer of at least 0, got -1"),
     ],
@@ -276,7 +285,7 @@ def test_what_is_wrong_is_named(arguments: dict, message: str) -> None:
 
 
 def test_an_observation_of_other_graphs_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"inputs must be graphs of the shapes \{'nodes': \(5, 4\), .* got \{"):
+    with pytest.raises(ValueError, match=r"inputs_like'\] must be graphs of the shapes \{'nodes': \(5, 4\), .* got \{"):
         unknowns_of(modalities.graph(BLOCKS, 5), BOTH)
     seen = Observation({}, {}, {"inputs_like": BOTH.inputs})
     with pytest.raises(ValueError, match="the threat model does not grant 'inputs'"):
@@ -284,3 +293,20 @@ def test_an_observation_of_other_graphs_is_refused() -> None:
     seen.extra["inputs"] = {"nodes": BOTH.inputs["nodes"]}
     with pytest.raises(ValueError, match=r"does not grant the inputs' 'mask', got \['nodes'\]"):
         modalities.graph(BLOCKS, SIZE, grants=["mask"]).init_fn(jax.random.key(0), seen)
+
+
+@pytest.mark.parametrize("function", ["score_fn", "guess_fn"])
+def test_graphs_that_cannot_be_scored_are_named(function: str) -> None:
+    score = getattr(modalities.graph(BLOCKS, SIZE), function)
+    first, second = ("found", "truth") if function == "score_fn" else ("truth", "public")
+    without = {name: part for name, part in BOTH.inputs.items() if name != "mask"}
+    with pytest.raises(ValueError, match=f"{second}.inputs must be a dict of 'nodes', 'adjacency' and 'mask', got"):
+        score(BOTH, Batch(without, BOTH.labels))
+    with pytest.raises(ValueError, match=f"{first}.inputs must be a dict of 'nodes', 'adjacency' and 'mask', got"):
+        score(Batch(BOTH.inputs["nodes"], BOTH.labels), BOTH)
+    with pytest.raises(ValueError, match=rf"{second}.inputs must be finite, got nan at {second}.inputs\['nodes'\]"):
+        score(BOTH, Batch(BOTH.inputs | {"nodes": BOTH.inputs["nodes"] * np.nan}, BOTH.labels))
+    with pytest.raises(ValueError, match=f"{second}.inputs must be graphs, at least one, of nodes"):
+        score(BOTH, jax.tree.map(lambda leaf: leaf[:0], BOTH))
+    with pytest.raises(ValueError, match=f"{second}.inputs must be graphs, at least one, of nodes"):
+        score(BOTH, Batch(BOTH.inputs | {"mask": BOTH.inputs["mask"][:, :2]}, BOTH.labels))

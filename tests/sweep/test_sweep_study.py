@@ -36,7 +36,7 @@ from gia_jax.labels import dense
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.run import advance, continued, from_starts
 from gia_jax.sweep.store import MAGIC, Place, Progress, RunState
-from gia_jax.sweep.study import Sign, Study, study, study_analytic, victim_keys
+from gia_jax.sweep.study import Sign, Study, study, study_analytic, study_on_host, victim_keys
 
 NUM_STEPS, NUM_VICTIMS, NUM_RESTARTS = 20, 3, 2
 
@@ -320,9 +320,10 @@ def test_an_attack_that_calls_back_keeps_no_state(tmp_path: Path) -> None:
 
         def step(key: jax.Array, state: AttackState, observation: Observation) -> tuple[AttackState, AttackInfo]:
             state, info = walk.step(key, state, observation)
-            shape = jax.ShapeDtypeStruct((), info.loss.dtype)
-            loss = jax.pure_callback(lambda: np.asarray(value, shape.dtype), shape, vmap_method="sequential")
-            return state, info._replace(loss=loss)
+            # Not float64: JAX calls back from a thread of its own, in which the fixture's setting does not hold.
+            shape = jax.ShapeDtypeStruct((), jnp.float32)
+            loss = jax.pure_callback(lambda: np.asarray(value, np.float32), shape, vmap_method="sequential")
+            return state, info._replace(loss=loss.astype(info.loss.dtype))
 
         return walk._replace(step=step)
 
@@ -477,6 +478,49 @@ def test_one_victim_that_is_not_finite_leaves_the_others_alone() -> None:
             found = run(observations)
         np.testing.assert_array_equal(found.reconstruction.is_finite, [True, False, True])
         jax.tree.map(np.testing.assert_array_equal, others(found), others(run(_observations())))
+
+
+def found_of(update: np.ndarray) -> Reconstruction:
+    return Reconstruction(Batch(update[None], np.array([1])), np.array(0.0), np.array(True))
+
+
+def test_a_search_on_the_host_is_spared_what_is_not_finite() -> None:
+    updates, searched = jnp.array([[1.0, 2.0], [jnp.nan, 1.0], [3.0, 4.0], [5.0, 6.0]]), []
+    extra = {"mask": jnp.array([1.0, 1.0, 1.0, jnp.inf])}
+
+    def search(key: jax.Array, observation: Observation) -> Reconstruction:
+        searched.append(np.asarray(observation.update))
+        assert np.isfinite(searched[-1]).all()
+        assert np.isfinite(observation.extra["mask"])
+        return found_of(searched[-1])
+
+    with pytest.warns(UserWarning, match="victims 1, 3 are not finite"):
+        found = study_on_host(search, jax.random.key(0), Observation({}, updates, extra)).reconstruction
+    assert len(searched) == 2
+    assert found.is_finite.tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(found.batch.inputs[:, 0], [[1, 2], [np.nan] * 2, [3, 4], [np.nan] * 2])
+    np.testing.assert_array_equal(found.restart_losses, [[0], [np.nan], [0], [np.nan]])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        (3, "reconstruct_fn must be a function, got 3"),
+        (lambda key, seen: None, "reconstruct_fn must return a Reconstruction, got None for victim 0"),
+        (
+            lambda key, seen: found_of(np.zeros(int(seen.update[0]))),
+            r"reconstruct_fn\(...\) of victim 1 does not fit .*inputs has shape \(1, 3\), expected \(1, 1\)",
+        ),
+        (
+            lambda key, seen: found_of(np.zeros(1))._replace(loss=np.zeros(1)),
+            r"reconstruct_fn must return a scalar loss, got shape \(1,\) for victim 0",
+        ),
+    ],
+)
+def test_a_search_on_the_host_that_returns_something_else_is_named(search: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study_on_host(search, jax.random.key(0), Observation({}, jnp.array([[1.0], [3.0]])))
 
 
 def test_observations_of_which_none_is_finite_are_named() -> None:

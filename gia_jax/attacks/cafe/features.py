@@ -70,9 +70,9 @@ def feature_matching(
         >>> bool(jnp.all(jnp.abs(found - images) < 0.01))
         True
     """
-    _check.not_negative(total_variation_weight=total_variation_weight)
-    _check.finite("total_variation_weight", total_variation_weight)
+    _check.weight(total_variation_weight=total_variation_weight)
     _check.integer(num_steps=num_steps)
+    _check.limits("bounds", bounds)
     project_fn = box(*bounds)
 
     def invert_fn(

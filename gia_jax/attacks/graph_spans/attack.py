@@ -155,7 +155,11 @@ def _sizes(observation: Observation, max_nodes: int | None) -> list[int]:
         max_nodes = nodes.shape[1] if max_nodes is None else max_nodes
     known = observation.extra.get("inputs", {}).get("mask")
     if known is not None:
-        return [int(np.sum(np.asarray(known)))]
+        _check.finite("observation.extra['inputs']['mask']", known)
+        size = int(np.sum(np.asarray(known)))
+        if size < 1:
+            raise ValueError(f"observation.extra['inputs']['mask'] must have at least one node, got {size}")
+        return [size]
     if max_nodes is None:
         raise ValueError("max_nodes must be given where the shape of the inputs is not granted, got None")
     return list(range(1, max_nodes + 1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from gia_jax import _check
 from gia_jax.attacks.graph_spans.candidates import Stars, Trees, Types
 from gia_jax.base import Batch, Reconstruction
 
@@ -127,14 +128,14 @@ def as_reconstruction(found: GraphSpans, *, num_nodes: int, which: int = 0) -> R
     Args:
         found: What the attack found.
         num_nodes: Number of nodes to pad to, at least that of the graph.
-        which: Index of the graph among those found.
+        which: Index of the graph among those found, at least 0. It plays no part where no graph was found.
 
     Returns:
         The reconstruction, whose loss is the graph's mismatch. Where no graph was found its inputs are zeros, its loss
         is infinite, and `is_finite` is False.
 
     Raises:
-        ValueError: If the graph has more nodes than `num_nodes`.
+        ValueError: If `which` is no index of a graph, or the graph has more nodes than `num_nodes`.
 
     Examples:
         >>> import numpy as np
@@ -146,6 +147,7 @@ def as_reconstruction(found: GraphSpans, *, num_nodes: int, which: int = 0) -> R
         ((1, 3, 2), False)
     """
     empty = FoundGraph(np.zeros((0, found.types.features.shape[1])), np.zeros((0, 0), int), math.inf)
+    _check.integer(0, max(len(found.graphs) - 1, 0) if found.graphs else None, which=which)
     graph = found.graphs[which] if found.graphs else empty
     if len(graph.adjacency) > num_nodes:
         raise ValueError(f"num_nodes must be at least the graph's {len(graph.adjacency)}, got {num_nodes}")
