@@ -323,7 +323,7 @@ def by_spans(case: Case, client_fn: ClientFn, updates: Params, scales: np.ndarra
         seen = observe(jax.random.key(0), threat, lambda *_: update, wide(case.params), wide(batch))  # noqa: B023
         find = attacks.graph_spans(
             client_fn,
-            sizes,
+            blocks=sizes,
             degree_block=kinds.index("degree"),
             noise=float(scale) if scale else None,
             limits=LIMITS,
