@@ -1,4 +1,8 @@
-"""What every attack promises, whatever its paper. A new attack joins by a row in `CASES`."""
+"""What every attack promises, whatever its paper. A new attack joins by a row in `CASES`.
+
+Attacks on graphs have no row: the victims here are images, and `graph_spans` is a search on the host, not a program.
+What they promise is in the tests of each: tests/attacks/test_attacks_glg.py, test_attacks_graph_spans.py, and so on.
+"""
 
 import functools
 import inspect

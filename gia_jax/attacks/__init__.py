@@ -10,6 +10,7 @@ from gia_jax.attacks.giml import giml
 from gia_jax.attacks.glg import glg
 from gia_jax.attacks.grad_inversion import grad_inversion
 from gia_jax.attacks.graph_identifiability import GraphIdentifiability, graph_identifiability
+from gia_jax.attacks.graph_known_structure import graph_known_structure
 from gia_jax.attacks.graph_spans import GraphSpans, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
@@ -30,6 +31,7 @@ __all__ = [
     "glg",
     "grad_inversion",
     "graph_identifiability",
+    "graph_known_structure",
     "graph_spans",
     "idlg",
     "inverting_gradients",
