@@ -291,5 +291,5 @@ def test_what_is_wrong_with_a_tree_is_named() -> None:
         linear(key, seen)
     with pytest.raises(ValueError, match=r"inputs_like'\] must be one array of shape \(b, \*d\) here, got a dict"):
         metrics.diagnose(seen, client_fn, key=key)
-    with pytest.raises(ValueError, match=r"batch\.inputs must be one array of shape \(b, \*d\) here, got a dict"):
+    with pytest.raises(ValueError, match=r"batch\.inputs must be one array of shape \(b, \*d\) for mixup, got a dict"):
         defenses.mixup(2, k=2)(key, Batch(inputs, jnp.array([0, 1])))

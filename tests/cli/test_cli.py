@@ -389,7 +389,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
         (["--clients", "7"], "--clients needs --aggregation, got 7"),
         (["--aggregation", "plain", "--clip", "nan"], "clip must be positive and finite, got nan"),
         (["--local-learning-rate", "nan"], "--local-learning-rate needs --local-steps above 1, got nan"),
-        (["--data", ""], "data must be photos, digits or a TFDS set, got ''"),
+        (["--data", ""], "or a prepared TFDS set of images such as mnist, cifar10, cifar100, got ''"),
         (["--model", ""], f"--model must be one of {', '.join(models.MODELS)}, got ''"),
         (["--out", ""], "--out must name a folder, got ''"),
         (["--steps", "99999999999"], "--steps must be at least 1 and below 2^31, got 99999999999"),
@@ -452,7 +452,10 @@ def test_an_unknown_data_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     pytest.importorskip("tensorflow_datasets")
     assert main([*QUICK, "--out", str(tmp_path), "--data", "no_such_set"]) == 2
     error = capsys.readouterr().err
-    assert "data must be photos, digits or a TFDS set, got 'no_such_set'" in error
+    assert (
+        "--data must be photos, digits, adult, mutag, ptc_mr, aids, enzymes, or a prepared TFDS set of images such as mnist, cifar10, cifar100, got 'no_such_set'"
+        in error
+    )
     assert error.count("\n") == 1
 
 
