@@ -453,7 +453,8 @@ def test_an_unknown_data_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*QUICK, "--out", str(tmp_path), "--data", "no_such_set"]) == 2
     error = capsys.readouterr().err
     assert (
-        "--data must be photos, digits, adult, mutag, ptc_mr, aids, enzymes, or a prepared TFDS set of images such as mnist, cifar10, cifar100, got 'no_such_set'"
+    assert "--data must be photos, digits, adult, mutag" in error
+    assert "cifar100, got 'no_such_set'" in error
         in error
     )
     assert error.count("\n") == 1
