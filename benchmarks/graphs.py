@@ -151,7 +151,10 @@ def matching(args: argparse.Namespace) -> None:
         "makes all figures better. Node MSE is that of the features; propagated, of their averages over a node and "
         "its neighbours; nodes right, the share with all features right; edges are scored over pairs of nodes, "
         f"where some are edges and some are not (not so in {lacking or 'none'}). Means, "
-        "with the percentile bootstrap interval of 95 % over graphs.\n\n"
+        "with the percentile bootstrap interval of 95 % over graphs. "
+        "GLG's priors push most edges to exactly 0 (68 to 89 % of the pairs of 6 MUTAG graphs); with weights "
+        "of 0 its node MSE there is .096 in place of .044, so its gain over the guesses is that of gradient "
+        "and priors together, and L2 and cosine have no priors.\n\n"
         f"Guesses: from the next {NUM_PUBLIC} graphs of the set. The mean graph has their mean features at every node, "
         "and their density for every edge; the random graph draws both; the nearest one is chosen with the truth, so "
         "nobody can guess it. Random update: the attack on noise of the update's norm, layer by layer. The gains are "
@@ -403,7 +406,11 @@ def noise(args: argparse.Namespace) -> None:
         f"The better of two guesses, matched alike, is the {best}, with node MSE {guess['node_mse'].mean():.4f}, "
         f"{guess['nodes'].mean():.2f} of nodes right and edge AUC "
         f"{guess['edges'].mean():.3f}. DP-SGD clips a graph's gradient at the largest norm of {NUM_PUBLIC} public "
-        f"ones; epsilon is that of one round, one graph replaced, at delta {DELTA:g}.\n\n"
+        f"ones; epsilon is that of one round, one graph replaced, at delta {DELTA:g}. "
+        "GLG's answer has no edge at all at this width: on 6 of these graphs, without noise, all edges are "
+        "exactly 0, for its priors (1e-3 each) outweigh a cosine of about 5e-4. Edge AUC is therefore .5 by "
+        "ties, and says nothing of noise; with weights of 0 it is about .60 there, and node MSE .060 in place "
+        "of .029. So the gain in node MSE is that of gradient and priors together.\n\n"
         f"Threat model: spans, {ThreatModel(inputs=('mask',)).describe()}; matching, {THREAT.describe()}.",
     )
 
