@@ -452,11 +452,8 @@ def test_an_unknown_data_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     pytest.importorskip("tensorflow_datasets")
     assert main([*QUICK, "--out", str(tmp_path), "--data", "no_such_set"]) == 2
     error = capsys.readouterr().err
-    assert (
     assert "--data must be photos, digits, adult, mutag" in error
     assert "cifar100, got 'no_such_set'" in error
-        in error
-    )
     assert error.count("\n") == 1
 
 
