@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -168,6 +168,14 @@ def fits(num_entries: int, **values: Any) -> None:
         ((name, value),) = values.items()
         needed, there = (f"{number / 2**30:,.0f} GiB" for number in (4 * num_entries, memory))
         raise ValueError(f"{name} must fit into memory: it needs {needed} of {there}, got {value!r}")
+
+
+def captions(given: Mapping[str, Sequence[str]] | None, columns: Mapping[str, Any], count: int, examples: str) -> None:
+    """Raises ValueError for captions that are not one line for each of `count` examples, say images, of a column."""
+    for heading, lines in (given or {}).items():
+        if heading not in columns or len(lines) != count:
+            place = f"captions[{heading!r}] must be a line for each of the {count} {examples} of a column"
+            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
 
 
 def examples(inputs: PyTree[Any], *, name: str = "batch.inputs", hint: str = "") -> int:

@@ -166,10 +166,7 @@ def _as_text(schema: Schema, columns: Mapping[str, np.ndarray], captions: Mappin
         raise ValueError(f"columns must hold as many rows each, got {sorted(counts)}")
     (count,) = counts
     written = {name: schema.columns_of(schema.likeliest(entries)) for name, entries in columns.items()}
-    for name, lines in captions.items():
-        if name not in columns or len(lines) != count:
-            place = f"captions[{name!r}] must be a line for each of the {count} rows of a column"
-            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+    _check.captions(captions, columns, count, "rows")
 
     def block(i: int) -> str:
         lines = [[field.name, *(values[field.name][i] for values in written.values())] for field in schema.fields]

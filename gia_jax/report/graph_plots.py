@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gia_jax import _check
 from gia_jax.data.graphs import FeatureBlock
 from gia_jax.report.plots import MAX_ROWS, save_figure
 
@@ -59,10 +60,7 @@ def graph_grid(
     if not columns or len(set(counts.values())) > 1 or not next(iter(counts.values())):
         raise ValueError(f"columns must hold as many graphs each, at least one, got {counts}")
     count = next(iter(counts.values()))
-    for heading, lines in (captions or {}).items():
-        if heading not in columns or len(lines) != count:
-            place = f"captions[{heading!r}] must be a line for each of the {count} graphs of a column"
-            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+    _check.captions(captions, columns, count, "graphs")
     rows = min(count, MAX_ROWS)
     if rows < count:
         title = f"{title} (the first {rows} of {count} graphs)".strip()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gia_jax import _check
 from gia_jax._files import write_whole
 from gia_jax.metrics.images import check_pixels
 
@@ -56,10 +57,7 @@ def picture_grid(
         if len(images) != count or images.shape[-1] not in (1, 3):
             wanted = f"({count}, h, w, c) with c of 1 or 3"
             raise ValueError(f"columns[{heading!r}] must be images of shape {wanted}, got {images.shape}")
-    for heading, lines in (captions or {}).items():
-        if heading not in columns or len(lines) != count:
-            place = f"captions[{heading!r}] must be a line for each of the {count} images of a column"
-            raise ValueError(f"{place}, got {len(lines)} and the columns {list(columns)}")
+    _check.captions(captions, columns, count, "images")
     rows = min(count, MAX_ROWS)
     if rows < count:
         title = f"{title} (the first {rows} of {count} images)".strip()

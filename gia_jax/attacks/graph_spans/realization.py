@@ -50,12 +50,12 @@ def realizations(
     Yields:
         The graphs.
     """
-    seen: dict[tuple, list[Drawn]] = {}
+    seen: dict[tuple, list[tuple[Drawn, list[int]]]] = {}  # with the colours of the nodes
     for graph in _grown(_Search(trees, counts.tolist(), connected, min_cycle, budget)):
         key, colours = _signature(graph)
         others = seen.setdefault(key, [])
-        if not any(_isomorphic(graph, other, colours, _signature(other)[1]) for other in others):
-            others.append(graph)
+        if not any(_isomorphic(graph, other, colours, of_other) for other, of_other in others):
+            others.append((graph, colours))
             yield graph
 
 
