@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
-from scipy import stats
 
 from gia_jax import _check
 
@@ -233,6 +232,8 @@ def false_alarm(residual: float, num_features: int, rank: int) -> float:
         return 1.0
     if rank == 0:
         return float(residual == 1)
+    from scipy import stats  # takes a third of a second to import
+
     return float(stats.beta.cdf(residual**2, (num_features - rank) / 2, rank / 2))
 
 

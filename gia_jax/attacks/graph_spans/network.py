@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from scipy import stats
 
 from gia_jax.attacks.subspace import Subspace, column_space, equalized, outside, statistic
 
@@ -146,6 +145,8 @@ def members(space: Subspace, vectors: Float[np.ndarray, "n d"], *, miss: float) 
     if freedom == 0:
         return np.ones(len(vectors), bool)
     values = np.asarray(_statistic(space, jnp.asarray(_padded(vectors))))[: len(vectors)]
+    from scipy import stats  # takes a third of a second to import
+
     return values <= stats.chi2.isf(miss, freedom)
 
 
