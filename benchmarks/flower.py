@@ -5,7 +5,7 @@
 The clients are `flwr.client.NumPyClient`s with one photograph each, and Flower's own server drives one round of
 federated averaging with them in this process. Its strategy keeps what the clients send, as an honest-but-curious server
 may. The attack, iDLG, gets nothing but this log and the learning rate, which the server itself configured. It needs
-`pip install ".[demo]" flwr torch`, and takes a minute or two on two cores.
+`pip install ".[demo]" flwr torch`, and takes about a minute of CPU time.
 """
 
 import argparse
