@@ -153,7 +153,7 @@ def test_a_network_of_pytorch_is_the_registered_one() -> None:
         Namespace(model="lenet", input_shape=(16, 16, 3), classes=None, batch_norm="evaluation", **files)
     )
     truth = interop.load_tensors(golden / "lenet_body_truth.npz")
-    batch = Batch(jnp.asarray(truth["images"]), jnp.asarray(truth["labels"], jnp.int32))
+    batch = Batch(jnp.asarray(truth["inputs"]), jnp.asarray(truth["labels"], jnp.int32))
     found = jax.jit(clients.federated_sgd(clients.cross_entropy(made.apply_fn)))(made.params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, made.update)
 
