@@ -1,6 +1,18 @@
 """Many victims, restarts and settings as one compiled program, saved as it goes, on one device or several."""
 
 from gia_jax.sweep.devices import map_sharded
+from gia_jax.sweep.grid import Sweep, grid, sweep
 from gia_jax.sweep.study import Sign, Study, Timing, study, study_analytic, study_on_host
 
-__all__ = ["Sign", "Study", "Timing", "map_sharded", "study", "study_analytic", "study_on_host"]
+__all__ = [
+    "Sign",
+    "Study",
+    "Sweep",
+    "Timing",
+    "grid",
+    "map_sharded",
+    "study",
+    "study_analytic",
+    "study_on_host",
+    "sweep",
+]
