@@ -21,6 +21,7 @@ from gia_jax.base import (
     Observation,
     Params,
     PriorFn,
+    Scalar,
     Statistics,
 )
 from gia_jax.labels import ClassifierFn, column_minimum
@@ -45,13 +46,13 @@ def grad_inversion(
     consensus_fn: ConsensusFn | None = None,
     num_steps: int = NUM_STEPS,
     num_warm_up_steps: int = 50,
-    learning_rate: float = 0.1,
-    match_weight: float = 1e-3,
-    total_variation_weight: float = 1e-4,
-    norm_weight: float = 1e-6,
-    statistics_weight: float = 0.1,
-    consistency_weight: float = 0.01,
-    noise_scale: float = 0.2,
+    learning_rate: Scalar = 0.1,
+    match_weight: Scalar = 1e-3,
+    total_variation_weight: Scalar = 1e-4,
+    norm_weight: Scalar = 1e-6,
+    statistics_weight: Scalar = 0.1,
+    consistency_weight: Scalar = 0.01,
+    noise_scale: Scalar = 0.2,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
     label_fn: LabelFn | None = None,
     init_fn: InitFn | None = None,
@@ -159,7 +160,7 @@ def grad_inversion(
         _check.finite(name, value)
     if num_steps <= num_warm_up_steps:
         raise ValueError(f"num_steps must be above num_warm_up_steps={num_warm_up_steps}, got {num_steps}")
-    weighted: list[tuple[float, PriorFn]] = [
+    weighted: list[tuple[Scalar, PriorFn]] = [
         (total_variation_weight, priors.total_variation()),
         (norm_weight, priors.norm()),
         (consistency_weight, consistency),

@@ -2,6 +2,7 @@
 
 from gia_jax.sweep.devices import map_sharded
 from gia_jax.sweep.grid import Sweep, grid, sweep
+from gia_jax.sweep.results import open_sweep, stored_sweep
 from gia_jax.sweep.study import Sign, Study, Timing, study, study_analytic, study_on_host
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Timing",
     "grid",
     "map_sharded",
+    "open_sweep",
+    "stored_sweep",
     "study",
     "study_analytic",
     "study_on_host",

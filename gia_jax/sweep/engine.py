@@ -29,7 +29,7 @@ class Finished(NamedTuple):
     """
 
     reconstruction: Reconstruction
-    losses: Float[np.ndarray, "n num_steps"]
+    losses: Float[np.ndarray, "n num_steps"] | jax.ShapeDtypeStruct
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ def run_lanes(
         What the run did.
     """
     stages = stages_of(attack, num_steps)
-    pace = Pace(stages, lanes.size, lanes.count, progress_fn)
+    pace = Pace(stages, lanes.size, lanes.num_lanes, progress_fn)
     pace.sign("compiling", Place())
     began = time.perf_counter()
     programs, states, found = programs_of(stages, attack, lanes, mesh)
@@ -108,7 +108,7 @@ def run_lanes(
     of_part = hashlib.sha256(f"{fingerprint} {lanes.first} {lanes.last}".encode()).hexdigest()
     saved = RunState(checkpoint, of_part)
     most = max(stage.num_steps for stage in stages)
-    begun = saved.load(states, None if keeper is not None else like, Place(lanes.count, len(stages), most))
+    begun = saved.load(states, None if keeper is not None else like, Place(lanes.num_lanes, len(stages), most))
     run = _Run(stages, lanes, mesh, pace, begun, keeper)
     run.skip()
     if not run.is_done:
@@ -130,7 +130,7 @@ def run_lanes(
         raise
     if run.progress is not begun:
         saved.save(run.progress)
-    finished = None if keeper is not None else _joined(run.progress.finished, lanes.count)
+    finished = None if keeper is not None else _joined(run.progress.finished, lanes.num_lanes)
     return Ran(finished, compile_seconds, run.progress.place.seconds, saved.path if saved.is_kept else None)
 
 
@@ -163,7 +163,7 @@ class _Run:
     @property
     def is_done(self) -> bool:
         """Whether no lane is left."""
-        return self.progress.place.first >= self._lanes.count
+        return self.progress.place.first >= self._lanes.num_lanes
 
     def skip(self) -> None:
         """Goes on to the first batch that was not kept before."""
@@ -172,6 +172,7 @@ class _Run:
             if not self._keeper.has(self._lanes.first + first, self._lanes.first + last):
                 break
             self.progress = Progress(Place(last, seconds=self.progress.place.seconds), [], [], None)
+            self._pace.sign("steps", self.progress.place)
 
     def call(self) -> bool:
         """Starts a stage, does steps of it, or ends a batch of lanes; returns whether it did steps."""
@@ -189,7 +190,7 @@ class _Run:
 
     def _ends(self, first: int) -> tuple[int, int]:
         """Returns the places of the first lane of a batch, and of the one behind its last."""
-        return first, min(first + self._lanes.size, self._lanes.count)
+        return first, min(first + self._lanes.size, self._lanes.num_lanes)
 
     def _lanes_under_way(self) -> Any:
         """Returns the keys, and the settings with the observations, of the lanes under way, on their devices."""

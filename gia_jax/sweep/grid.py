@@ -176,6 +176,8 @@ def checked_settings(
     """
     _check.functions(make_attack=make_attack)
     _check.arrays("settings", settings)
+    if any(_check.is_key(leaf) for leaf in jax.tree.leaves(settings)):
+        raise ValueError("settings must be numbers, got random keys: make them of a seed, with jax.random.key")
     settings = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), settings)
     named = [("settings" + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(settings)]
     first_name, first = named[0]
@@ -186,7 +188,8 @@ def checked_settings(
             raise ValueError(
                 f"settings must be of one number: {first_name} has {len(first)} and {name} has {len(leaf)}"
             )
-    made = [make_attack(jax.tree.map(lambda leaf, i=i: leaf[i], settings)) for i in range(len(first))]
+    each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), settings) for i in range(len(first))]
+    made = [make_attack(setting) for setting in each]
     for i, attack in enumerate(made):
         if not isinstance(attack, Attack):
             raise ValueError(f"make_attack must return an Attack, got {_check.brief(attack)} for setting {i}")
@@ -195,7 +198,11 @@ def checked_settings(
                 f"make_attack must make attacks of equal steps and warm-ups, got {_structure(attack)} steps for "
                 f"setting {i} and {_structure(made[0])} for setting 0"
             )
-    return settings, len(first), over_settings(_traceable(make_attack), jax.tree.map(lambda leaf: leaf[0], settings))
+    return (
+        settings,
+        len(first),
+        over_settings(_traceable(make_attack), each[0]),
+    )
 
 
 def _structure(attack: Attack) -> tuple[int | None, ...]:

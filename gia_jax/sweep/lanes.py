@@ -128,7 +128,7 @@ class Lanes(NamedTuple):
     last: int
 
     @property
-    def count(self) -> int:
+    def num_lanes(self) -> int:
         """Number of lanes that this process runs."""
         return self.last - self.first
 
@@ -140,7 +140,7 @@ class Lanes(NamedTuple):
         Args:
             place: Place of the first of them among the lanes of this process.
         """
-        numbers = self.first + np.minimum(np.arange(place, place + self.size), self.count - 1)
+        numbers = self.first + np.minimum(np.arange(place, place + self.size), self.num_lanes - 1)
         victims, restarts = self.keys.shape
         setting, victim = numbers // (victims * restarts), numbers // restarts % victims
         params, update, extra = self.observations

@@ -55,7 +55,8 @@ class Plan(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Numbers of settings, victims and restarts."""
-        return (self.lanes.num_settings, *self.lanes.keys.shape)
+        victims, restarts = self.lanes.keys.shape
+        return self.lanes.num_settings, victims, restarts
 
 
 class Study(NamedTuple):
@@ -141,7 +142,7 @@ def chosen_of(finished: Finished, planned: Plan) -> tuple[Reconstruction, Float[
 
 def timing_of(ran: Ran, planned: Plan, num_steps: int) -> Timing:
     """Returns the time of a study, and of one step of one restart."""
-    steps = max(1, planned.lanes.count * num_steps)
+    steps = max(1, planned.lanes.num_lanes * num_steps)
     return Timing(ran.compile_seconds, ran.run_seconds, 1e3 * ran.run_seconds / steps)
 
 
