@@ -98,6 +98,17 @@ def placed(mesh: Mesh | None, in_axes: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(in_axes, AXIS))
 
 
+def on_devices(args: Any, mesh: Mesh | None, in_axes: Any) -> Any:
+    """Returns arguments of a function of lanes with every lane on its device.
+
+    Args:
+        args: Arguments, or a tree of them.
+        mesh: Mesh with the axis "lanes", or None, for which they stay where they are.
+        in_axes: Axes of the arguments, as `spread` takes them.
+    """
+    return args if mesh is None else jax.device_put(args, placed(mesh, in_axes))
+
+
 def _specs(in_axes: Any, axis: str) -> Any:
     """Returns the parts of arguments that a device gets: its share of the lanes, or the whole."""
     return jax.tree.map(

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
 from gia_jax.base import Attack, Reconstruction
-from gia_jax.sweep.devices import placed
+from gia_jax.sweep.devices import on_devices
 from gia_jax.sweep.lanes import OF_LANE, Lanes
 from gia_jax.sweep.progress import Pace, ProgressFn
 from gia_jax.sweep.stages import Stage, compile_programs, fingerprint_of, programs_of, stages_of
@@ -196,11 +195,7 @@ class _Run:
         """Returns the keys, and the settings with the observations, of the lanes under way, on their devices."""
         first = self.progress.place.first
         if self._batch is None or self._batch[0] != first:
-            batch = self._lanes.batch(first)
-            self._batch = (
-                first,
-                batch if self._mesh is None else jax.device_put(batch, placed(self._mesh, (0, OF_LANE))),
-            )
+            self._batch = first, self._on_devices(self._lanes.batch(first), (0, OF_LANE))
         return self._batch[1]
 
     def _start(self) -> None:
@@ -214,7 +209,7 @@ class _Run:
         keys, seen = self._lanes_under_way()
         place, finished, curves, state = self.progress
         count, step = self._pace.count(place), self.compiled[2 * place.stage + 1]
-        state, losses = step(keys, self._on_devices(state), seen, jnp.asarray(place.step), jnp.asarray(count))
+        state, losses = step(keys, self._on_devices(state), seen, *self._on_devices((place.step, count), None))
         losses = np.asarray(losses)[:, :count]
         place = place._replace(step=place.step + count, seconds=self._pace.seconds())
         is_last = place.stage == len(self._stages) - 1
@@ -235,6 +230,6 @@ class _Run:
         self.progress = Progress(Place(last, seconds=self._pace.seconds()), finished, [], None)
         self.skip()
 
-    def _on_devices(self, state: Any) -> Any:
-        """Returns a state, which may come from a file, with the lanes on their devices."""
-        return state if self._mesh is None else jax.device_put(state, placed(self._mesh, 0))
+    def _on_devices(self, args: Any, in_axes: Any = 0) -> Any:
+        """Returns arguments, such as a state that comes from a file, with the lanes on their devices."""
+        return on_devices(args, self._mesh, in_axes)

@@ -59,7 +59,11 @@ def stored_sweep(
         process=(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]))
 
     and every process computes the same observations from the same random keys. On a pod of TPUs, run the script on all
-    hosts, with `jax.distributed.initialize()` in its first line, and leave `process` out.
+    hosts with these first lines, of which the first one lets the others go on where a host dies, and leave `process`
+    out:
+
+        jax.config.update("jax_enable_recoverability", True)
+        jax.distributed.initialize()
 
     Args:
         store: Path of a folder, or an address of fsspec such as "gs://bucket/sweep", that is new or holds the same

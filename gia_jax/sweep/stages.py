@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from gia_jax import _check
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Attack, AttackState, WarmUp
-from gia_jax.sweep.devices import placed
+from gia_jax.sweep.devices import on_devices, placed
 from gia_jax.sweep.lanes import OF_LANE, Lanes, over_lanes
 
 MAX_STEPS_PER_CALL = 4_096
@@ -122,7 +122,8 @@ def programs_of(
         fn_of_all = over_lanes(fn, in_axes, lanes.size, mesh)
         return jax.jit(fn_of_all) if mesh is None else jax.jit(fn_of_all, in_shardings=placed(mesh, in_axes))
 
-    keys, example = lanes.batch(0)
+    keys, example = on_devices(lanes.batch(0), mesh, (0, OF_LANE))
+    count = on_devices(jnp.asarray(0), mesh, None)
     programs, states, state = [], [], None
     for number, stage in enumerate(stages):
         if number == 0:
@@ -136,7 +137,6 @@ def programs_of(
         state = jax.eval_shape(start, *arguments)
         states.append(state)
         step = mapped(_steps_fn(stage), 0, 0, OF_LANE, None, None)
-        count = jnp.asarray(0)
         programs += [start.lower(*arguments), step.lower(keys, state, example, count, count)]
     assert state is not None
     finish = mapped(attack.finalize, 0, OF_LANE)
