@@ -167,8 +167,9 @@ def grad_inversion(
     ]
     if statistics_fn is not None:
         weighted.append((statistics_weight, priors.batch_norm_statistics(statistics_fn, known_statistics_fn)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, num_warm_up_steps, num_steps)
-    paper = optax.chain(optax.adam(rate), langevin_noise(lambda count: noise_scale * rate(count)))
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_warm_up_steps, num_steps)  # of a rate that may be traced
+    noise = langevin_noise(lambda count: noise_scale * learning_rate * share(count))
+    paper = optax.chain(optax.adam(lambda count: learning_rate * share(count)), noise)
     one_seed = gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,

@@ -110,8 +110,8 @@ def successive_halving(
         The setting that is best in the last round, and what every round ran.
 
     Raises:
-        ValueError: If `num_steps` is no growing sequence of positive integers, `factor` is no integer of at least 2, the scores have
-            another shape, or none of a round is finite.
+        ValueError: If `num_steps` is no growing sequence of positive integers, `factor` is no integer of at least 2,
+            the scores have another shape, or none of a round is finite.
 
     Examples:
         The rate of gradient descent at which an attack on two victims ends with the lowest loss:

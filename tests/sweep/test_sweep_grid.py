@@ -1,5 +1,7 @@
 """Sweeps over settings: one program finds what a study of every setting finds."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +10,22 @@ import numpy as np
 import optax
 import pytest
 
-from gia_jax import Attack, Batch, Observation, ThreatModel, clients, gradient_matching, keep_best, observe
-from gia_jax.matching import priors
+from gia_jax import (
+    Attack,
+    Batch,
+    Observation,
+    ThreatModel,
+    attacks,
+    clients,
+    data,
+    gradient_matching,
+    keep_best,
+    labels,
+    modalities,
+    observe,
+)
+from gia_jax.base import Scalar
+from gia_jax.matching import adaptive, initializations, objectives, optimizers, priors
 from gia_jax.matching.run import continued
 from gia_jax.sweep import grid, study, sweep
 
@@ -50,10 +66,9 @@ SETTINGS = grid(rate=[0.05, 0.5], weight=[0.0, 0.1])
 
 
 @pytest.mark.parametrize("make_attack", [_attack, _warmed_up])
-@pytest.mark.parametrize("lanes", [5, 100])
-def test_a_sweep_is_a_study_of_every_setting(make_attack: Any, lanes: int) -> None:
+def test_a_sweep_is_a_study_of_every_setting(make_attack: Any) -> None:
     key, seen = jax.random.key(3), _observations()
-    found = sweep(make_attack, SETTINGS, key, seen, num_steps=NUM_STEPS, num_restarts=2, lanes=lanes)
+    found = sweep(make_attack, SETTINGS, key, seen, num_steps=NUM_STEPS, num_restarts=2, lanes=5)
     assert found.losses.shape == (4, 3, 2, NUM_STEPS)
     for i in range(4):
         setting = {name: values[i] for name, values in SETTINGS.items()}
@@ -94,6 +109,43 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Any) -> None:
     assert other.checkpoint != resumed.checkpoint
     assert (other.losses[0] == whole.losses[0]).all()
     assert (other.losses[1, ..., -1] != whole.losses[1, ..., -1]).all()
+
+
+def _statistics(params: Any, inputs: jax.Array) -> Any:
+    return [(inputs.mean(0), inputs.var(0))]
+
+
+BLOCKS = [data.FeatureBlock("label", ("C", "N"))]
+
+OF_NUMBERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "inverting_gradients": (attacks.inverting_gradients, {"client_fn": CLIENT, "bounds": (0.0, 1.0)}),
+    "grad_inversion": (
+        attacks.grad_inversion,
+        {"client_fn": CLIENT, "classifier_fn": labels.dense(), "statistics_fn": _statistics},
+    ),
+    "glg": (attacks.glg, {"client_fn": CLIENT, "blocks": BLOCKS, "max_nodes": 3}),
+    "image": (modalities.image, {"shape": (4, 4, 1)}),
+    "graph": (modalities.graph, {"blocks": BLOCKS, "max_nodes": 3}),
+    "normal": (initializations.normal, {}),
+    "uniform": (initializations.uniform, {}),
+    "truncated_normal": (initializations.truncated_normal, {}),
+    "tag": (objectives.tag, {}),
+    "pruned": (adaptive.pruned, {}),
+    "sign_hinge": (adaptive.sign_hinge, {}),
+    "lbfgs": (optimizers.fixed_step_lbfgs, {}),
+    "step_schedule": (optimizers.step_schedule, {"num_steps": 9}),
+    "federated_averaging": (clients.federated_averaging, {"loss_fn": clients.cross_entropy(_apply)}),
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS)
+def test_what_may_be_traced_is_traced(name: str) -> None:
+    """Every argument that is declared as a number which may be traced can be one of a setting."""
+    build, needed = OF_NUMBERS[name]
+    parameters = inspect.signature(build).parameters.values()
+    numbers = [p.name for p in parameters if p.annotation in (Scalar, Scalar | None)]
+    assert numbers
+    jax.make_jaxpr(lambda setting: (build(**needed, **setting), 0)[1])(dict.fromkeys(numbers, 0.5))
 
 
 @pytest.mark.parametrize(
