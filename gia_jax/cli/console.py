@@ -5,8 +5,7 @@ import contextlib
 import io
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from gia_jax.cli.cases import Case
 from gia_jax.cli.outcomes import Outcome
 from gia_jax.defenses.protected import Part, Protected
 from gia_jax.modalities import Modality
-from gia_jax.sweep.study import Sign
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.npz"
-QUIET_SECONDS = 10.0  # between two lines on a standard error that is no terminal
 
 
 def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) -> None:
@@ -224,41 +221,6 @@ def threat(
         trained = "untrained" if args.generator == "untrained" else f"trained: {args.generator}"
         said.append(f"has a generator, {trained}")
     return "; ".join(said)
-
-
-def progress(name: str) -> Callable[[Sign], None]:
-    """Makes a `progress_fn` that prints progress and the time left to standard error.
-
-    In a terminal one line is updated at every call. Elsewhere there is a line at most every `QUIET_SECONDS`, and at
-    every new phase.
-
-    Args:
-        name: Words before the progress, such as the name of the attack.
-
-    Returns:
-        The function, for `study`.
-    """
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    shown: dict[str, Any] = {"phase": "", "at": 0.0, "width": 0}
-
-    def progress_fn(sign: Sign) -> None:
-        now, last = time.perf_counter(), sign.done == sign.total
-        if not terminal and not last and sign.phase == shown["phase"] and now - shown["at"] < QUIET_SECONDS:
-            return
-        shown["phase"], shown["at"] = sign.phase, now
-        line = f"{name}: compiling"
-        if sign.phase != "compiling":
-            part = " of the steps" if sign.phase == "steps" else " of the steps, warming up"
-            line = f"{name}: {100 * sign.done // sign.total:3d} %{part}, {sign.seconds:.0f} s"
-            if sign.seconds_left is not None and not last:
-                line += f", about {sign.seconds_left:.0f} s left"
-        if terminal:
-            print(f"\r{line:<{shown['width']}}", end="\n" if last else "", file=sys.stderr, flush=True)
-            shown["width"] = len(line)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    return progress_fn
 
 
 def warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it writes, and what it says when it is asked for something it cannot do."""
 
+import contextlib
 import errno
 import json
 import os
@@ -21,7 +22,6 @@ from flax import nnx
 from gia_jax import Batch, ThreatModel, data, models
 from gia_jax.cli import demonstration, main
 from gia_jax.cli.cases import load_case
-from gia_jax.cli.console import progress
 from gia_jax.cli.names import ATTACKS, LABEL_RULES, SOLVERS
 from gia_jax.cli.simulated import see
 from gia_jax.defenses.protected import COMBINATIONS, DEFENSES, parse, promises
@@ -546,7 +546,7 @@ def test_an_interruption_is_one_line_and_is_resumed(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("gia_jax.cli.console.progress", lambda name: interrupt)
+            patch.setattr("gia_jax.report.progress", lambda name: contextlib.nullcontext(interrupt))
             assert main([*SHORT, "--out", str(tmp_path)]) == status
     finally:
         signal.signal(signal.SIGINT, before)
@@ -558,25 +558,6 @@ def test_an_interruption_is_one_line_and_is_resumed(
     assert not first.startswith("inverting_gradients:   0 %")
     assert main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
     assert _read(tmp_path)["victims"] == _read(tmp_path / "whole")["victims"]
-
-
-def test_progress_says_how_much_time_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    progress_fn = progress("dlg")
-    for sign in (
-        Sign("compiling", 0, 200, 0.0, None),
-        Sign("warm-up", 1, 200, 1.0, None),
-        Sign("warm-up", 50, 200, 50.0, None),  # too early for another line
-        Sign("steps", 100, 200, 100.0, 99.7),
-        Sign("steps", 150, 200, 150.0, 50.0),
-        Sign("steps", 200, 200, 200.0, 0.0),
-    ):
-        progress_fn(sign)
-    assert capsys.readouterr().err.splitlines() == [
-        "dlg: compiling",
-        "dlg:   0 % of the steps, warming up, 1 s",
-        "dlg:  50 % of the steps, 100 s, about 100 s left",
-        "dlg: 100 % of the steps, 200 s",
-    ]
 
 
 @pytest.mark.parametrize("arguments", [["attack", "--labels", "guessed"], ["attack", "--steps", "x"], ["nonesuch"]])

@@ -1,0 +1,72 @@
+"""Progress of a long run: a bar in a terminal, and a line now and then in a log."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from gia_jax.sweep.progress import ProgressFn, Sign
+
+QUIET_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+@contextlib.contextmanager
+def progress(name: str) -> Iterator[ProgressFn]:
+    """Shows on standard error how far a study or a sweep is.
+
+    In a terminal that is one line with a bar, the steps a second and the time left. Elsewhere there is a line at every
+    new phase, and then at most one in ten seconds.
+
+    Args:
+        name: Words before the progress, such as the name of the attack.
+
+    Yields:
+        The `progress_fn` for `gia_jax.sweep`.
+
+    Examples:
+        >>> from gia_jax.report import progress
+        >>> from gia_jax.sweep import Sign
+        >>> with progress("dlg") as progress_fn:  # such as study(..., progress_fn=progress_fn)
+        ...     progress_fn(Sign("steps", done=50, total=100, seconds=2.0, seconds_left=2.0))
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield _lines(name)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} % {task.fields[said]}")
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task(name, total=None, said="")
+
+        def progress_fn(sign: Sign) -> None:
+            bar.update(task, completed=sign.done, total=sign.total, said=_said(sign), refresh=True)
+
+        yield progress_fn
+
+
+def _lines(name: str) -> ProgressFn:
+    """Returns a function that prints a line at every new phase, and in between from time to time."""
+    shown: dict[str, float] = {}
+
+    def progress_fn(sign: Sign) -> None:
+        now = time.perf_counter()
+        if sign.done == sign.total or now - shown.get(sign.phase, -QUIET_SECONDS) >= QUIET_SECONDS:
+            shown[sign.phase] = now
+            share = "" if sign.phase == "compiling" else f" {100 * sign.done // sign.total:3d} % of the steps,"
+            print(f"{name}:{share} {_said(sign)}", file=sys.stderr, flush=True)
+
+    return progress_fn
+
+
+def _said(sign: Sign) -> str:
+    """Returns what is said of a sign beside its share of the steps."""
+    if sign.phase == "compiling":
+        return "compiling"
+    parts = ["warming up"] if sign.phase == "warm-up" else []
+    parts.append(f"{sign.seconds:.0f} s")
+    if sign.seconds > 0 and sign.done:
+        parts.append(f"{sign.done / sign.seconds:,.0f} steps/s")
+    if sign.seconds_left is not None and sign.done < sign.total:
+        parts.append(f"about {sign.seconds_left:.0f} s left")
+    return ", ".join(parts)
