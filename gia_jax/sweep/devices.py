@@ -117,7 +117,8 @@ def _specs(in_axes: Any, axis: str) -> Any:
 
 
 def lane_mesh(mesh: Mesh | None) -> Mesh | None:
-    """Returns the mesh over which lanes are spread: the given one, or that of all devices of this process.
+    """Returns the mesh over which lanes are spread: the given one, or that of all devices of this process, unless
+    `jax.default_device` names a single one.
 
     Args:
         mesh: Mesh of devices of this process with the axis "lanes", or None.
@@ -129,8 +130,8 @@ def lane_mesh(mesh: Mesh | None) -> Mesh | None:
         ValueError: If the mesh has no axis "lanes", or devices of another process.
     """
     if mesh is None:
-        devices = jax.local_devices()
-        return None if len(devices) == 1 else Mesh(np.asarray(devices), (AXIS,))
+        devices, chosen = jax.local_devices(), jax.config.jax_default_device
+        return None if len(devices) == 1 or chosen is not None else Mesh(np.asarray(devices), (AXIS,))
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     if AXIS not in mesh.shape:
