@@ -79,6 +79,8 @@ def _rows(path: Path, source: str) -> Iterator[Row]:
         for name, entry in entries.items():
             if name in records:
                 yield _row({**guesses, **entry}, name, source, arrays.get(name, {}))
+            elif name not in guesses and not isinstance(entry, str):
+                raise ValueError(f"its entry {name!r} is no attack")
             elif name not in guesses:
                 yield Row(f"{_title(any_settings)}: {name}", source=source, notes=(f"not attacked: {entry}",))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
