@@ -70,9 +70,11 @@ class Row(NamedTuple):
         notes: Further lines.
         scores: Scores by their names, the one that the attack is judged by first.
         details: Further numbers of each victim, by their names.
-        compared: Scores, by their names, of what the attack is compared with, by its own name, such as a guess.
+        compared: Scores, by their names, of what the attack is compared with, by its own name: "the same attack on random
+            updates", which the table of all rows shows too, and guesses without an update.
         curves: Curves of the attack.
         examples: Examples, each of one or several pictures beside each other.
+        num_examples: Number of all examples, where it is larger than that of those shown.
         accuracy: Accuracy of a model that was trained behind the same defense, in [0, 1].
         cost: What it took, by name.
         settings: Settings, by name.
@@ -90,6 +92,7 @@ class Row(NamedTuple):
     compared: Mapping[str, Mapping[str, Score]] = {}
     curves: Sequence[Curve] = ()
     examples: Sequence[Sequence[Picture]] = ()
+    num_examples: int = 0
     accuracy: float | None = None
     cost: Mapping[str, float] = {}
     settings: Mapping[str, str] = {}

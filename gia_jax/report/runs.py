@@ -114,6 +114,7 @@ def _row(record: Mapping[str, Any], name: str, source: str, arrays: Mapping[str,
         compared=_compared(record, scores),
         curves=_curves(arrays, victims),
         examples=_examples(arrays, settings["attack"], victims, next(iter(shown.items()), None)),
+        num_examples=sum(np.size(victim.get(f"{next(iter(shown), '')}_per_example", ())) for victim in victims),
         accuracy=None if record.get("accuracy") is None else float(record["accuracy"]),
         cost={words: float(record[key]) for key, words in COST.items() if key in record},
         settings={key.replace("_", " "): _text(value) for key, value in settings.items() if value not in (None, [])},
@@ -126,6 +127,7 @@ def _row(record: Mapping[str, Any], name: str, source: str, arrays: Mapping[str,
 def _title(settings: Mapping[str, Any]) -> str:
     """Says what was attacked, and how."""
     known = [str(settings[name]) for name in ("model", "data") if settings.get(name)]
+    known += ["a recorded update"] if settings.get("update") else []
     defense = settings.get("defense", "none")
     behind = _text(defense) if defense not in ("none", []) else ""
     return f"{settings['attack']} on {', '.join(known)}" + (f", behind {behind}" if behind else "")
@@ -159,7 +161,7 @@ def _compared(record: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[st
     found = {"the same attack on random updates": of("prior_only_", record)}
     for key in scores:
         for guess, values in record.get(f"baselines_{key}", {}).items():
-            found[f"guess without an update: {guess}"] = of("", {key: values})
+            found[f"without an update: {guess}"] = of("", {key: values})
     return {name: own for name, own in found.items() if own}
 
 
@@ -187,7 +189,8 @@ def _examples(
         content = arrays["drawing"].tobytes()
         if content.startswith(b"\x89PNG"):
             return [[Picture("originals and reconstructions", png=content)]]
-        return [[Picture("originals and reconstructions", text=content.decode())]]
+        blocks = content.decode().strip().split("\n\n")
+        return [[Picture("", text=block)] for i, block in enumerate(blocks) if i or "\n" in block]  # without a title
     if "reconstruction" not in arrays:
         return []
     captions = [""] * len(arrays["reconstruction"])

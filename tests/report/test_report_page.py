@@ -158,6 +158,13 @@ def test_pictures_are_those_of_the_arrays(runs: Path) -> None:
         np.testing.assert_array_equal(pixels, PIXELS[("original", "reconstruction")[i % 2]][i // 2, ..., 0])
     assert "<b>162.6 dB</b>" in html
     assert "age    52" in Page(html).words["result-2"]
+    assert "What was seen, the first" not in html
+
+
+def test_it_says_that_some_examples_are_left_out(tmp_path: Path) -> None:
+    victims = [_image(7.25, -0.5) | {"psnr_per_example": [7.0, 7.5, 7.75, 6.75, 8.0]}]
+    html = page(read(_write(tmp_path, _record(victims, shown=IMAGES), {"": PIXELS})))
+    assert "What was seen, the first 3 of 5 examples" in html
 
 
 def test_arrays_of_other_results_are_left_out(runs: Path) -> None:
