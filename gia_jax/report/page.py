@@ -15,7 +15,7 @@ import numpy as np
 
 from gia_jax.metrics.images import PSNR_IN_WORDS
 from gia_jax.report.plots import line_plot
-from gia_jax.report.rows import Curve, Row
+from gia_jax.report.rows import ON_RANDOM, Curve, Row
 
 MARK = '<meta name="generator" content="gia_jax report">'  # by which a page is known as one of these
 
@@ -76,6 +76,7 @@ def page(rows: Sequence[Row], *, title: str = "What do these updates give away?"
         mark=Markup(MARK),
         against=_against(rows),
         psnr=psnr,
+        on_random=ON_RANDOM,
     )
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from gia_jax.metrics.intervals import bootstrap_interval
 from gia_jax.modalities.base import Shown
 
+ON_RANDOM = "the same attack on random updates"
+
 
 class Score(NamedTuple):
     """A score of several victims.
@@ -70,8 +72,8 @@ class Row(NamedTuple):
         notes: Further lines.
         scores: Scores by their names, the one that the attack is judged by first.
         details: Further numbers of each victim, by their names.
-        compared: Scores, by their names, of what the attack is compared with, by its own name: "the same attack on random
-            updates", which the table of all rows shows too, and guesses without an update.
+        compared: Scores, by their names, of what the attack is compared with, by its own name, such as a guess. That
+            of `ON_RANDOM` is in the table of all rows too.
         curves: Curves of the attack.
         examples: Examples, each of one or several pictures beside each other.
         num_examples: Number of all examples, where it is larger than that of those shown.

@@ -12,7 +12,7 @@ from gia_jax.modalities.base import Shown
 from gia_jax.report.arrays import unpack
 from gia_jax.report.page import check_installed
 from gia_jax.report.plots import png
-from gia_jax.report.rows import Curve, Picture, Row, Score, score
+from gia_jax.report.rows import ON_RANDOM, Curve, Picture, Row, Score, score
 
 MAX_LINES = 8  # victims with a loss curve
 COST = {
@@ -158,7 +158,7 @@ def _compared(record: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[st
         own = {key: np.asarray(values[prefix + key], float) for key in scores if prefix + key in values}
         return {key: score(one.reshape(len(one), -1).mean(1).tolist(), scores[key].shown) for key, one in own.items()}
 
-    found = {"the same attack on random updates": of("prior_only_", record)}
+    found = {ON_RANDOM: of("prior_only_", record)}
     for key in scores:
         for guess, values in record.get(f"baselines_{key}", {}).items():
             found[f"without an update: {guess}"] = of("", {key: values})
