@@ -1,5 +1,6 @@
 """Intervals of scores over victims."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,8 @@ def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any
     def of_drawn(chosen: np.ndarray, **axis: int) -> Any:
         return statistic(values[chosen], **axis)
 
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of draws that are NaN
         found = stats.bootstrap(
             (np.arange(len(values)),),
             of_drawn,

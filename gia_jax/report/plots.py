@@ -165,9 +165,10 @@ def line_plot(
         if is_dot and np.isfinite([x[0], y[0]]).all():
             axes.annotate(name, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     every = np.concatenate([np.asarray(y, np.float64) for _, y in lines.values()])
-    if is_logarithmic and np.any(every[np.isfinite(every)] < 0):
-        axes.set_yscale("symlog", linthresh=float(np.abs(every[np.isfinite(every) & (every != 0)]).min()))
-    elif is_logarithmic:
+    every = every[np.isfinite(every) & (every != 0)]
+    if is_logarithmic and np.any(every < 0):
+        axes.set_yscale("symlog", linthresh=float(np.abs(every).min()))
+    elif is_logarithmic and every.size:
         axes.set_yscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])

@@ -126,4 +126,5 @@ def score(values: Sequence[float], shown: Shown, counts: Sequence[bool] | None =
     interval = bootstrap_interval(kept, statistic) if len(kept) > 1 else None
     if interval is not None and any(map(math.isnan, interval)):
         interval = None
-    return Score(shown, tuple(every.tolist()), float(statistic(kept)), interval)
+    with np.errstate(invalid="ignore"):  # of infinite scores
+        return Score(shown, tuple(every.tolist()), float(statistic(kept)), interval)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def _title(settings: Mapping[str, Any]) -> str:
     known += ["a recorded update"] if settings.get("update") else []
     defense = settings.get("defense", "none")
     behind = _text(defense) if defense not in ("none", []) else ""
-    return f"{settings['attack']} on {', '.join(known)}" + (f", behind {behind}" if behind else "")
+    on = f" on {', '.join(known)}" if known else ""
+    return f"{settings['attack']}{on}" + (f", behind {behind}" if behind else "")
 
 
 def _text(value: Any) -> str:
@@ -193,13 +195,13 @@ def _examples(
         return [[Picture("", text=block)] for i, block in enumerate(blocks) if i or "\n" in block]  # without a title
     if "reconstruction" not in arrays:
         return []
-    captions = [""] * len(arrays["reconstruction"])
+    captions: list[str] = []
     if first is not None:
-        each = np.concatenate([np.ravel(victim.get(f"{first[0]}_per_example", ())) for victim in victims])
-        captions = [first[1].text(float(value)) + first[1].unit for value in each[: len(captions)]]
+        each = [float(value) for victim in victims for value in np.ravel(victim.get(f"{first[0]}_per_example", ()))]
+        captions = [first[1].text(value) + first[1].unit for value in each]
     heading = attack + str(arrays.get("note", ""))
     found = []
-    for i, caption in enumerate(captions):
+    for i, caption in zip(range(len(arrays["reconstruction"])), chain(captions, repeat(""))):
         pictures = [Picture("original", png(arrays["original"][i]), is_tile=True)] if "original" in arrays else []
         found.append([*pictures, Picture(heading, png(arrays["reconstruction"][i]), caption=caption, is_tile=True)])
     return found

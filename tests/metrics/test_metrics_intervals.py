@@ -1,5 +1,6 @@
 """Intervals of scores over victims."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ def test_an_interval_of_the_mean_is_as_wide_as_theory_says() -> None:
 def test_an_infinite_score_may_end_an_interval() -> None:
     assert bootstrap_interval(np.array([7.0, 160.0, np.inf]), np.median) == (7.0, np.inf)
     assert bootstrap_interval(np.array([3.0, 3.0]), np.mean) == (3.0, 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(bootstrap_interval(np.array([1.0, np.nan, 2.0]), np.median)).all()
 
 
 def test_one_victim_has_no_interval() -> None:
