@@ -43,7 +43,7 @@ from gia_jax.base import ClientFn, Params
 from gia_jax.cli.outcomes import joined
 from gia_jax.defenses import prune
 from gia_jax.matching.adaptive import supported
-from gia_jax.sweep.study import SHARED_PARAMS
+from gia_jax.sweep.lanes import SHARED_PARAMS
 
 THREAT = ThreatModel(labels=True)
 UNSEEN = "Settings were chosen on training images that the generator had not seen: the weight of total variation "

@@ -29,7 +29,7 @@ from gia_jax import Batch, ThreatModel, advance, clients, data, keep_best, model
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import Attack, Observation
 from gia_jax.lowering import Lowering
-from gia_jax.sweep.study import over_lanes
+from gia_jax.sweep.lanes import over_lanes
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MODELS = {"lenet": (8, 8, 12), "resnet18": (1, 1, 512), "convnet": (3, 3, 256)}

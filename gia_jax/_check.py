@@ -22,6 +22,11 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def is_zero(number: ArrayLike) -> bool:
+    """Tells whether a number is known to be 0, which one that is being traced is not."""
+    return is_concrete(number) and not np.any(number)
+
+
 def finite(name: str, tree: PyTree[ArrayLike]) -> None:
     """Raises ValueError where a concrete leaf of `tree` holds a NaN or an infinity."""
     for path, leaf in jax.tree.leaves_with_path(tree):

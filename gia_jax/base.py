@@ -11,6 +11,9 @@ Params = PyTree[Array]
 Updates = PyTree[Array]
 """What a client returns: a tree of the shapes of its parameters, with the sign and scale of a gradient."""
 
+Scalar = float | Float[Array, ""]
+"""A number, such as a weight or a rate. It may be traced, so that one program serves many of them."""
+
 Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 """Mean and biased variance, each of shape (features,), of the inputs of every call of a batch-normalisation layer."""
 

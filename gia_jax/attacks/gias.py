@@ -22,6 +22,7 @@ from gia_jax.base import (
     ObjectiveFn,
     Observation,
     Params,
+    Scalar,
     WarmUp,
 )
 from gia_jax.lowering import lowered
@@ -55,9 +56,9 @@ def latent_search(
     generator_params: Params,
     latent_shape: tuple[int, ...],
     num_steps: int = NUM_LATENT_STEPS,
-    learning_rate: float = 3e-2,
-    total_variation_weight: float = 1e-6,
-    latent_weight: float = 0.0,
+    learning_rate: Scalar = 3e-2,
+    total_variation_weight: Scalar = 1e-6,
+    latent_weight: Scalar = 0.0,
     label_fn: LabelFn = granted_labels,
     objective_fn: ObjectiveFn | None = None,
 ) -> Attack:
@@ -142,10 +143,10 @@ def gias(
     num_latent_steps: int = NUM_LATENT_STEPS,
     num_latents: int = 4,
     num_steps: int = NUM_STEPS,
-    latent_learning_rate: float = 3e-2,
-    learning_rate: float = 1e-3,
-    total_variation_weight: float = 1e-6,
-    latent_weight: float = 0.0,
+    latent_learning_rate: Scalar = 3e-2,
+    learning_rate: Scalar = 1e-3,
+    total_variation_weight: Scalar = 1e-6,
+    latent_weight: Scalar = 0.0,
     label_fn: LabelFn = granted_labels,
     objective_fn: ObjectiveFn | None = None,
 ) -> Attack:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import optax
 
 from gia_jax import _check, modalities
-from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
+from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Scalar
 from gia_jax.data.graphs import FeatureBlock
 from gia_jax.matching.objectives import cosine, cosine_residuals
 from gia_jax.matching.optimizers import step_schedule
@@ -24,8 +24,8 @@ def glg(
     max_nodes: int,
     grants: Sequence[str] = (),
     num_steps: int = NUM_STEPS,
-    smoothness_weight: float = 1e-3,
-    sparsity_weight: float = 1e-3,
+    smoothness_weight: Scalar = 1e-3,
+    sparsity_weight: Scalar = 1e-3,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
     objective_fn: ObjectiveFn = cosine,

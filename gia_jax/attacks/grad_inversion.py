@@ -21,6 +21,7 @@ from gia_jax.base import (
     Observation,
     Params,
     PriorFn,
+    Scalar,
     Statistics,
 )
 from gia_jax.labels import ClassifierFn, column_minimum
@@ -45,13 +46,13 @@ def grad_inversion(
     consensus_fn: ConsensusFn | None = None,
     num_steps: int = NUM_STEPS,
     num_warm_up_steps: int = 50,
-    learning_rate: float = 0.1,
-    match_weight: float = 1e-3,
-    total_variation_weight: float = 1e-4,
-    norm_weight: float = 1e-6,
-    statistics_weight: float = 0.1,
-    consistency_weight: float = 0.01,
-    noise_scale: float = 0.2,
+    learning_rate: Scalar = 0.1,
+    match_weight: Scalar = 1e-3,
+    total_variation_weight: Scalar = 1e-4,
+    norm_weight: Scalar = 1e-6,
+    statistics_weight: Scalar = 0.1,
+    consistency_weight: Scalar = 0.01,
+    noise_scale: Scalar = 0.2,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
     label_fn: LabelFn | None = None,
     init_fn: InitFn | None = None,
@@ -159,15 +160,16 @@ def grad_inversion(
         _check.finite(name, value)
     if num_steps <= num_warm_up_steps:
         raise ValueError(f"num_steps must be above num_warm_up_steps={num_warm_up_steps}, got {num_steps}")
-    weighted: list[tuple[float, PriorFn]] = [
+    weighted: list[tuple[Scalar, PriorFn]] = [
         (total_variation_weight, priors.total_variation()),
         (norm_weight, priors.norm()),
         (consistency_weight, consistency),
     ]
     if statistics_fn is not None:
         weighted.append((statistics_weight, priors.batch_norm_statistics(statistics_fn, known_statistics_fn)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, num_warm_up_steps, num_steps)
-    paper = optax.chain(optax.adam(rate), langevin_noise(lambda count: noise_scale * rate(count)))
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_warm_up_steps, num_steps)  # of a rate that may be traced
+    noise = langevin_noise(lambda count: noise_scale * learning_rate * share(count))
+    paper = optax.chain(optax.adam(lambda count: learning_rate * share(count)), noise)
     one_seed = gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,

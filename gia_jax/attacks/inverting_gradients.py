@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from gia_jax import _check
-from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn
+from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn, Scalar
 from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine, cosine_residuals
@@ -21,7 +21,7 @@ def inverting_gradients(
     *,
     bounds: tuple[Float[ArrayLike, "..."], Float[ArrayLike, "..."]] | None = None,
     num_steps: int = NUM_STEPS,
-    total_variation_weight: float | None = None,
+    total_variation_weight: Scalar | None = None,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
     decode_fn: DecodeFn | None = None,

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from gia_jax import _check
-from gia_jax.base import Batch, ClientFn, LossFn, Params, Updates
+from gia_jax.base import Batch, ClientFn, LossFn, Params, Scalar, Updates
 from gia_jax.clients.gradient import parameter_gradient
 from gia_jax.clients.sgd import Draws
 from gia_jax.lowering import Lowering, lowers_to_matmul
@@ -17,7 +17,7 @@ from gia_jax.precision import cast_like, widened_tree
 def federated_averaging(
     loss_fn: LossFn | Callable[[PRNGKeyArray], LossFn],
     *,
-    learning_rate: float | Float[Array, ""],
+    learning_rate: Scalar,
     local_epochs: int = 1,
     minibatch_size: int | None = None,
     order_key: PRNGKeyArray | None = None,

@@ -15,7 +15,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float
 
 from gia_jax import _check
-from gia_jax.base import ObjectiveFn, Updates
+from gia_jax.base import ObjectiveFn, Scalar, Updates
 from gia_jax.matching.objectives import cosine, inverse_root
 from gia_jax.precision import wide_dtype, widened_tree, widening
 
@@ -23,7 +23,7 @@ LEAST_MEAN = 1e-15  # least mean of a tensor to divide by: the derivative of its
 FLOOR = 1e-2  # below this probability the logarithm is its tangent, so that a start outside of every interval can move
 
 
-def pruned(objective_fn: ObjectiveFn = cosine, *, weight: float = 1.0) -> ObjectiveFn:
+def pruned(objective_fn: ObjectiveFn = cosine, *, weight: Scalar = 1.0) -> ObjectiveFn:
     """Builds the objective against pruning and top-k: it compares the observed support and penalises missing zeros:
 
         D(g on S, o) + weight * sum over i not in S of max(0, |g_i| - t)^2 / |o|^2,   S = {o_i != 0}.
@@ -105,7 +105,7 @@ def supported(objective_fn: ObjectiveFn = cosine, *, among: Callable[[str], bool
     return lambda s, o: objective_fn(jax.tree_util.tree_map_with_path(support, s, o), o)
 
 
-def sign_hinge(*, margin: float = 0.01, zero_weight: float = 1.0) -> ObjectiveFn:
+def sign_hinge(*, margin: Scalar = 0.01, zero_weight: Scalar = 1.0) -> ObjectiveFn:
     """Builds the objective against shared signs: a hinge loss on the signs of the simulated entries.
 
     It is the mean, over the entries that count, of

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
 
 from gia_jax import _check
-from gia_jax.base import InitFn, Observation
+from gia_jax.base import InitFn, Observation, Scalar
 from gia_jax.precision import cast_like, wide_dtype, widened_tree
 from gia_jax.threat import granted
 
@@ -112,7 +112,7 @@ def _check_shape(shape: Sequence[int] | None) -> None:
         _check.fits(math.prod(shape), shape=tuple(shape))
 
 
-def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None = None) -> InitFn:
+def normal(*, scale: Scalar = 1.0, mean: Scalar = 0.0, shape: Sequence[int] | None = None) -> InitFn:
     """Starts from independent normal pixels.
 
     Args:
@@ -152,7 +152,7 @@ def normal(*, scale: float = 1.0, mean: float = 0.0, shape: Sequence[int] | None
     return init_fn
 
 
-def near_grey(*, scale: float = 0.1, shape: Sequence[int] | None = None) -> InitFn:
+def near_grey(*, scale: Scalar = 0.1, shape: Sequence[int] | None = None) -> InitFn:
     """Starts from normal pixels of a small standard deviation around 0, the grey of normalised inputs.
 
     Args:
@@ -178,7 +178,7 @@ def near_grey(*, scale: float = 0.1, shape: Sequence[int] | None = None) -> Init
     return normal(scale=scale, shape=shape)
 
 
-def truncated_normal(*, scale: float = 0.1, limit: float = 0.1, shape: Sequence[int] | None = None) -> InitFn:
+def truncated_normal(*, scale: Scalar = 0.1, limit: Scalar = 0.1, shape: Sequence[int] | None = None) -> InitFn:
     """Starts from normal pixels that are clipped to [-limit, limit].
 
     Args:
@@ -218,7 +218,7 @@ def truncated_normal(*, scale: float = 0.1, limit: float = 0.1, shape: Sequence[
     return init_fn
 
 
-def uniform(*, low: float = -1.0, high: float = 1.0, shape: Sequence[int] | None = None) -> InitFn:
+def uniform(*, low: Scalar = -1.0, high: Scalar = 1.0, shape: Sequence[int] | None = None) -> InitFn:
     """Starts from independent uniform pixels in [low, high).
 
     Args:
@@ -246,7 +246,7 @@ def uniform(*, low: float = -1.0, high: float = 1.0, shape: Sequence[int] | None
     _check.finite("low", low)
     _check.finite("high", high)
     _check_shape(shape)
-    if not low < high:
+    if _check.is_concrete((low, high)) and not low < high:
         raise ValueError(f"low must be below high={high}, got {low}")
 
     def init_fn(key: PRNGKeyArray, observation: Observation) -> PyTree[Float[Array, "b ..."]]:
@@ -297,7 +297,7 @@ def constant(value: float | Sequence[float] = 0.0, *, shape: Sequence[int] | Non
     return init_fn
 
 
-def patterned(size: int = 4, *, scale: float = 1.0, shape: Sequence[int] | None = None) -> InitFn:
+def patterned(size: int = 4, *, scale: Scalar = 1.0, shape: Sequence[int] | None = None) -> InitFn:
     """Starts from a square of normal pixels that is tiled over each image
     (Wei et al., A Framework for Evaluating Gradient Leakage Attacks, ESORICS 2020).
 

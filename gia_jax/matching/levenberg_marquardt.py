@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from gia_jax import _check
+from gia_jax.base import Scalar
 from gia_jax.precision import cast_like, wide_dtype, widened_tree
 
 
@@ -36,9 +37,9 @@ class LevenbergMarquardtState(NamedTuple):
 
 def levenberg_marquardt(
     *,
-    initial_damping: float = 1e-4,
+    initial_damping: Scalar = 1e-4,
     max_trials: int = 10,
-    tolerance: float = 1e-20,
+    tolerance: Scalar = 1e-20,
     equations: float | None = 2.0,
     linear_solver: Literal["cholesky", "cg"] = "cholesky",
     cg_steps: int = 200,

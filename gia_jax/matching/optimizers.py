@@ -12,10 +12,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
+from gia_jax.base import Scalar
 from gia_jax.precision import cast_like, widened_tree
 
 
-def step_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+def step_schedule(learning_rate: Scalar, num_steps: int) -> optax.Schedule:
     """Builds the learning rate of Inverting Gradients, which falls tenfold three times
     (Geiping et al., NeurIPS 2020, code).
 
@@ -152,7 +153,7 @@ class FixedStepLBFGSState(NamedTuple):
     scale: Float[Array, ""]
 
 
-def fixed_step_lbfgs(*, learning_rate: float = 1.0, memory_size: int = 100) -> optax.GradientTransformation:
+def fixed_step_lbfgs(*, learning_rate: Scalar = 1.0, memory_size: int = 100) -> optax.GradientTransformation:
     """Builds L-BFGS without a line search, as `torch.optim.LBFGS` does it and DLG uses it.
 
     A pair of differences (s of iterates, y of gradients) is kept only where its curvature s.y is above 1e-10. The first

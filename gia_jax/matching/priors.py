@@ -12,14 +12,14 @@ import optax
 from jaxtyping import Array, Float
 
 from gia_jax import _check
-from gia_jax.base import Batch, Observation, Params, PriorFn, Statistics
+from gia_jax.base import Batch, Observation, Params, PriorFn, Scalar, Statistics
 from gia_jax.lowering import lowered
 from gia_jax.matching.initializations import as_granted
 from gia_jax.precision import wide_dtype, widened, widened_tree
 from gia_jax.threat import granted
 
 
-def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
+def combine(*weighted_priors: tuple[Scalar, PriorFn]) -> PriorFn:
     """Adds priors, each times its weight: `combine((1e-2, total_variation()), (1e-6, norm()))`.
 
     Args:
@@ -52,7 +52,11 @@ def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
 
 
 def total_variation(
-    *, inner_exponent: float = 1.0, outer_exponent: float = 1.0, color_opponents: bool = False, eps: float = 1e-8
+    *,
+    inner_exponent: float = 1.0,
+    outer_exponent: float = 1.0,
+    color_opponents: bool = False,
+    eps: float = 1e-8,
 ) -> PriorFn:
     """Builds the mean variation between neighbouring pixels.
 
@@ -181,7 +185,7 @@ def batch_norm_statistics(
     statistics_fn: Callable[[Params, Any], Statistics],
     target_fn: Callable[[Observation], Statistics] | None = None,
     *,
-    first_layer_weight: float = 10.0,
+    first_layer_weight: Scalar = 10.0,
 ) -> PriorFn:
     """Builds the distance of the dummy batch's feature statistics from known ones
     (Yin et al., DeepInversion, CVPR 2020, equation 4; GradInversion, CVPR 2021, equation 9).

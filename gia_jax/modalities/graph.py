@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
-from gia_jax.base import Batch, DecodeFn, InitFn, Observation, PriorFn
+from gia_jax.base import Batch, DecodeFn, InitFn, Observation, PriorFn, Scalar
 from gia_jax.data.graphs import FeatureBlock
 from gia_jax.matching import graph_priors, priors
 from gia_jax.metrics.graphs import graph_scores
@@ -59,9 +59,9 @@ def graph(
     *,
     grants: Sequence[str] = (),
     edges: Literal["sigmoid", "box"] = "sigmoid",
-    smoothness_weight: float = 0.0,
-    sparsity_weight: float = 0.0,
-    binarity_weight: float = 0.0,
+    smoothness_weight: Scalar = 0.0,
+    sparsity_weight: Scalar = 0.0,
+    binarity_weight: Scalar = 0.0,
     hops: int = 2,
     init_fn: InitFn | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -199,7 +199,7 @@ def graph(
         init_fn=_start(grants, like, edges) if init_fn is None else init_fn,
         decode_fn=_decoder(blocks, max_nodes, edges),
         project_fn=project_fn if edges == "box" and "adjacency" not in grants else None,
-        prior_fn=prior_fn if any(weight for weight, _ in weighted) else None,
+        prior_fn=None if all(_check.is_zero(weight) for weight, _ in weighted) else prior_fn,
         like=like,
         score_fn=score_fn,
         shown={first: SHOWN[first]} | SHOWN,

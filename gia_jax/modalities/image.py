@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gia_jax import _check
-from gia_jax.base import Batch, InitFn
+from gia_jax.base import Batch, InitFn, Scalar
 from gia_jax.data import ImageData
 from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
@@ -24,7 +24,7 @@ def image(
     mean: Sequence[float] | np.ndarray | None = None,
     std: Sequence[float] | np.ndarray | None = None,
     in_range: bool = True,
-    total_variation_weight: float = 1e-4,
+    total_variation_weight: Scalar = 1e-4,
     init_fn: InitFn | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Modality:
@@ -83,7 +83,8 @@ def image(
     _check.weight(total_variation_weight=total_variation_weight)
     nothing = np.zeros((0, *shape), np.float32)
     data = ImageData("images", nothing, np.zeros(0, np.int32), (), (), mean.tolist(), std.tolist())
-    prior_fn = priors.combine((total_variation_weight, priors.total_variation())) if total_variation_weight else None
+    has_prior = not _check.is_zero(total_variation_weight)
+    prior_fn = priors.combine((total_variation_weight, priors.total_variation())) if has_prior else None
 
     def score_fn(found: Batch, truth: Batch) -> Scored:
         images, true = jnp.asarray(found.inputs), jnp.asarray(truth.inputs)

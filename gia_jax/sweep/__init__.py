@@ -1,6 +1,25 @@
 """Many victims, restarts and settings as one compiled program, saved as it goes, on one device or several."""
 
 from gia_jax.sweep.devices import map_sharded
+from gia_jax.sweep.grid import Sweep, grid, sweep
+from gia_jax.sweep.results import open_sweep, stored_sweep
+from gia_jax.sweep.search import Halving, log_uniform, successive_halving
 from gia_jax.sweep.study import Sign, Study, Timing, study, study_analytic, study_on_host
 
-__all__ = ["Sign", "Study", "Timing", "map_sharded", "study", "study_analytic", "study_on_host"]
+__all__ = [
+    "Halving",
+    "Sign",
+    "Study",
+    "Sweep",
+    "Timing",
+    "grid",
+    "log_uniform",
+    "map_sharded",
+    "open_sweep",
+    "stored_sweep",
+    "study",
+    "study_analytic",
+    "study_on_host",
+    "successive_halving",
+    "sweep",
+]

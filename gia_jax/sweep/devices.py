@@ -5,7 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "lanes"
+"""Name of the axis of a mesh over which a study spreads its lanes."""
 
 
 def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., Any]:
@@ -42,7 +46,7 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
     lanes = PartitionSpec(axis)
     # `jax.make_mesh` makes explicit axes: their arguments are not placed on the way in.
     explicit = dict(zip(mesh.axis_names, mesh.axis_types))[axis] == AxisType.Explicit
-    mapped = jax.shard_map(jax.vmap(fn), mesh=mesh, in_specs=lanes, out_specs=lanes, check_vma=False)
+    mapped = spread(jax.vmap(fn), mesh, axis, 0)
 
     def checked(*args: Any) -> Any:
         shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(args)]
@@ -58,3 +62,80 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
         return mapped(*(jax.reshard(args, NamedSharding(mesh, lanes)) if explicit else args))
 
     return checked
+
+
+def spread(mapped: Callable[..., Any], mesh: Mesh, axis: str, in_axes: Any) -> Callable[..., Any]:
+    """Lets every device along an axis of a mesh compute its own lanes, without a word between them.
+
+    Args:
+        mapped: Function of the lanes of one device, whose results have a leading axis of lanes.
+        mesh: Mesh of the devices.
+        axis: Name of the mesh's axis.
+        in_axes: For every argument, or tree of arguments, 0 where it has a leading axis of lanes, and None where every
+            device gets the whole of it.
+
+    Returns:
+        The function of all lanes, to be called inside of `jax.jit`.
+    """
+    # With `check_vma` a gradient with respect to what every device has is summed over the devices.
+    return jax.shard_map(
+        mapped, mesh=mesh, in_specs=_specs(in_axes, axis), out_specs=PartitionSpec(axis), check_vma=False
+    )
+
+
+def placed(mesh: Mesh | None, in_axes: Any) -> Any:
+    """Returns where the arguments of a function of lanes lie.
+
+    Args:
+        mesh: Mesh with the axis "lanes", or None for the default device.
+        in_axes: Axes of the arguments, as `spread` takes them.
+
+    Returns:
+        A sharding for every argument, or None without a mesh.
+    """
+    if mesh is None:
+        return None
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(in_axes, AXIS))
+
+
+def on_devices(args: Any, mesh: Mesh | None, in_axes: Any) -> Any:
+    """Returns arguments of a function of lanes with every lane on its device.
+
+    Args:
+        args: Arguments, or a tree of them.
+        mesh: Mesh with the axis "lanes", or None, for which they stay where they are.
+        in_axes: Axes of the arguments, as `spread` takes them.
+    """
+    return args if mesh is None else jax.device_put(args, placed(mesh, in_axes))
+
+
+def _specs(in_axes: Any, axis: str) -> Any:
+    """Returns the parts of arguments that a device gets: its share of the lanes, or the whole."""
+    return jax.tree.map(
+        lambda place: PartitionSpec() if place is None else PartitionSpec(axis), in_axes, is_leaf=lambda x: x is None
+    )
+
+
+def lane_mesh(mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh over which lanes are spread: the given one, or that of all devices of this process.
+
+    Args:
+        mesh: Mesh of devices of this process with the axis "lanes", or None.
+
+    Returns:
+        The mesh, or None for a single device, which needs none.
+
+    Raises:
+        ValueError: If the mesh has no axis "lanes", or devices of another process.
+    """
+    if mesh is None:
+        devices = jax.local_devices()
+        return None if len(devices) == 1 else Mesh(np.asarray(devices), (AXIS,))
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    if AXIS not in mesh.shape:
+        raise ValueError(f"mesh must have an axis {AXIS!r}, got the axes {tuple(mesh.shape)}")
+    strange = [device for device in mesh.devices.flat if device.process_index != jax.process_index()]
+    if strange:
+        raise ValueError(f"mesh must be of devices of this process, whose lanes are its own, got {strange[0]}")
+    return Mesh(mesh.devices, mesh.axis_names)  # its axes are automatic, so that arguments are placed on the way in

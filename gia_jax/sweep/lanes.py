@@ -1,21 +1,25 @@
-"""Lanes: the restarts of all victims that run side by side, their random keys and their observations.
+"""Lanes: the restarts of all victims under all settings that run side by side, their random keys and observations.
 
-A lane is one restart on one victim. Lane number i is restart i % r of victim i // r.
+A lane is one restart on one victim under one setting. Of s settings, v victims and r restarts, lane number i is restart
+i % r of victim i // r % v under setting i // (v r).
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Key, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Observation
+from gia_jax.sweep.devices import AXIS, spread
 
 SHARED_PARAMS = Observation(params=None, update=0, extra=0)  # vmap axes: one set of parameters, many victims
+OF_LANE = (0, SHARED_PARAMS)  # vmap axes of a setting with an observation
 
 
 def victim_keys(key: PRNGKeyArray, num_victims: int, num_restarts: int) -> Key[Array, "v r"]:
@@ -69,7 +73,9 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
     return victims, finite
 
 
-def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> Callable[..., Any]:
+def over_lanes(
+    fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int, mesh: Mesh | None = None
+) -> Callable[..., Any]:
     """Maps a function over lanes by `jax.vmap`, but calls it as it is for a single lane.
 
     Under `jax.vmap` both branches of a `jax.lax.cond` are computed, and for a single lane only the one that is needed.
@@ -78,10 +84,14 @@ def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> 
         fn: Function of one lane.
         in_axes: Axes of the arguments as for `jax.vmap`, each 0 or None or a tree of them.
         lanes: Number of lanes.
+        mesh: Mesh with the axis "lanes", over whose devices the lanes are spread, as many on each. None takes the
+            default device.
 
     Returns:
         The function of all lanes, whose results have a leading axis of lanes.
     """
+    if mesh is not None:
+        return spread(over_lanes(fn, in_axes, lanes // mesh.shape[AXIS]), mesh, AXIS, in_axes)
     if lanes > 1:
         return jax.vmap(fn, in_axes)
 
@@ -95,30 +105,45 @@ def over_lanes(fn: Callable[..., Any], in_axes: tuple[Any, ...], lanes: int) -> 
     return one_lane
 
 
-def lane_indices(first: int, lanes: int, total: int) -> np.ndarray:
-    """Returns the numbers of a batch of lanes. The last number fills up the last batch, and its results are dropped.
+class Lanes(NamedTuple):
+    """All lanes of a run, and how many of them run side by side.
 
-    Args:
-        first: Number of the first lane of the batch.
-        lanes: Number of lanes of every batch.
-        total: Number of lanes in all.
-
-    Returns:
-        The numbers, shape (lanes,).
-    """
-    return np.minimum(np.arange(first, first + lanes), total - 1)
-
-
-def selected(observations: Observation, victims: np.ndarray) -> Observation:
-    """Returns the observations of some victims.
-
-    Args:
+    Attributes:
+        keys: Random key of every restart of every victim, shape (v, r). It is the same one under every setting, so that
+            settings are compared on the same starts.
+        num_settings: Number s of settings.
+        settings: Settings of the attack, a tree of arrays with a leading axis of length s, or without leaves.
         observations: Observations of v victims in one, as `gia_jax.stack` makes it.
-        victims: Indices of the victims, in which one may occur several times.
-
-    Returns:
-        The observations, with a leading axis of as many victims as there are indices.
+        size: Number of lanes that run side by side.
+        first: Number of the first lane that this process runs.
+        last: Number of the lane behind the last one that this process runs.
     """
-    params, update, extra = observations
-    update, extra = jax.tree.map(lambda leaf: leaf[victims], (update, extra))
-    return Observation(params, update, extra)
+
+    keys: Key[Array, "v r"]
+    num_settings: int
+    settings: PyTree[Any]
+    observations: Observation
+    size: int
+    first: int
+    last: int
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes that this process runs."""
+        return self.last - self.first
+
+    def batch(self, place: int) -> tuple[Key[Array, " lanes"], tuple[PyTree[Any], Observation]]:
+        """Returns the random keys, and the settings with the observations, of lanes that run side by side.
+
+        The last lane of the process fills up its last batch, and what is found again for it is dropped.
+
+        Args:
+            place: Place of the first of them among the lanes of this process.
+        """
+        numbers = self.first + np.minimum(np.arange(place, place + self.size), self.num_lanes - 1)
+        victims, restarts = self.keys.shape
+        setting, victim = numbers // (victims * restarts), numbers // restarts % victims
+        params, update, extra = self.observations
+        settings = jax.tree.map(lambda leaf: leaf[setting], self.settings)
+        update, extra = jax.tree.map(lambda leaf: leaf[victim], (update, extra))
+        return self.keys[victim, numbers % restarts], (settings, Observation(params, update, extra))

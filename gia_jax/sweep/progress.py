@@ -94,6 +94,8 @@ class Pace:
                 left = None
             elif left is not None:
                 left += remaining * (each or 0.0)
+        if lanes == 0:
+            left = 0.0
         self._progress_fn(Sign(phase, done, self._total * sum(self._steps), self.seconds(), left))
 
     def _phase(self, stage: int) -> str:

@@ -8,14 +8,46 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax._compile import RUN_ONCE
-from gia_jax.base import Attack, AttackState, Observation
-from gia_jax.sweep.lanes import SHARED_PARAMS, over_lanes
+from gia_jax.base import Attack, AttackState, WarmUp
+from gia_jax.sweep.devices import on_devices, placed
+from gia_jax.sweep.lanes import OF_LANE, Lanes, over_lanes
 
 MAX_STEPS_PER_CALL = 4_096
+
+
+def over_settings(make_attack: Callable[[Any], Attack], example: PyTree[Any]) -> Attack:
+    """Turns attacks, one for every setting, into a single one that receives the setting with the observation.
+
+    Args:
+        make_attack: Function `setting -> attack`, whose attacks differ in numbers alone.
+        example: One of the settings.
+
+    Returns:
+        The attack. Where others receive an observation, it receives a pair of a setting and an observation.
+    """
+    known = make_attack(example)
+
+    def part(name: str) -> Callable[..., Any]:
+        return lambda *args: getattr(make_attack(args[-1][0]), name)(*args[:-1], args[-1][1])
+
+    def warm_up_of(setting: PyTree[Any]) -> WarmUp:
+        warm_up = make_attack(setting).warm_up
+        assert warm_up is not None
+        return warm_up
+
+    def hand_over(key: PRNGKeyArray, state: Any, pair: Any) -> AttackState:
+        return warm_up_of(pair[0]).hand_over(key, state, pair[1])
+
+    warm_up = None
+    if known.warm_up is not None:
+        before = over_settings(lambda setting: warm_up_of(setting).attack, example)
+        warm_up = WarmUp(before, known.warm_up.num_steps, hand_over)
+    return Attack(part("init"), part("step"), part("finalize"), warm_up, known.num_steps)
 
 
 class Stage(NamedTuple):
@@ -29,7 +61,7 @@ class Stage(NamedTuple):
         steps_key: Function from the key of the lane to the key of these steps.
     """
 
-    start: Callable[[PRNGKeyArray, Any, Observation], AttackState]
+    start: Callable[[PRNGKeyArray, Any, Any], AttackState]
     attack: Attack
     num_steps: int
     steps_key: Callable[[PRNGKeyArray], PRNGKeyArray]
@@ -59,7 +91,7 @@ def stages_of(attack: Attack, num_steps: int) -> list[Stage]:
         def part(index: int) -> Callable[[PRNGKeyArray], PRNGKeyArray]:
             return lambda key: jax.random.split(init_key(key), 3)[index]
 
-        def start(key: PRNGKeyArray, state: Any, observation: Observation) -> AttackState:
+        def start(key: PRNGKeyArray, state: Any, observation: Any) -> AttackState:
             return warm_up.hand_over(part(2)(key), state, observation)
 
         before = stages(warm_up.attack, warm_up.num_steps, part(0), part(1))
@@ -69,7 +101,7 @@ def stages_of(attack: Attack, num_steps: int) -> list[Stage]:
 
 
 def programs_of(
-    stages: list[Stage], attack: Attack, lanes: int, keys: Any, example: Observation
+    stages: list[Stage], attack: Attack, lanes: Lanes, mesh: Mesh | None
 ) -> tuple[list[Any], list[Any], Any]:
     """Lowers the programs of a run, and returns them with the shapes of the states of its stages and of its result.
 
@@ -78,32 +110,37 @@ def programs_of(
     Args:
         stages: Stages of the run.
         attack: Attack, whose reconstruction ends the run.
-        lanes: Number of lanes that run side by side.
-        keys: Random keys of the lanes, shape (lanes,).
-        example: Observations of the lanes.
+        lanes: Lanes of the run.
+        mesh: Mesh over whose devices the lanes are spread, or None for a single device.
 
     Returns:
         The programs in the order in which they are called, the shapes of the states of the stages, and those of the
         reconstructions.
     """
+
+    def mapped(fn: Callable[..., Any], *in_axes: Any) -> Any:
+        fn_of_all = over_lanes(fn, in_axes, lanes.size, mesh)
+        return jax.jit(fn_of_all) if mesh is None else jax.jit(fn_of_all, in_shardings=placed(mesh, in_axes))
+
+    keys, example = on_devices(lanes.batch(0), mesh, (0, OF_LANE))
+    count = on_devices(jnp.asarray(0), mesh, None)
     programs, states, state = [], [], None
     for number, stage in enumerate(stages):
         if number == 0:
 
-            def first_fn(key: PRNGKeyArray, observation: Observation, stage: Stage = stage) -> AttackState:
+            def first_fn(key: PRNGKeyArray, observation: Any, stage: Stage = stage) -> AttackState:
                 return stage.start(key, None, observation)
 
-            start, arguments = over_lanes(first_fn, (0, SHARED_PARAMS), lanes), (keys, example)
+            start, arguments = mapped(first_fn, 0, OF_LANE), (keys, example)
         else:
-            start, arguments = over_lanes(stage.start, (0, 0, SHARED_PARAMS), lanes), (keys, state, example)
+            start, arguments = mapped(stage.start, 0, 0, OF_LANE), (keys, state, example)
         state = jax.eval_shape(start, *arguments)
         states.append(state)
-        step = over_lanes(_steps_fn(stage), (0, 0, SHARED_PARAMS, None, None), lanes)
-        count = jnp.asarray(0)
-        programs += [jax.jit(start).lower(*arguments), jax.jit(step).lower(keys, state, example, count, count)]
+        step = mapped(_steps_fn(stage), 0, 0, OF_LANE, None, None)
+        programs += [start.lower(*arguments), step.lower(keys, state, example, count, count)]
     assert state is not None
-    finish = over_lanes(attack.finalize, (0, SHARED_PARAMS), lanes)
-    programs.append(jax.jit(finish).lower(state.candidate, example))
+    finish = mapped(attack.finalize, 0, OF_LANE)
+    programs.append(finish.lower(state.candidate, example))
     return programs, states, jax.eval_shape(finish, state.candidate, example)
 
 
@@ -111,7 +148,7 @@ def _steps_fn(stage: Stage) -> Callable[..., tuple[AttackState, Array]]:
     """Returns a function that does up to `stage.most_steps` steps, each as if it were done alone."""
 
     def steps_fn(
-        key: PRNGKeyArray, state: AttackState, observation: Observation, start: Array, count: Array
+        key: PRNGKeyArray, state: AttackState, observation: Any, start: Array, count: Array
     ) -> tuple[AttackState, Array]:
         steps_key = stage.steps_key(key)
 
@@ -145,21 +182,20 @@ def compile_programs(programs: list[Any]) -> list[Any]:
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a compiler
 
 
-def fingerprint_of(programs: list[Any], keys: Key[Array, " lanes"], observations: Observation, settings: tuple) -> str:
+def fingerprint_of(programs: list[Any], lanes: Lanes, settings: tuple) -> str:
     """Returns a hash of all that a result depends on. The attack and its settings are part of its programs.
 
     Args:
         programs: Programs, as `programs_of` returns them.
-        keys: Random keys of all lanes.
-        observations: Observations of all victims.
+        lanes: Lanes of the run. Which of them this process runs makes no difference.
         settings: Other numbers that the result depends on.
 
     Returns:
         The hash in hexadecimal.
     """
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr((settings, lanes.num_settings, lanes.size)).encode())
     for program in programs:
         digest.update(program.as_text().encode())
-    for leaf in jax.tree.leaves((keys, observations)):
+    for leaf in jax.tree.leaves((lanes.keys, lanes.settings, lanes.observations)):
         digest.update(np.asarray(jax.random.key_data(leaf) if _check.is_key(leaf) else leaf).tobytes())
     return digest.hexdigest()

@@ -38,8 +38,8 @@ class Progress(NamedTuple):
 
     Attributes:
         place: How far the run has come.
-        finished: Results of the lanes that are done.
-        curves: Loss curves of the lanes that are done, each an array of two axes.
+        finished: Results of the lanes that are done, batch after batch. It stays empty where they are kept elsewhere.
+        curves: Pieces of the loss curves of the lanes under way, each of shape (lanes, steps).
         state: State of the lanes under way, None before their first stage has begun.
     """
 
@@ -96,12 +96,12 @@ class RunState:
                 warnings.warn(f"the run goes on, but its state cannot be kept in {self.path}: {reason}", stacklevel=3)
             self._warned = True
 
-    def load(self, states: list[PyTree[Any]], finished: PyTree[Any], limits: Place) -> Progress:
+    def load(self, states: list[PyTree[Any]], finished: PyTree[Any] | None, limits: Place) -> Progress:
         """Reads the state that was saved, or returns that of a run which has not begun.
 
         Args:
             states: Shapes of the lanes' state in every stage.
-            finished: Shapes of the results of finished lanes.
+            finished: Shapes of the results of a batch of lanes, or None where they are kept elsewhere.
             limits: Largest values that a place may have: the number of lanes, the number of stages, and the largest
                 number of steps.
 
@@ -132,9 +132,12 @@ class RunState:
             if bool(saved["state"]) != (begun >= 0):
                 raise ValueError("it has no state" if begun >= 0 else "it has a state before there can be one")
             state = _unpacked(states[begun], saved["state"]) if begun >= 0 else None
-            done = [_unpacked(finished, one) for one in saved["finished"]]
-            if bool(done) != (place.first > 0) or any(np.ndim(curve) != 2 for curve in saved["curves"]):
+            if bool(saved["finished"]) != (finished is not None and place.first > 0):
                 raise ValueError("its results are not those of its place")
+            done = [_unpacked(finished, one) for one in saved["finished"]]
+            steps = sum(curve.shape[1] for curve in saved["curves"])  # those of the attack itself, not of a warm-up
+            if steps != (max(place.step, 0) if place.stage == limits.stage - 1 else 0):
+                raise ValueError("its curves are not those of its place")
             return Progress(place, jax.tree.map(np.asarray, done), list(saved["curves"]), state)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise ValueError(f"checkpoint must be a file that a study wrote, got '{self.path}': {error}") from None

@@ -5,23 +5,23 @@ one restart on one victim, and the lanes of a batch run side by side under one `
 """
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Attack, Observation, ReconstructFn, Reconstruction
 from gia_jax.matching.run import choose, planned_steps
-from gia_jax.sweep.lanes import SHARED_PARAMS, finite_victims, lane_indices, selected, victim_keys
-from gia_jax.sweep.lanes import over_lanes as over_lanes
-from gia_jax.sweep.progress import Pace, ProgressFn, Sign
-from gia_jax.sweep.stages import Stage, compile_programs, fingerprint_of, programs_of, stages_of
-from gia_jax.sweep.store import Place, Progress, RunState
+from gia_jax.sweep.devices import AXIS, lane_mesh
+from gia_jax.sweep.engine import Finished, Ran, run_lanes
+from gia_jax.sweep.lanes import SHARED_PARAMS, Lanes, finite_victims, victim_keys
+from gia_jax.sweep.progress import ProgressFn, Sign
+from gia_jax.sweep.stages import over_settings
 
 
 class Timing(NamedTuple):
@@ -37,6 +37,26 @@ class Timing(NamedTuple):
     compile_seconds: float
     run_seconds: float
     ms_per_step_per_restart: float
+
+
+class Plan(NamedTuple):
+    """What a study of s settings, v victims and r restarts is going to run.
+
+    Attributes:
+        lanes: The lanes of this process.
+        finite: Whether the observation of each victim is finite, shape (v,).
+        mesh: Mesh over whose devices the lanes are spread, None for a single device.
+    """
+
+    lanes: Lanes
+    finite: Bool[np.ndarray, " v"]
+    mesh: Mesh | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of settings, victims and restarts."""
+        victims, restarts = self.lanes.keys.shape
+        return self.lanes.num_settings, victims, restarts
 
 
 class Study(NamedTuple):
@@ -57,6 +77,84 @@ class Study(NamedTuple):
     checkpoint: Path | None = None
 
 
+def plan(
+    key: PRNGKeyArray,
+    observations: Observation,
+    *,
+    num_steps: int,
+    num_restarts: int,
+    lanes: int,
+    mesh: Mesh | None = None,
+    num_settings: int = 1,
+    settings: PyTree[Any] = (),
+    process: tuple[int, int] = (0, 1),
+) -> Plan:
+    """Checks the arguments of a study, and divides its lanes among batches, devices and processes.
+
+    Args:
+        key: Random key of the attacker.
+        observations: Observations of v victims in one.
+        num_steps: Number of steps of every restart.
+        num_restarts: Number r of restarts of every victim.
+        lanes: Number of lanes that are to run side by side.
+        mesh: Mesh of devices of this process, or None for all of them.
+        num_settings: Number s of settings.
+        settings: Settings with a leading axis of length s.
+        process: Index of this process, and the number of all processes, which share the batches of lanes.
+
+    Returns:
+        The plan of this process.
+
+    Raises:
+        ValueError: If an argument is none of these.
+    """
+    _check.integer(num_restarts=num_restarts, lanes=lanes)
+    key, mesh = _typed(key), lane_mesh(mesh)
+    victims, finite = finite_victims(observations)
+    _check.fits(num_settings * victims * num_restarts, num_restarts=num_restarts)
+    total = num_settings * victims * num_restarts
+    _check.fits(total * num_steps, num_steps=num_steps)
+    index, count = process
+    lanes = min(lanes, -(-total // count))
+    lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike
+    devices = 1 if mesh is None else mesh.shape[AXIS]
+    lanes = -(-lanes // devices) * devices
+    batches = -(-total // lanes)
+    first, last = (min(share * batches // count * lanes, total) for share in (index, index + 1))
+    keys = victim_keys(key, victims, num_restarts)
+    return Plan(Lanes(keys, num_settings, settings, observations, lanes, first, last), finite, mesh)
+
+
+def chosen_of(finished: Finished, planned: Plan) -> tuple[Reconstruction, Float[np.ndarray, "s v r num_steps"]]:
+    """Chooses the restart of the lowest finite loss for every victim under every setting.
+
+    Args:
+        finished: What was found in all lanes.
+        planned: Plan of the study.
+
+    Returns:
+        The reconstructions, each leaf with leading axes (s, v), and the losses, shape (s, v, r, num_steps).
+    """
+    split = jax.tree.map(lambda leaf: leaf.reshape(*planned.shape, *leaf.shape[1:]), finished)
+    chosen = jax.tree.map(np.asarray, jax.vmap(jax.vmap(choose))(split.reconstruction))
+    return chosen._replace(is_finite=chosen.is_finite & planned.finite), split.losses
+
+
+def timing_of(ran: Ran, planned: Plan, num_steps: int) -> Timing:
+    """Returns the time of a study, and of one step of one restart."""
+    steps = max(1, planned.lanes.num_lanes * num_steps)
+    return Timing(ran.compile_seconds, ran.run_seconds, 1e3 * ran.run_seconds / steps)
+
+
+def state_folder(checkpoint: Path | None, checkpoint_seconds: float) -> Path | None:
+    """Returns the folder for the state of a run; raises ValueError for what is none, and for a negative time."""
+    _check.not_negative(checkpoint_seconds=checkpoint_seconds)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
+        raise ValueError(f"checkpoint must be a folder, got the file {str(checkpoint)!r}")
+    return checkpoint
+
+
 def study(
     attack: Attack,
     key: PRNGKeyArray,
@@ -65,9 +163,10 @@ def study(
     num_steps: int | None = None,
     num_restarts: int = 1,
     lanes: int = 16,
+    mesh: Mesh | None = None,
     progress_fn: ProgressFn | None = None,
     checkpoint: Path | None = None,
-    checkpoint_seconds: float = 30,
+    checkpoint_seconds: float = 30.0,
 ) -> Study:
     """Runs an attack on several victims that hold the same parameters, with restarts.
 
@@ -81,7 +180,10 @@ def study(
             finite. Their reconstruction has `is_finite` False, and the others are not affected.
         num_steps: Number of steps of every restart, at least 1. It may be left out where `attack.num_steps` says it.
         num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
-        lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1.
+        lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1. It is rounded up to a multiple
+            of the number of devices.
+        mesh: Mesh of devices of this process with an axis "lanes", over which the restarts are spread. None takes all
+            devices of this process.
         progress_fn: Function that is called with a `Sign` before compiling, and every few seconds from then on. None
             reports nothing.
         checkpoint: Folder in which the state of the run is kept, in a file with a name of its own. A study of the same
@@ -114,62 +216,21 @@ def study(
         >>> found.reconstruction.batch.inputs.shape, found.losses.shape
         ((2, 1, 2), (2, 3, 9))
     """
-    _check.integer(num_restarts=num_restarts, lanes=lanes)
     num_steps = planned_steps(attack, num_steps)
-    _check.not_negative(checkpoint_seconds=checkpoint_seconds)
-    checkpoint = None if checkpoint is None else Path(checkpoint)
-    if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
-        raise ValueError(f"checkpoint must be a folder, got the file {str(checkpoint)!r}")
-    key = _typed(key)
-    victims, finite = finite_victims(observations)
-    _check.fits(victims * num_restarts, num_restarts=num_restarts)
-    _check.fits(victims * num_restarts * num_steps, num_steps=num_steps)
-    total = victims * num_restarts
-    lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike
-    keys = victim_keys(key, victims, num_restarts).reshape(-1)
-    stages = stages_of(attack, num_steps)
-    pace = Pace(stages, lanes, total, progress_fn)
-    pace.sign("compiling", Place())
-
-    began = time.perf_counter()
-    index = lane_indices(0, lanes, total)
-    example = selected(observations, index // num_restarts)
-    programs, states, found = programs_of(stages, attack, lanes, keys[index], example)
-    settings = (num_steps, num_restarts, lanes)
-    fingerprint = "" if checkpoint is None else fingerprint_of(programs, keys, observations, settings)
-    if checkpoint is not None and any("callback" in program.as_text() for program in programs):
-        warnings.warn(
-            "no state is kept of an attack that calls back to Python, which no fingerprint tells", stacklevel=2
-        )
-        checkpoint = None
-    saved = RunState(checkpoint, fingerprint)
-    most = max(stage.num_steps for stage in stages)
-    begun = saved.load(states, found, Place(total, len(stages), most))
-    compiled = [] if begun.place.first >= total else compile_programs(programs)
-    compile_seconds = time.perf_counter() - began
-
-    run = _Run(stages, compiled, keys, observations, num_restarts, lanes, pace, begun)
-    pace.resume(begun.place)
-    last_saved = time.perf_counter()
-    try:
-        while not run.is_done:
-            did_steps = run.call()
-            if did_steps and checkpoint is not None and time.perf_counter() - last_saved >= checkpoint_seconds:
-                saved.save(run.progress)
-                last_saved = time.perf_counter()
-    except BaseException as stopped:
-        saved.save(run.progress._replace(place=run.progress.place._replace(seconds=pace.seconds())))
-        if saved.is_kept:
-            stopped.add_note(f"the same run goes on from the state kept in {saved.path}")
-        raise
-    if run.progress is not begun:
-        saved.save(run.progress)
-    place, finished, curves, _ = run.progress
-    timing = Timing(compile_seconds, place.seconds, 1e3 * place.seconds / (total * num_steps))
-    chosen = _chosen(finished, victims, num_restarts)
-    chosen = chosen._replace(is_finite=chosen.is_finite & finite)
-    losses = _joined(curves, num_steps)[:total].reshape(victims, num_restarts, num_steps)
-    return Study(chosen, losses, timing, saved.path if saved.is_kept else None)
+    planned = plan(key, observations, num_steps=num_steps, num_restarts=num_restarts, lanes=lanes, mesh=mesh)
+    ran = run_lanes(
+        over_settings(lambda _: attack, ()),
+        planned.lanes,
+        num_steps=num_steps,
+        mesh=planned.mesh,
+        progress_fn=progress_fn,
+        checkpoint=state_folder(checkpoint, checkpoint_seconds),
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    assert ran.finished is not None
+    chosen, losses = chosen_of(ran.finished, planned)
+    found = jax.tree.map(lambda leaf: leaf[0], chosen)
+    return Study(found, losses[0], timing_of(ran, planned, num_steps), ran.checkpoint)
 
 
 def study_analytic(
@@ -310,99 +371,3 @@ def _typed(key: PRNGKeyArray) -> PRNGKeyArray:
         raise ValueError(f"key must be one random key, got {key!r}")
     impl = "threefry2x32" if key.shape == (2,) else "rbg"
     return key if key.shape == () else jax.random.wrap_key_data(key, impl=impl)
-
-
-class _Run:
-    """A run under way, which calls the programs of its stages in turn.
-
-    `progress` is only ever replaced as a whole: its state, its curves and its place belong together, whenever the run
-    is interrupted.
-    """
-
-    def __init__(
-        self,
-        stages: list[Stage],
-        compiled: list[Any],
-        keys: Key[Array, " lanes"],
-        observations: Observation,
-        num_restarts: int,
-        lanes: int,
-        pace: Pace,
-        progress: Progress,
-    ) -> None:
-        self._stages, self._compiled, self._keys, self._observations = stages, compiled, keys, observations
-        self._num_restarts, self._lanes, self._pace = num_restarts, lanes, pace
-        self._selected: tuple[int, Any, Observation] | None = None
-        self.progress = progress
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no lane is left."""
-        return self.progress.place.first >= len(self._keys)
-
-    def call(self) -> bool:
-        """Starts a stage, does steps of it, or ends a batch of lanes; returns whether it did steps."""
-        place = self.progress.place
-        if place.step < 0:
-            self._start()
-        elif place.step < self._stages[place.stage].num_steps:
-            self._do_steps()
-            return True
-        elif place.stage < len(self._stages) - 1:
-            self.progress = self.progress._replace(place=place._replace(stage=place.stage + 1, step=-1))
-        else:
-            self._finish()
-        return False
-
-    def _batch(self) -> tuple[Any, Observation]:
-        """Returns the keys and the observations of the lanes under way."""
-        first = self.progress.place.first
-        if self._selected is None or self._selected[0] != first:
-            index = lane_indices(first, self._lanes, len(self._keys))
-            self._selected = first, self._keys[index], selected(self._observations, index // self._num_restarts)
-        return self._selected[1:]
-
-    def _start(self) -> None:
-        keys, observation = self._batch()
-        place, _, _, state = self.progress
-        before = (state,) if place.stage else ()
-        state = self._compiled[2 * place.stage](keys, *before, observation)
-        self.progress = self.progress._replace(place=place._replace(step=0), state=state)
-
-    def _do_steps(self) -> None:
-        keys, observation = self._batch()
-        place, finished, curves, state = self.progress
-        count, step = self._pace.count(place), self._compiled[2 * place.stage + 1]
-        state, losses = step(keys, state, observation, jnp.asarray(place.step), jnp.asarray(count))
-        losses = np.asarray(losses)[:, :count]
-        place = place._replace(step=place.step + count, seconds=self._pace.seconds())
-        is_last = place.stage == len(self._stages) - 1
-        self.progress = Progress(place, finished, curves + [losses] * is_last, state)
-        self._pace.done(count, place)
-
-    def _finish(self) -> None:
-        _, observation = self._batch()
-        place, finished, curves, state = self.progress
-        assert state is not None
-        done = jax.tree.map(np.asarray, self._compiled[-1](state.candidate, observation))
-        first = min(place.first + self._lanes, len(self._keys))
-        self.progress = Progress(Place(first, 0, -1, self._pace.seconds()), [*finished, done], curves, None)
-
-
-def _chosen(finished: list[Reconstruction], victims: int, num_restarts: int) -> Reconstruction:
-    """Chooses a restart of every victim from the reconstructions of all batches of lanes."""
-    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: victims * num_restarts], *finished)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(victims, num_restarts, *leaf.shape[1:]), stacked)
-    return jax.tree.map(np.asarray, jax.vmap(choose)(stacked))
-
-
-def _joined(curves: list[np.ndarray], num_steps: int) -> np.ndarray:
-    """Joins the pieces of the loss curves, batch after batch of lanes, into an array of shape (lanes, num_steps)."""
-    rows, batch, length = [], [], 0
-    for curve in curves:
-        batch.append(curve)
-        length += curve.shape[1]
-        if length == num_steps:
-            rows.append(np.concatenate(batch, 1))
-            batch, length = [], 0
-    return np.concatenate(rows)

@@ -35,8 +35,9 @@ from gia_jax import (
 from gia_jax.labels import dense
 from gia_jax.matching.optimizers import fixed_step_lbfgs
 from gia_jax.matching.run import advance, continued, from_starts
+from gia_jax.sweep.lanes import victim_keys
 from gia_jax.sweep.store import MAGIC, Place, Progress, RunState
-from gia_jax.sweep.study import Sign, Study, study, study_analytic, study_on_host, victim_keys
+from gia_jax.sweep.study import Sign, Study, study, study_analytic, study_on_host
 
 NUM_STEPS, NUM_VICTIMS, NUM_RESTARTS = 20, 3, 2
 
@@ -380,7 +381,7 @@ def test_a_state_of_any_type_comes_back(tmp_path: Path, dtype: str) -> None:
     """Keys are among them: `optax.noisy_sgd` keeps one in its state."""
     leaf = jax.random.split(jax.random.key(3), 4) if dtype == "key" else jnp.arange(4).astype(dtype)
     saved, shape = RunState(tmp_path, "1" * 64), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    saved.save(Progress(Place(step=2), [], [], {"a": leaf}))
+    saved.save(Progress(Place(step=2), [], [np.zeros((4, 2))], {"a": leaf}))
     found = saved.load([{"a": shape}], shape, Place(6, 1, 20)).state["a"]
     assert found.dtype == leaf.dtype
     data = jax.random.key_data if dtype == "key" else np.asarray

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from gia_jax import _check
-from gia_jax.base import ObjectiveFn, Updates
+from gia_jax.base import ObjectiveFn, Scalar, Updates
 from gia_jax.matching.objectives.layers import linear_decay
 from gia_jax.precision import widening
 
@@ -155,7 +155,7 @@ def angular(simulated: Updates, observed: Updates) -> Float[Array, ""]:
 
 
 @widening
-def masked_cosine(simulated: Updates, observed: Updates, *, threshold: float = 1e-6) -> Float[Array, ""]:
+def masked_cosine(simulated: Updates, observed: Updates, *, threshold: Scalar = 1e-6) -> Float[Array, ""]:
     """Computes the `cosine` distance on the entries that a pruned observation kept.
 
     Args:
@@ -186,7 +186,7 @@ def masked_cosine(simulated: Updates, observed: Updates, *, threshold: float = 1
     return cosine(kept(simulated), kept(observed))
 
 
-def tag(*, scale: float = 0.1, layers: Sequence[str] | None = None) -> ObjectiveFn:
+def tag(*, scale: Scalar = 0.1, layers: Sequence[str] | None = None) -> ObjectiveFn:
     """Builds the objective of TAG, half the squared plus weighted absolute differences
     (Deng et al., TAG, EMNLP Findings 2021, equation 3).
 

@@ -1,0 +1,159 @@
+"""Searches for settings of an attack by what an attacker has: its own loss, or clients that it simulates itself.
+
+Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray, PyTree
+
+from gia_jax import _check
+from gia_jax.sweep.grid import Sweep
+
+
+class Halving(NamedTuple):
+    """What a search by successive halving found.
+
+    Attributes:
+        best: The setting that is left, a tree of numbers.
+        kept: For every round, the indices of the settings that it ran, as positions in the settings of the search.
+        scores: For every round, their scores.
+        last: Sweep of the last round.
+    """
+
+    best: PyTree[np.ndarray]
+    kept: list[Int[np.ndarray, " s"]]
+    scores: list[Float[np.ndarray, " s"]]
+    last: Sweep
+
+
+def log_uniform(key: PRNGKeyArray, num_settings: int, **ranges: tuple[float, float]) -> dict[str, np.ndarray]:
+    """Draws settings at random, every number independently and uniformly on a logarithmic scale.
+
+    Args:
+        key: Random key.
+        num_settings: Number s of settings, at least 1.
+        **ranges: For every name the smallest and the largest value, above 0.
+
+    Returns:
+        For every name an array of shape (s,).
+
+    Raises:
+        ValueError: If `num_settings` is no positive integer, there is no name, or a range is no pair of a positive
+            number and a larger one.
+
+    Examples:
+        >>> import jax
+        >>> from gia_jax.sweep import log_uniform
+        >>> settings = log_uniform(jax.random.key(0), 100, rate=(1e-3, 1.0), weight=(1e-6, 1e-1))
+        >>> settings["rate"].shape, bool((settings["rate"] >= 1e-3).all() and (settings["rate"] <= 1.0).all())
+        ((100,), True)
+    """
+    _check.integer(num_settings=num_settings)
+    if not ranges:
+        raise ValueError("ranges must have at least one name, got none")
+    for name, pair in ranges.items():
+        if len(pair) != 2 or not 0 < pair[0] < pair[1] < math.inf:
+            raise ValueError(f"{name} must be a pair of a positive number and a larger one, got {_check.brief(pair)}")
+    shares = np.asarray(jax.random.uniform(key, (len(ranges), num_settings)), float)
+    return {
+        name: np.exp((1 - share) * math.log(low) + share * math.log(high))
+        for share, (name, (low, high)) in zip(shares, ranges.items(), strict=True)
+    }
+
+
+def mean_loss(found: Sweep) -> Float[np.ndarray, " s"]:
+    """Returns the mean over victims of the loss that the attack ends with, for every setting.
+
+    It compares settings only where the loss itself does not depend on them: a larger weight of a prior makes a loss
+    larger, whatever was found.
+
+    Args:
+        found: Sweep of s settings.
+
+    Returns:
+        The mean losses, shape (s,). A setting with a loss that is not finite has infinity.
+    """
+    loss = np.where(found.reconstruction.is_finite, found.reconstruction.loss, np.inf)
+    return loss.mean(1)
+
+
+def successive_halving(
+    sweep_fn: Callable[[PyTree[Any], int], Sweep],
+    settings: PyTree[Any],
+    *,
+    num_steps: Sequence[int],
+    factor: int = 3,
+    score_fn: Callable[[Sweep], Float[np.ndarray, " s"]] = mean_loss,
+) -> Halving:
+    """Runs all settings for a few steps, the best of them for more, and so on, until one is left.
+
+    Every round starts anew, so that schedules fit its number of steps. The truth of the victims that are evaluated
+    later must have no part in it: settings are scored by the attacker's own loss, or on other victims, whose data the
+    attacker made itself and may compare with. Settings of any origin will do, such as those of `grid` or `log_uniform`,
+    or a batch that an optimiser with an ask-and-tell interface proposes.
+
+    Args:
+        sweep_fn: Function `(settings, num_steps) -> sweep` that runs `sweep` on the victims of the search.
+        settings: Tree of arrays with a leading axis of s settings.
+        num_steps: Number of steps in every round, each at least 1 and larger than the one before.
+        factor: Share of the settings that a round leaves behind it, one in `factor`, at least 2. At least one goes on.
+        score_fn: Function `sweep -> scores` of shape (s,), of which the lowest is the best, and what is not finite the
+            worst.
+
+    Returns:
+        The setting that is best in the last round, and what every round ran.
+
+    Raises:
+        ValueError: If `num_steps` is no growing sequence of positive integers, `factor` is no integer of at least 2,
+            the scores have another shape, or none of a round is finite.
+
+    Examples:
+        The rate of gradient descent at which an attack on two victims ends with the lowest loss:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gia_jax import Observation, gradient_matching
+        >>> from gia_jax.sweep import log_uniform, successive_halving, sweep
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> params, updates = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.0]])}
+        >>> extra = {"inputs_like": jnp.zeros((2, 1, 2)), "labels": jnp.array([[0], [0]])}
+        >>> def sweep_fn(settings, num_steps):
+        ...     make = lambda setting: gradient_matching(client_fn, optimizer=optax.sgd(setting["rate"]))
+        ...     seen = Observation(params, updates, extra)
+        ...     return sweep(make, settings, jax.random.key(1), seen, num_steps=num_steps)
+        >>> settings = log_uniform(jax.random.key(0), 9, rate=(1e-3, 1.0))
+        >>> found = successive_halving(sweep_fn, settings, num_steps=[2, 4, 8])
+        >>> [len(kept) for kept in found.kept], bool(found.best["rate"] > 0.1)
+        ([9, 3, 1], True)
+    """
+    _check.functions(sweep_fn=sweep_fn, score_fn=score_fn)
+    steps = list(num_steps)
+    for count in steps:
+        _check.integer(num_steps=count)
+    if not steps or any(after <= before for before, after in itertools.pairwise(steps)):
+        raise ValueError(f"num_steps must grow from round to round, got {steps}")
+    _check.integer(2, factor=factor)
+    _check.arrays("settings", settings)
+    leaves = jax.tree.leaves(settings)
+    kept, scores, last, index = [], [], None, np.arange(len(np.atleast_1d(leaves[0])))
+    for count in steps:
+        chosen = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], settings)
+        last = sweep_fn(chosen, count)
+        score = np.asarray(score_fn(last), float)
+        if score.shape != index.shape:
+            raise ValueError(f"score_fn must return one score for each of {len(index)} settings, got {score.shape}")
+        score = np.where(np.isfinite(score), score, np.inf)
+        if not np.isfinite(score).any():
+            raise ValueError(f"score_fn must be finite for one setting at least, got none in a round of {count} steps")
+        kept.append(index)
+        scores.append(score)
+        index = index[np.argsort(score, kind="stable")[: math.ceil(len(index) / factor)]]
+    assert last is not None
+    best = jax.tree.map(lambda leaf: np.asarray(leaf)[index[0]], settings)
+    return Halving(best, kept, scores, last)
