@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import stats
 
-from gia_jax import report
+from gia_jax import metrics, report
 
 RESULTS = Path(__file__).parent / "results"
 Key = TypeVar("Key")
@@ -106,7 +106,7 @@ def interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any], form: s
         statistic: From values to a number.
         form: Of the three numbers, such as ".2f".
     """
-    low, high = _bounds(values, statistic)
+    low, high = metrics.bootstrap_interval(values, statistic)
     return f"{statistic(values):{form}} [{low:{form}}, {high:{form}}]"
 
 
@@ -118,7 +118,7 @@ def gain(differences: np.ndarray) -> str:
     """
     if len(differences) < 2:
         return f"{differences.mean():+.2f}"
-    low, high = _bounds(differences, np.mean)
+    low, high = metrics.bootstrap_interval(differences, np.mean)
     return interval(differences, np.mean, "+.2f") + (": none" if low <= 0 <= high else "")
 
 
@@ -157,15 +157,3 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     corrected = np.empty_like(values)
     corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
     return corrected
-
-
-def _bounds(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> tuple[float, float]:
-    found = stats.bootstrap(
-        (np.arange(len(values)),),
-        lambda chosen: statistic(values[chosen]),
-        vectorized=False,
-        n_resamples=2_000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -1,4 +1,4 @@
-"""The command line: a demonstration, single attacks, a vertical federation, and a list of what there is.
+"""The command line: a demonstration, attacks, a vertical federation, a report on them, and a list of what there is.
 
 Nothing of the library imports it.
 """
@@ -13,7 +13,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gia_jax.cli import attack, console, demonstration, federation, listing, parser
+from gia_jax.cli import attack, console, demonstration, federation, listing, page, parser
 
 TERMINATED = "terminated"
 
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 for success, 2 for a mistake, 130 after Ctrl-C, 143 after a request to terminate.
     """
     args = parser.parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # so that what was printed before a kill is not lost
     try:
@@ -43,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
                 attack.run(args)
             elif args.command == "federation":
                 federation.run(args)
+            elif args.command == "report":
+                page.run(args)
             else:
-                demonstration.run(Path(args.out), args.seed)
+                demonstration.run(args)
     except (ValueError, ImportError, OSError, OverflowError) as error:
         print(f"gia_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

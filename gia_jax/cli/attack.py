@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     names = ("",) if args.aggregation is None else TARGETS
     arrays = [] if args.update is None else [console.RECONSTRUCTION]
     drawings = [_drawing_name(name, suffix) for name in names for suffix in (".png", ".txt")]
-    out = console.folder(Path(args.out), [console.RESULTS, *arrays, *drawings])
+    out = console.folder(Path(args.out), [console.RESULTS, console.ARRAYS, *arrays, *drawings])
     jax.config.update("jax_enable_x64", args.solver == "levenberg_marquardt" or ATTACKS[args.attack].x64)
     if args.update is None:
         setting = observe_simulated(args, parts, statistics_given=statistics_given)
@@ -98,24 +98,27 @@ def _write(
             explained=outcome.explained,
             settings=settings,
             threat_model=setting.threat,
-            extra=tables.beside(outcome, prior, setting.guesses, setting.modality),
+            extra=tables.beside(outcome, prior, setting.guesses, setting.modality) | {"command": console.command(args)},
         )
         rows.append(tables.row(_title(args, name), args.labels == "known", outcome, prior, setting.modality))
     attacked = [outcomes[setting.defense] for outcomes in found.values()]
-    console.write(out, content.get("", content), attacked, began)
+    written = console.write(out, content.get("", content), attacked, began)
     if args.update is not None:
         console.write_reconstruction(out, attacked[0], began)
     scored = all(outcome.scored is not None for outcome in attacked)
     print((tables.table(rows, setting.guesses, setting.modality) if scored else tables.table_of_losses(rows)) + "\n")
+    arrays = {}
     behind = "" if setting.defense == "none" else f", {setting.defense}"
     for name, outcomes in found.items():
         title = f"{args.attack} on {args.model}{behind}" + (f", {name}" if name else "")
         path = out / _drawing_name(name, setting.modality.suffix)
         outcome, truth = outcomes[setting.defense], setting.targets[name].truth
         if truth is not None:
-            console.picture(path, setting.modality, truth, {args.attack: outcome}, title, began)
+            drawing = console.picture(path, setting.modality, truth, {args.attack: outcome}, title, began)
         else:
-            console.picture_without_truth(path, setting.modality, outcome, args.attack, title, began)
+            drawing = console.picture_without_truth(path, setting.modality, outcome, args.attack, title, began)
+        arrays[name] = console.seen(setting.modality, truth, outcome, drawing)
+    console.write_arrays(written, arrays)
     console.forget(out, attacked)
 
 

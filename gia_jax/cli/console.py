@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,17 +15,19 @@ import numpy as np
 
 import gia_jax
 from gia_jax import ThreatModel, report
-from gia_jax._files import write_unclaimed
+from gia_jax._files import write_unclaimed, write_whole
 from gia_jax.base import Batch
 from gia_jax.cli.cases import Case
 from gia_jax.cli.outcomes import Outcome
 from gia_jax.defenses.protected import Part, Protected
 from gia_jax.modalities import Modality
+from gia_jax.report import arrays
+from gia_jax.report.plots import MAX_ROWS
 
-RESULTS, RECONSTRUCTION = "results.json", "reconstruction.npz"
+RESULTS, ARRAYS, RECONSTRUCTION = "results.json", "results.npz", "reconstruction.npz"
 
 
-def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) -> None:
+def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) -> Path:
     """Writes results.json to a folder, so that nothing that was computed is lost.
 
     Args:
@@ -33,6 +36,9 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
         outcomes: Outcomes of the attacks whose states are kept until the results are written.
         since: When the run began, in seconds as `time.time` counts them: a file that another run wrote since is left
             alone, and a number is put behind the name.
+
+    Returns:
+        The path of the file.
 
     Raises:
         OSError: If the file cannot be written. The states are kept, or, where one is missing, the content was printed.
@@ -48,6 +54,51 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
             raise OSError(f"{reason}; its content was printed instead") from None
         raise OSError(f"{reason}; nothing is lost: the same command writes it without computing again") from None
     print(f"\nwrote {path}")
+    return path
+
+
+def write_arrays(results: Path, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes the curves and pictures of results, for a report, to results.npz beside them.
+
+    Args:
+        results: Path of the results.
+        rows: Arrays by the name of the row, as `seen` returns them.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = results.with_suffix(".npz")
+    write_whole(path, arrays.pack(results.read_bytes(), rows))
+    print(f"wrote {path}")
+
+
+def seen(modality: Modality, truth: Batch | None, outcome: Outcome, drawing: bytes | None) -> dict[str, np.ndarray]:
+    """Returns what a report shows of an outcome beside its numbers.
+
+    Args:
+        modality: What an example is.
+        truth: Originals in the model's space, with a leading axis of victims. None where they are not known.
+        outcome: What the attack achieved.
+        drawing: Drawing of both, for examples that are no images. None where there is none.
+
+    Returns:
+        The loss curves, and the pixels of the first examples, in uint8, or the drawing.
+    """
+    found = arrays.thinned(outcome.study.losses)
+    if modality.pixels_fn is None:
+        return found if drawing is None else found | {"drawing": np.frombuffer(drawing, np.uint8)}
+    batch = outcome.study.reconstruction.batch if outcome.scored is None else outcome.scored.batch
+    for name, shown in {"original": truth, "reconstruction": batch}.items():
+        if shown is not None:
+            pixels, note = modality.pixels_fn(shown)
+            found[name] = np.round(255 * pixels[:MAX_ROWS].astype(np.float32)).astype(np.uint8)
+            found["note"] = np.array(note)
+    return found
+
+
+def command(args: argparse.Namespace) -> str:
+    """Returns the command that was given, which repeats its results."""
+    return shlex.join(["python", "-m", "gia_jax", *args.argv])
 
 
 def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
@@ -86,7 +137,7 @@ def write_reconstruction(out: Path, outcome: Outcome, since: float) -> None:
 
 def picture(
     path: Path, modality: Modality, truth: Batch, outcomes: Mapping[str, Outcome], title: str, since: float
-) -> None:
+) -> bytes | None:
     """Draws originals beside what attacks made of them, where such examples can be drawn.
 
     Args:
@@ -96,6 +147,9 @@ def picture(
         outcomes: What attacks achieved, with scores, by their names.
         title: Words above the picture.
         since: When the run began, as for `write`.
+
+    Returns:
+        The content of the picture, or None where there is none.
     """
     shown = modality.shown[modality.main]
     columns, captions = {"original": truth}, {}
@@ -103,12 +157,12 @@ def picture(
         assert outcome.scored is not None
         columns[name] = outcome.scored.batch
         captions[name] = [shown.text(score) + shown.unit for score in outcome.scores(modality.main).ravel().tolist()]
-    _draw(path, modality, columns, captions, title, since)
+    return _draw(path, modality, columns, captions, title, since)
 
 
 def picture_without_truth(
     path: Path, modality: Modality, outcome: Outcome, name: str, title: str, since: float
-) -> None:
+) -> bytes | None:
     """Draws what an attack made of an update whose examples nobody knows, or says why there is no picture.
 
     Args:
@@ -118,8 +172,11 @@ def picture_without_truth(
         name: Name of the attack.
         title: Words above the picture.
         since: When the run began, as for `write`.
+
+    Returns:
+        The content of the picture, or None where there is none.
     """
-    _draw(path, modality, {name: outcome.study.reconstruction.batch}, {}, title, since)
+    return _draw(path, modality, {name: outcome.study.reconstruction.batch}, {}, title, since)
 
 
 def _draw(
@@ -129,17 +186,18 @@ def _draw(
     captions: Mapping[str, Sequence[str]],
     title: str,
     since: float,
-) -> None:
-    """Writes a drawing to a path that no other run has claimed."""
+) -> bytes | None:
+    """Writes a drawing to a path that no other run has claimed, and returns its content."""
     if modality.draw_fn is None:
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(modality.like))
         print(f"no picture: inputs of shape {shapes} are no images (h, w, c) of 1 or 3 channels")
-        return
+        return None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         drawing = Path(folder) / path.name
         modality.draw_fn(columns, drawing, captions=captions, title=title)
-        path = write_unclaimed(path, drawing.read_bytes(), since)
-    print(f"wrote {path}")
+        content = drawing.read_bytes()
+    print(f"wrote {write_unclaimed(path, content, since)}")
+    return content
 
 
 def folder(out: Path, names: Iterable[str]) -> Path:

@@ -1,5 +1,6 @@
 """What `python -m gia_jax` runs: three attacks on three photographs, undefended and behind five defenses."""
 
+import argparse
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from gia_jax.cli.names import ATTACKS
 from gia_jax.cli.outcomes import PRIOR_ONLY, Outcome
 from gia_jax.cli.simulated import attack, see
 from gia_jax.defenses.protected import Part, parse, promises
+from gia_jax.metrics.images import PSNR_IN_WORDS
 
 # Strengths of the literature, the noise and the clipping in proportion to LeNet.
 SHOWN = (
@@ -47,23 +49,29 @@ class Found(NamedTuple):
     guesses: dict[str, np.ndarray]
 
 
-def run(out: Path, seed: int) -> None:
+def run(args: argparse.Namespace) -> None:
     """Prints the tables and writes results.json and the pictures to a folder.
 
     Args:
-        out: Path of the folder.
-        seed: Seed of the model's weights and of the attacks, at least 0.
+        args: Options of the command line: the folder, and the seed of the model's weights and of the attacks.
 
     Raises:
         OSError: If the folder cannot be written.
     """
     began = time.time()
-    out = console.folder(out, [console.RESULTS, UNDEFENDED, *map(DEFENDED.format, DRAWN)])
-    found = _attacked(out, seed)
+    out = console.folder(Path(args.out), [console.RESULTS, console.ARRAYS, UNDEFENDED, *map(DEFENDED.format, DRAWN)])
+    found = _attacked(out, args.seed)
     _print_tables(found)
     attacked = [outcomes["none"] for outcomes in found.outcomes.values()]
-    console.write(out, _record(found, seed), attacked, began)
+    written = console.write(out, _record(found, args), attacked, began)
     _draw(found, out, began)
+    modality, truth = found.case.modality, found.case.truth
+    rows = {
+        _row_name(name, shown): console.seen(modality, truth, outcomes[shown], None)
+        for name, outcomes in found.outcomes.items()
+        for shown in SHOWN
+    }
+    console.write_arrays(written, rows)
     console.forget(out, attacked)
 
 
@@ -114,7 +122,7 @@ def _print_tables(found: Found) -> None:
     ]
     print(tables.table(rows, found.guesses, modality))
     print(
-        "\nPSNR in dB after clipping to [0, 1]: above 20 a photograph is recognisable, above 40 it is a copy.\n"
+        f"\n{PSNR_IN_WORDS}\n"
         "Restarts are chosen by the attacker's own loss. 'prior only' is the same attack on a random update.\n"
         "Seconds are for all the defenses below together.\n\n"
         "The same attacks, which know of no defense, when the client defends itself; median PSNR in dB:\n"
@@ -136,23 +144,29 @@ def _print_tables(found: Found) -> None:
     )
 
 
-def _record(found: Found, seed: int) -> dict[str, Any]:
+def _row_name(name: str, shown: str) -> str:
+    """Returns the name of an attack on a defense in results.json."""
+    return name if shown == "none" else f"{name}, {shown}"
+
+
+def _record(found: Found, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the content of results.json."""
     content: dict[str, Any] = {}
     for name, outcomes in found.outcomes.items():
         steps, restarts = PLAN[name]
-        setting = {"attack": name, "model": "lenet", "data": "photos", "seed": seed, "steps": steps}
+        setting = {"attack": name, "model": "lenet", "data": "photos", "seed": args.seed, "steps": steps}
         for shown in SHOWN:
             outcome = outcomes[shown]
             assert outcome.scored is not None
-            content[name if shown == "none" else f"{name}, {shown}"] = report.results(
+            content[_row_name(name, shown)] = report.results(
                 outcome.study,
                 outcome.scored.scores,
                 label_correct=outcome.label_correct,
                 explained=outcome.explained,
                 settings=setting | {"restarts": restarts, "defense": shown},
                 threat_model=console.threat(ThreatModel(labels=_knows_labels(name)), found.parts[shown]),
-                extra=tables.beside(outcome, outcomes[PRIOR_ONLY], {}, found.case.modality),
+                extra=tables.beside(outcome, outcomes[PRIOR_ONLY], {}, found.case.modality)
+                | {"command": console.command(args)},
             )
     content["baselines_psnr"] = {name: scores.tolist() for name, scores in found.guesses.items()}
     return content

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     _check.fits(args.records * args.rounds, **{"--records": args.records})
-    out = console.folder(Path(args.out), [console.RESULTS, "reconstructions.png"])
+    out = console.folder(Path(args.out), [console.RESULTS, console.ARRAYS, "reconstructions.png"])
     images = data.load(args.data, limit=args.records)
     if len(images.labels) < args.records:
         raise ValueError(f"--records must be at most {len(images.labels)} for {args.data}, got {args.records}")
@@ -157,9 +157,12 @@ def run(args: argparse.Namespace) -> None:
         explained=outcome.explained,
         settings=settings,
         threat_model=threat,
+        extra=tables.beside(outcome, None, guesses, modality) | {"command": console.command(args)},
     )
-    console.write(out, content, [outcome], began)
+    written = console.write(out, content, [outcome], began)
     print(tables.table([tables.row("cafe", False, outcome, None, modality)], guesses, modality) + "\n")
     first = jax.tree.map(lambda leaf: leaf[:8], truth)
-    drawn = {"cafe": outcome._replace(scored=outcome.scored.of(slice(8)))}
-    console.picture(out / "reconstructions.png", modality, first, drawn, f"cafe on {images.name}", began)
+    drawn = outcome._replace(scored=outcome.scored.of(slice(8)))
+    title = f"cafe on {images.name}"
+    drawing = console.picture(out / "reconstructions.png", modality, first, {"cafe": drawn}, title, began)
+    console.write_arrays(written, {"": console.seen(modality, first, drawn, drawing)})

@@ -23,7 +23,7 @@ CLIENT = ("model", "batch_size", "defense", "local_steps", "no_prior_only")
 SIMULATED = ("data", "victims", "aggregation")
 RECORDED = ("update", "params", "input_shape", "classes", "head", "mean", "std", "batch_norm", "truth")
 NEEDED = ("params", "model", "input_shape")  # beside --update
-ALWAYS = ("attack", "command", "out", "seed", "diagnose")
+ALWAYS = ("argv", "attack", "command", "out", "seed", "diagnose")
 COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "classes")
 
 NEEDS = {"clients": "--aggregation", "clip": "--aggregation", "local_learning_rate": "--local-steps above 1"}

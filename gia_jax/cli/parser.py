@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m gia_jax", description=gia_jax.__doc__)
     made.add_argument("--out", default="gia_jax_out", help="folder for results.json and the pictures")
     made.add_argument("--seed", type=int, default=0, help="seed of the model's weights and of the attacks")
-    commands = made.add_subparsers(dest="command", metavar="{attack,federation,list}")
+    commands = made.add_subparsers(dest="command", metavar="{attack,federation,report,list}")
     commands.add_parser("list", help="names of attacks, models, data and solvers")
     attack = commands.add_parser(
         "attack", help="one attack, on clients that are simulated or on an update that was recorded"
@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     _add_recorded(attack.add_argument_group("an update that was recorded"))
     federation = commands.add_parser("federation", help="CAFE on a vertical federation of several rounds")
     _add_federation(federation)
+    report = commands.add_parser("report", help="one HTML page about the results in a folder and its subfolders")
+    report.add_argument("folder", metavar="FOLDER", help="folder in which results.json is, or are, as attacks write it")
+    report.add_argument("--output", metavar="FILE", help="the page; default: report.html in FOLDER")
     for command in (attack, federation):
         # The same options after the command; without a default here, those before it are kept.
         command.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="as before the command")

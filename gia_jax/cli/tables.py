@@ -79,7 +79,8 @@ def table_of_losses(rows: list[list[str]]) -> str:
 def beside(
     outcome: Outcome, prior: Outcome | None, guesses: dict[str, np.ndarray], modality: Modality
 ) -> dict[str, Any]:
-    """Returns what results.json has beside an outcome: the guesses, and the same attack on random updates.
+    """Returns what results.json has beside an outcome: the guesses, the same attack on random updates, and how
+    scores are written.
 
     Args:
         outcome: What the attack achieved.
@@ -87,7 +88,7 @@ def beside(
         guesses: The modality's first score of guesses without a gradient, by name.
         modality: What an example is.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"shown": {name: shown._asdict() for name, shown in modality.shown.items()}}
     if outcome.scored is not None and guesses:
         extra[f"baselines_{modality.main}"] = {name: scores.tolist() for name, scores in guesses.items()}
     if prior is not None:

@@ -4,6 +4,7 @@ from gia_jax.metrics.diagnosis import diagnose
 from gia_jax.metrics.explained import Explained, explained
 from gia_jax.metrics.graphs import GraphScores, graph_scores, graph_similarity
 from gia_jax.metrics.images import ImageScores, image_scores, nearest, retrieval_rank, ssim, success_share
+from gia_jax.metrics.intervals import bootstrap_interval
 from gia_jax.metrics.isomorphism import isomorphism, same_colors, wl_colors
 from gia_jax.metrics.labels import label_overlap
 from gia_jax.metrics.node_order import match_nodes
@@ -23,6 +24,7 @@ __all__ = [
     "ImageScores",
     "Scores",
     "baselines",
+    "bootstrap_interval",
     "diagnose",
     "epsilon",
     "explained",

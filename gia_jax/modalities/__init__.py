@@ -16,7 +16,8 @@ Every modality is one file of this folder, and no other file knows of it. The fi
 * `score_fn`, `(found, truth) -> Scored`: reconstructions assigned to the true examples, and named scores of these;
 * `shown`: how a table writes these scores;
 * `guess_fn`, `(truth, public) -> ` the first of these scores for guesses that use no gradient;
-* `draw_fn`, `(columns, path, captions=, title=)`, and `suffix`: a file in which a person sees the examples.
+* `draw_fn`, `(columns, path, captions=, title=)`, and `suffix`: a file in which a person sees the examples;
+* `pixels_fn`, `batch -> (pixels, note)`: the examples as images, where they are images.
 
 The first four are pure functions that JAX can trace. The scores, guesses and drawings are made on the host.
 """

@@ -103,6 +103,9 @@ class Modality(NamedTuple):
         draw_fn: Function `(columns, path, captions=, title=)` that writes a file, in which batches are shown beside
             each other under their headings. None where there is nothing for a person to see.
         suffix: Ending of the name of such a file, such as ".png".
+        pixels_fn: Function `batch -> (pixels, note)` that returns the examples as images in [0, 1], shape (n, h, w, c),
+            and words on what was done to them so that they can be seen, "" for nothing. None where examples are no
+            images.
 
     Examples:
         >>> from gia_jax import modalities
@@ -121,6 +124,7 @@ class Modality(NamedTuple):
     guess_fn: Callable[[Batch, Batch], dict[str, np.ndarray]]
     draw_fn: DrawFn | None = None
     suffix: str = ".png"
+    pixels_fn: Callable[[Batch], tuple[np.ndarray, str]] | None = None
 
     @property
     def main(self) -> str:

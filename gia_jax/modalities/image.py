@@ -15,7 +15,7 @@ from gia_jax.matching import priors
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.solver import box
 from gia_jax.metrics.scores import baselines, score
-from gia_jax.modalities.base import DrawFn, Modality, Scored, Shown, class_labels, reordered
+from gia_jax.modalities.base import Modality, Scored, Shown, class_labels, reordered
 
 
 def image(
@@ -103,6 +103,10 @@ def image(
             return baselines(pixels, gallery)
         return baselines(pixels, gallery, labels=labels, gallery_labels=gallery_labels)
 
+    def pixels_fn(batch: Batch) -> tuple[np.ndarray, str]:
+        inputs = np.asarray(batch.inputs).reshape(-1, *shape)
+        return (np.nan_to_num(data.denormalize(inputs), nan=0.5), "") if in_range else _rescaled(inputs * std + mean)
+
     def draw_fn(
         columns: Mapping[str, Batch],
         path: Path,
@@ -112,16 +116,11 @@ def image(
     ) -> None:
         from gia_jax.report.plots import picture_grid  # needs matplotlib
 
-        pixels = {name: np.asarray(batch.inputs).reshape(-1, *shape) for name, batch in columns.items()}
-        if in_range:
-            pixels = {name: data.denormalize(images) for name, images in pixels.items()}
-        else:
-            rescaled = {name: _rescaled(images * std + mean) for name, images in pixels.items()}
-            pixels = {name: images for name, (images, _) in rescaled.items()}
-            title += ", each rescaled to [0, 1]" * any(moved for _, moved in rescaled.values())
-        picture_grid(pixels, path, captions=captions, title=title)
+        seen = {name: pixels_fn(batch) for name, batch in columns.items()}
+        title += max((note for _, note in seen.values()), default="")
+        picture_grid({name: pixels for name, (pixels, _) in seen.items()}, path, captions=captions, title=title)
 
-    drawable: DrawFn | None = draw_fn if shape[-1] in (1, 3) else None
+    has_colors = shape[-1] in (1, 3)
     return Modality(
         init_fn=normal() if init_fn is None else init_fn,
         decode_fn=Batch,
@@ -131,14 +130,15 @@ def image(
         score_fn=score_fn,
         shown={"psnr": Shown("PSNR", ".1f", " dB"), "ssim": Shown("SSIM", ".2f")},
         guess_fn=guess_fn,
-        draw_fn=drawable,
+        draw_fn=draw_fn if has_colors else None,
+        pixels_fn=pixels_fn if has_colors else None,
     )
 
 
-def _rescaled(images: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Returns images in [0, 1], and whether any had to be rescaled for that."""
+def _rescaled(images: np.ndarray) -> tuple[np.ndarray, str]:
+    """Returns images in [0, 1], and words on it where any had to be rescaled for that."""
     images = np.nan_to_num(images, nan=0.5)
     if images.min() >= 0 and images.max() <= 1:
-        return images, False
+        return images, ""
     low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
-    return np.clip((images - low) / np.where(high > low, high - low, 1), 0, 1), True
+    return np.clip((images - low) / np.where(high > low, high - low, 1), 0, 1), ", each rescaled to [0, 1]"

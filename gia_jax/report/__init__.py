@@ -1,4 +1,4 @@
-"""What people read of a study: a record in JSON, tables in plain text, and pictures."""
+"""What people read of a study: a record in JSON, tables in plain text, pictures, and an HTML page of them all."""
 
 from gia_jax.report.graph_plots import graph_grid
 from gia_jax.report.plots import loss_curves, picture_grid

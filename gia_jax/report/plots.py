@@ -101,29 +101,104 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
         ...     print([file.name for file in Path(folder).iterdir()])
         ['losses.png']
     """
-    from matplotlib.figure import Figure
-
     curves = {name: np.asarray(losses) for name, losses in curves.items()}
     if not curves:
         raise ValueError("curves must hold losses, got none")
     for name, losses in curves.items():
         if losses.ndim != 1 or not losses.size:
             raise ValueError(f"curves[{name!r}] must have shape (num_steps,), at least one step, got {losses.shape}")
-    every = np.concatenate([losses.astype(np.float64) for losses in curves.values()])
-    sizes = np.abs(every[np.isfinite(every) & (every != 0)])
+    line_plot(
+        {name: (np.arange(1, len(losses) + 1), losses) for name, losses in curves.items()},
+        path,
+        labels=("step", "loss"),
+        is_logarithmic=True,
+        title=title,
+    )
+
+
+def line_plot(
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    path: Path,
+    *,
+    labels: tuple[str, str],
+    is_logarithmic: bool = False,
+    title: str = "",
+) -> None:
+    """Draws lines, as a PNG. One of a single point is a dot with its name beside it.
+
+    On a logarithmic axis that has negative values too, the middle is linear. What is not finite is a gap in its line.
+
+    Args:
+        lines: Numbers along both axes by the line's name, each pair of shape (n,) with n at least 1.
+        path: Path of the file, whose folder must exist.
+        labels: What the horizontal and the vertical axis show.
+        is_logarithmic: Whether the vertical axis is logarithmic.
+        title: Text above the plot. By default there is none.
+
+    Raises:
+        ValueError: If there are no lines, or the numbers of one are not along one axis, as many on both.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from gia_jax.report.plots import line_plot
+        >>> lines = {"victim 1": (np.array([1, 10]), np.array([9.5, 21.0]))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     line_plot(lines, Path(folder) / "psnr.png", labels=("step", "PSNR in dB"))
+        ...     print([file.name for file in Path(folder).iterdir()])
+        ['psnr.png']
+    """
+    from matplotlib.figure import Figure
+
+    if not lines:
+        raise ValueError("lines must hold at least one, got none")
+    for name, (x, y) in lines.items():
+        if np.ndim(x) != 1 or np.shape(x) != np.shape(y) or not np.size(x):
+            shapes = f"{np.shape(x)} and {np.shape(y)}"
+            raise ValueError(f"lines[{name!r}] must be two arrays of shape (n,), n at least 1, got {shapes}")
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, losses in curves.items():
-        axes.plot(np.arange(1, len(losses) + 1), losses.astype(np.float64), label=name, linewidth=1)
-    if np.any(every[np.isfinite(every)] < 0):
-        axes.set_yscale("symlog", linthresh=float(sizes.min()))
-    else:
+    for name, (x, y) in lines.items():
+        is_dot = len(x) == 1
+        axes.plot(x, np.asarray(y, np.float64), "o" if is_dot else "-", label=name, linewidth=1)
+        if is_dot and np.isfinite([x[0], y[0]]).all():
+            axes.annotate(name, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    every = np.concatenate([np.asarray(y, np.float64) for _, y in lines.values()])
+    every = every[np.isfinite(every) & (every != 0)]
+    if is_logarithmic and np.any(every < 0):
+        axes.set_yscale("symlog", linthresh=float(np.abs(every).min()))
+    elif is_logarithmic and every.size:
         axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    if any(len(x) > 1 for x, _ in lines.values()):
+        axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encodes an image as a PNG with a pixel for each of its pixels.
+
+    Args:
+        image: Image of shape (h, w, c) in uint8, with c of one or three.
+
+    Returns:
+        The content of the file.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gia_jax.report.plots import png
+        >>> png(np.zeros((4, 4, 1), np.uint8))[1:4]
+        b'PNG'
+    """
+    from matplotlib.image import imsave
+
+    content = io.BytesIO()
+    pixels = np.repeat(image, 3, -1) if image.shape[-1] == 1 else image
+    imsave(content, pixels, format="png")
+    return content.getvalue()
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -260,7 +260,7 @@ def test_an_attack_writes_results_and_a_picture(tmp_path: Path, capsys: pytest.C
     steps = ["--steps", "20", "--restarts", "2", "--seed", "3", "--lanes", "3", "--solver", "adam", "--labels", "known"]
     assert main(["attack", "--model", "linear", "--data", "digits", "--victims", "2", "--out", str(out), *steps]) == 0
     assert not {"clients", "clip", "generator", "local_learning_rate", "statistics"} & set(_read(out)["settings"])
-    assert sorted(path.name for path in out.iterdir()) == ["reconstructions.png", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["reconstructions.png", "results.json", "results.npz"]
     assert (out / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
     read = _read(out)
     known = {"attack": "inverting_gradients", "model": "linear", "data": "digits", "solver": "adam", "seed": 3}
@@ -491,7 +491,7 @@ def test_results_that_cannot_be_written_are_not_computed_again(
     assert "results.json' cannot be written: Permission denied; nothing is lost: the same command writes it" in error
     assert main([*SHORT, "--out", str(tmp_path)]) == 0
     assert "100 % of the steps" in capsys.readouterr().err.splitlines()[1]  # nothing is done again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["reconstructions.png", "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reconstructions.png", "results.json", "results.npz"]
 
 
 def test_on_a_full_disk_the_results_are_printed(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gia_jax.cli import main
+from gia_jax.report.arrays import unpack
 
 WORK = ("Private", "State-gov", "Self-emp")
 
@@ -55,6 +56,9 @@ def test_rows_are_attacked_scored_and_shown_by_their_fields(adult: Path, capsys:
     assert "fields right" in printed
     assert "PSNR" not in printed
     assert set(read["baselines_fields"]) == {"commonest values", "nearest row"}
+    results = adult / "out" / "results.json"
+    drawing = unpack(results.with_suffix(".npz"), results.read_bytes())[""]["drawing"]
+    assert drawing.tobytes() == (adult / "out" / "reconstructions.txt").read_bytes()
     for victim, guess in zip(read["victims"], np.ravel(read["baselines_fields"]["commonest values"]), strict=False):
         assert set(victim) >= {"fields", "row", "fields_per_example", "label_correct"}
         assert victim["fields"] > guess

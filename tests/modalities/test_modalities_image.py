@@ -48,3 +48,17 @@ def test_the_prior_is_the_total_variation_by_its_weight_or_none() -> None:
 def test_what_is_wrong_is_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         modalities.image(**({"shape": (4, 4, 3)} | arguments))
+
+
+def test_pixels_are_what_a_person_sees() -> None:
+    inputs = np.array([-2.0, 0.0, 1.0, np.nan], np.float32).reshape(1, 1, 2, 2, 1)
+    pixels_fn = modalities.image((2, 2, 1), mean=[0.5], std=[0.25]).pixels_fn
+    assert pixels_fn is not None
+    pixels, note = pixels_fn(Batch(inputs, ()))
+    np.testing.assert_array_equal(pixels, np.array([0.0, 0.5, 0.75, 0.5]).reshape(1, 2, 2, 1))
+    assert note == ""
+    unknown_range = modalities.image((2, 2, 1), in_range=False).pixels_fn
+    assert unknown_range is not None
+    pixels, note = unknown_range(Batch(inputs, ()))
+    assert (pixels.min(), pixels.max(), note) == (0, 1, ", each rescaled to [0, 1]")
+    assert modalities.image((2, 2, 4)).pixels_fn is None

@@ -1,0 +1,207 @@
+"""Rows of the page from the folders that the command line wrote: results.json, and results.npz beside it."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gia_jax.modalities.base import Shown
+from gia_jax.report.arrays import unpack
+from gia_jax.report.page import check_installed
+from gia_jax.report.plots import png
+from gia_jax.report.rows import ON_RANDOM, Curve, Picture, Row, Score, score
+
+MAX_LINES = 8  # victims with a loss curve
+COST = {
+    "compile_seconds": "compiling, s",
+    "run_seconds": "running, s",
+    "ms_per_step_per_restart": "a step of a restart, ms",
+}
+# Scores of records that do not say how they are written.
+PLAIN = {"psnr": Shown("PSNR", ".1f", " dB"), "ssim": Shown("SSIM", ".2f")}
+LABELS = Shown("labels right", ".0%", average="mean")
+EXPLAINED = Shown("update explained", ".0%")
+DETAILS = {"loss": Shown("loss", ".3g"), "scale": Shown("scale of the update", ".3g")}
+
+
+def read(folder: Path) -> list[Row]:
+    """Reads the results in a folder and its subfolders.
+
+    Args:
+        folder: Path of the folder.
+
+    Returns:
+        A row for every attack in every file results.json, or results_2.json and so on, by the path of the file.
+
+    Raises:
+        ValueError: If there is no such folder or there are no results in it, or a file is none that gia_jax wrote.
+        OSError: If a file cannot be read.
+        ImportError: If jinja2 or matplotlib is not installed.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from gia_jax.report.runs import read
+        >>> record = {"settings": {"attack": "idlg", "model": "lenet"}, "threat_model": "a curious server"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "results.json"
+        ...     _ = file.write_text(json.dumps(record | {"victims": [{"psnr": 31.5, "loss": 0.1, "is_finite": True}]}))
+        ...     (row,) = read(Path(folder))
+        >>> row.title, row.scores["psnr"].value
+        ('idlg on lenet', 31.5)
+    """
+    check_installed()
+    if not folder.is_dir():
+        raise ValueError(f"folder must be a folder that is there, got {str(folder)!r}")
+    named = sorted(path for path in folder.rglob("results*.json") if re.fullmatch(r"results(_\d+)?", path.stem))
+    if not named:
+        raise ValueError(f"folder must hold results.json in it or below it, got none in {str(folder)!r}")
+    return [row for path in named for row in _rows(path, str(path.relative_to(folder)))]
+
+
+def _rows(path: Path, source: str) -> Iterator[Row]:
+    """Reads the rows of a file."""
+    content = path.read_bytes()
+    try:
+        found = json.loads(content)
+        if not isinstance(found, Mapping):
+            raise ValueError("it holds no object")
+        entries = {"": found} if "victims" in found else found
+        guesses = {name: entry for name, entry in entries.items() if name.startswith("baselines_")}
+        records = {name: entry for name, entry in entries.items() if isinstance(entry, Mapping) and name not in guesses}
+        if not records:
+            raise ValueError("it holds no attack")
+        arrays = unpack(path.with_suffix(".npz"), content)
+        any_settings = next(iter(records.values()))["settings"]
+        for name, entry in entries.items():
+            if name in records:
+                yield _row({**guesses, **entry}, name, source, arrays.get(name, {}))
+            elif name not in guesses and not isinstance(entry, str):
+                raise ValueError(f"its entry {name!r} is no attack")
+            elif name not in guesses:
+                yield Row(f"{_title(any_settings)}: {name}", source=source, notes=(f"not attacked: {entry}",))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} must be a results.json that gia_jax wrote: {reason}") from None
+
+
+def _row(record: Mapping[str, Any], name: str, source: str, arrays: Mapping[str, np.ndarray]) -> Row:
+    """Makes a row of a record and its arrays."""
+    settings, victims = record["settings"], record["victims"]
+    finite = [bool(victim["is_finite"]) for victim in victims]
+    if not victims:
+        raise ValueError("it has no victims")
+    shown = {key: one for key, one in _shown(record).items() if key in victims[0]}
+    columns = {key: ([float(victim[key]) for victim in victims], one) for key, one in shown.items()}
+    if "label_correct" in victims[0]:
+        columns["label_correct"] = [float(victim["label_correct"]) for victim in victims], LABELS
+    details = {"loss": [float(victim["loss"]) for victim in victims]}
+    if "explained" in victims[0]:
+        columns["explained"] = [float(victim["explained"]["share"]) for victim in victims], EXPLAINED
+        details["scale"] = [float(victim["explained"]["scale"]) for victim in victims]
+    scores = {key: score(values, one, finite) for key, (values, one) in columns.items() if not np.all(np.isnan(values))}
+    broken = finite.count(False)
+    return Row(
+        title=_title(settings) + ("" if name.startswith(settings["attack"]) or not name else f": {name}"),
+        threat_model=str(record["threat_model"]),
+        source=source,
+        notes=[f"{broken} of {len(finite)} reconstructions are not finite"] if broken else [],
+        scores=scores,
+        details={key: Score(DETAILS[key], tuple(values), float(np.median(values))) for key, values in details.items()},
+        compared=_compared(record, scores),
+        curves=_curves(arrays, victims),
+        examples=_examples(arrays, settings["attack"], victims, next(iter(shown.items()), None)),
+        num_examples=sum(np.size(victim.get(f"{next(iter(shown), '')}_per_example", ())) for victim in victims),
+        accuracy=None if record.get("accuracy") is None else float(record["accuracy"]),
+        cost={words: float(record[key]) for key, words in COST.items() if key in record},
+        settings={key.replace("_", " "): _text(value) for key, value in settings.items() if value not in (None, [])},
+        versions={key: str(value) for key, value in record.get("versions", {}).items()},
+        hardware=str(record.get("hardware", "")),
+        command=str(record.get("command", "")),
+    )
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    """Says what was attacked, and how."""
+    known = [str(settings[name]) for name in ("model", "data") if settings.get(name)]
+    known += ["a recorded update"] if settings.get("update") else []
+    defense = settings.get("defense", "none")
+    behind = _text(defense) if defense not in ("none", []) else ""
+    on = f" on {', '.join(known)}" if known else ""
+    return f"{settings['attack']}{on}" + (f", behind {behind}" if behind else "")
+
+
+def _text(value: Any) -> str:
+    """Writes the value of a setting."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(_text, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _shown(record: Mapping[str, Any]) -> dict[str, Shown]:
+    """Returns how the scores of a record are written, by their names, the first score first."""
+    if "shown" not in record:
+        return PLAIN
+    found = {key: Shown(**one) for key, one in record["shown"].items()}
+    for one in found.values():
+        if not re.fullmatch(r"[+]?(\.\d)?[efg%]", one.form) or one.average not in ("median", "mean"):
+            raise ValueError(f"scores are written in no known form, {one.form!r}, {one.average!r}")
+    return found
+
+
+def _compared(record: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, dict[str, Score]]:
+    """Returns the scores of random updates and of guesses, by what they are of."""
+
+    def of(prefix: str, values: Mapping[str, Any]) -> dict[str, Score]:
+        own = {key: np.asarray(values[prefix + key], float) for key in scores if prefix + key in values}
+        return {key: score(one.reshape(len(one), -1).mean(1).tolist(), scores[key].shown) for key, one in own.items()}
+
+    found = {ON_RANDOM: of("prior_only_", record)}
+    for key in scores:
+        for guess, values in record.get(f"baselines_{key}", {}).items():
+            found[f"without an update: {guess}"] = of("", {key: values})
+    return {name: own for name, own in found.items() if own}
+
+
+def _curves(arrays: Mapping[str, np.ndarray], victims: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Returns the losses of the chosen restarts of the first victims."""
+    if "losses" not in arrays or len(arrays["losses"]) != len(victims):
+        return []
+    lines = {}
+    for v, victim in enumerate(victims[:MAX_LINES]):
+        ends = np.nan_to_num(np.asarray(victim["restart_losses"], float), nan=np.inf)
+        chosen = int(ends.argmin()) if len(ends) == len(arrays["losses"][v]) else 0
+        lines[f"victim {v + 1}"] = arrays["steps"], arrays["losses"][v, chosen]
+    some = f", first {MAX_LINES} of {len(victims)} victims" if len(victims) > MAX_LINES else ""
+    return [Curve(f"The attacker's loss over steps, best restart{some}", ("step", "loss"), lines, is_logarithmic=True)]
+
+
+def _examples(
+    arrays: Mapping[str, np.ndarray],
+    attack: str,
+    victims: Sequence[Mapping[str, Any]],
+    first: tuple[str, Shown] | None,
+) -> list[list[Picture]]:
+    """Returns the pictures of each example, or one drawing of all of them."""
+    if "drawing" in arrays:
+        content = arrays["drawing"].tobytes()
+        if content.startswith(b"\x89PNG"):
+            return [[Picture("originals and reconstructions", png=content)]]
+        blocks = content.decode().strip().split("\n\n")
+        return [[Picture("", text=block)] for i, block in enumerate(blocks) if i or "\n" in block]  # without a title
+    if "reconstruction" not in arrays:
+        return []
+    captions: list[str] = []
+    if first is not None:
+        each = [float(value) for victim in victims for value in np.ravel(victim.get(f"{first[0]}_per_example", ()))]
+        captions = [first[1].text(value) + first[1].unit for value in each]
+    heading = attack + str(arrays.get("note", ""))
+    found = []
+    for i, caption in zip(range(len(arrays["reconstruction"])), chain(captions, repeat(""))):
+        pictures = [Picture("original", png(arrays["original"][i]), is_tile=True)] if "original" in arrays else []
+        found.append([*pictures, Picture(heading, png(arrays["reconstruction"][i]), caption=caption, is_tile=True)])
+    return found
