@@ -14,6 +14,7 @@ from gia_jax.report.arrays import unpack
 from gia_jax.report.page import check_installed
 from gia_jax.report.plots import png
 from gia_jax.report.rows import ON_RANDOM, Curve, Picture, Row, Score, score
+from gia_jax.report.stores import rows_of, stores_in
 
 MAX_LINES = 8  # victims with a loss curve
 COST = {
@@ -35,12 +36,13 @@ def read(folder: Path) -> list[Row]:
         folder: Path of the folder.
 
     Returns:
-        A row for every attack in every file results.json, or results_2.json and so on, by the path of the file.
+        A row for every attack in every file results.json, or results_2.json and so on, by the path of the file, and one
+        for every setting of every store that a sweep wrote.
 
     Raises:
         ValueError: If there is no such folder or there are no results in it, or a file is none that gia_jax wrote.
         OSError: If a file cannot be read.
-        ImportError: If jinja2 or matplotlib is not installed.
+        ImportError: If jinja2 or matplotlib is not installed, or for a store the extra `sweep`.
 
     Examples:
         >>> import json, tempfile
@@ -58,9 +60,11 @@ def read(folder: Path) -> list[Row]:
     if not folder.is_dir():
         raise ValueError(f"folder must be a folder that is there, got {str(folder)!r}")
     named = sorted(path for path in folder.rglob("results*.json") if re.fullmatch(r"results(_\d+)?", path.stem))
-    if not named:
-        raise ValueError(f"folder must hold results.json in it or below it, got none in {str(folder)!r}")
-    return [row for path in named for row in _rows(path, str(path.relative_to(folder)))]
+    stores = stores_in(folder)
+    if not named and not stores:
+        raise ValueError(f"folder must hold results.json or a store of a sweep, got none in or below {str(folder)!r}")
+    rows = [row for path in named for row in _rows(path, str(path.relative_to(folder)))]
+    return rows + [row for path in stores for row in rows_of(path, path.name)]
 
 
 def _rows(path: Path, source: str) -> Iterator[Row]:

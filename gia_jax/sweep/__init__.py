@@ -3,6 +3,7 @@
 from gia_jax.sweep.devices import map_sharded
 from gia_jax.sweep.grid import Sweep, grid, sweep
 from gia_jax.sweep.results import open_sweep, stored_sweep
+from gia_jax.sweep.scores import best_restart, score_sweep
 from gia_jax.sweep.search import Halving, log_uniform, successive_halving
 from gia_jax.sweep.study import Sign, Study, Timing, study, study_analytic, study_on_host
 
@@ -12,10 +13,12 @@ __all__ = [
     "Study",
     "Sweep",
     "Timing",
+    "best_restart",
     "grid",
     "log_uniform",
     "map_sharded",
     "open_sweep",
+    "score_sweep",
     "stored_sweep",
     "study",
     "study_analytic",

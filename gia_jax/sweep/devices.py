@@ -130,7 +130,7 @@ def lane_mesh(mesh: Mesh | None) -> Mesh | None:
         ValueError: If the mesh has no axis "lanes", or devices of another process.
     """
     if mesh is None:
-        devices, chosen = jax.local_devices(), jax.config.jax_default_device
+        devices, chosen = jax.local_devices(), jax.config.values["jax_default_device"]
         return None if len(devices) == 1 or chosen is not None else Mesh(np.asarray(devices), (AXIS,))
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")

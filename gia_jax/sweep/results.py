@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 from gia_jax import _check
+from gia_jax._environment import hardware, versions
 from gia_jax.base import Attack, Observation
 from gia_jax.matching.run import planned_steps
-from gia_jax.sweep.engine import Finished, run_lanes
+from gia_jax.sweep.engine import Finished, Ran, run_lanes
 from gia_jax.sweep.grid import checked_settings
 from gia_jax.sweep.progress import ProgressFn
 from gia_jax.sweep.study import Plan, plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import xarray
 
 LANE = ("setting", "victim", "restart")
+SCORES = "scores"  # name of the group of scores in a store
 
 
 def stored_sweep(
@@ -109,7 +111,7 @@ def stored_sweep(
         >>> dict(found.losses.sizes), found.rate.values.tolist()
         ({'setting': 2, 'victim': 2, 'restart': 1, 'step': 9}, [0.10000000149011612, 0.30000001192092896])
     """
-    _packages()
+    packages()
     settings, num_settings, attack = checked_settings(make_attack, settings)
     num_steps = planned_steps(attack, num_steps)
     process = (jax.process_index(), jax.process_count()) if process is None else _checked(process)
@@ -137,6 +139,7 @@ def stored_sweep(
         checkpoint_seconds=checkpoint_seconds,
         keeper=shard,
     )
+    shard.note(ran)
     if ran.checkpoint is not None:
         assert states is not None
         ran.checkpoint.unlink(missing_ok=True)
@@ -159,9 +162,11 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
         * "losses" (setting, victim, restart, step): the loss at every step;
         * "inputs" and "labels" (setting, victim, restart, example, ...): the reconstructions. Inputs that are a tree
           are several arrays, such as "inputs.nodes";
+        * every score that `score_sweep` wrote (setting, victim, example), such as "psnr";
         * every array of the settings, as a coordinate of the dimension setting.
 
-        Its attributes are those that were given, and "fingerprint". It is an `xarray.Dataset`, so that `to_netcdf` and
+        Its attributes are those that were given, "fingerprint", "versions", "hardware", and the seconds of all
+        processes together, "compile_seconds" and "run_seconds". It is an `xarray.Dataset`, so that `to_netcdf` and
         `to_zarr` write it as a single file or array.
 
     Raises:
@@ -174,7 +179,7 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
         >>> def best(found):
         ...     return found.isel(restart=found.loss.where(found.is_finite, float("inf")).argmin("restart"))
     """
-    xarray, zarr, fsspec = _packages()
+    xarray, zarr, fsspec = packages()
     shards = [zarr.open_group(path, mode="r") for path in _shards(fsspec, str(store))]
     shards = [shard for shard in shards if "fingerprint" in shard.attrs]
     if not shards:
@@ -194,7 +199,10 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
     for name, array in shards[0]["settings"].arrays():
         name = f"settings.{name}" if name in found else name
         settings[name] = (("setting", *(f"{name}_{axis}" for axis in range(1, array.ndim))), np.asarray(array[:]))
-    return xarray.Dataset(found, coords=settings, attrs=attributes[0])
+    for name, array in _scores(zarr, fsspec, str(store)).items():
+        name = f"{SCORES}.{name}" if name in found else name
+        found[name] = (array.metadata.dimension_names, np.asarray(array[:]))
+    return xarray.Dataset(found, coords=settings, attrs=_joined(attributes))
 
 
 class _Shard:
@@ -209,7 +217,7 @@ class _Shard:
 
     def open(self, fingerprint: str, found: Finished) -> None:
         """Opens the group, or makes it."""
-        _, zarr, fsspec = _packages()
+        _, zarr, fsspec = packages()
         if "://" not in self._path:
             for part in Path(self._path).rglob("*.partial"):
                 part.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -229,7 +237,8 @@ class _Shard:
         if "fingerprint" not in group.attrs:
             self._make(group, found)
             # They are written last: a group without a fingerprint is made anew.
-            group.attrs.update({**self._attributes, "shape": list(self._planned.shape), "fingerprint": fingerprint})
+            own = {"shape": list(self._planned.shape), "fingerprint": fingerprint}
+            group.attrs.update({"versions": versions(), "hardware": hardware(), **self._attributes, **own})
         self._group = group
 
     def _make(self, group: Any, found: Finished) -> None:
@@ -250,6 +259,12 @@ class _Shard:
         for path, leaf in jax.tree.leaves_with_path(lanes.settings):
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "setting_value"
             settings.create_array(name, data=leaf, overwrite=True)
+
+    def note(self, ran: Ran) -> None:
+        """Adds the time that a run took to that of runs before it."""
+        assert self._group is not None
+        for name in ("compile_seconds", "run_seconds"):
+            self._group.attrs[name] = self._group.attrs.get(name, 0.0) + getattr(ran, name)
 
     def has(self, first: int, last: int) -> bool:
         """Tells whether lanes were kept before."""
@@ -284,6 +299,22 @@ def _storable(leaf: Any) -> Any:
     return leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(leaf.shape, np.float32)
 
 
+def _joined(attributes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Joins the attributes of all shards, with the sums of their seconds."""
+    seconds = {name: sum(one.get(name, 0.0) for one in attributes) for name in ("compile_seconds", "run_seconds")}
+    return {**attributes[0], **seconds}
+
+
+def _scores(zarr: Any, fsspec: Any, store: str) -> dict[str, Any]:
+    """Returns the arrays of scores in a store by their names, none where it has no scores."""
+    path = f"{store.rstrip('/')}/{SCORES}"
+    system, root = fsspec.core.url_to_fs(path)
+    if not system.exists(root):
+        return {}
+    group = zarr.open_group(path, mode="r")
+    return dict(group.arrays()) if "shown" in group.attrs else {}
+
+
 def _shards(fsspec: Any, store: str) -> list[str]:
     """Returns the paths or addresses of the shards of a store, in their order."""
     system, root = fsspec.core.url_to_fs(store)
@@ -316,7 +347,7 @@ def _as_json(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def _packages() -> tuple[Any, Any, Any]:
+def packages() -> tuple[Any, Any, Any]:
     """Imports xarray, zarr and fsspec, or raises ImportError that names the extra to install."""
     try:
         import fsspec

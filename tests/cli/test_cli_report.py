@@ -63,7 +63,7 @@ def test_mistakes_are_one_line_and_no_other_file_is_replaced(
     mine.write_text("<!doctype html>of another year")
     assert "folder must be a folder that is there" in _refused([str(folder)], capsys)
     folder.mkdir()
-    assert "folder must hold results.json in it or below it, got none" in _refused([str(folder)], capsys)
+    assert "folder must hold results.json or a store of a sweep, got none" in _refused([str(folder)], capsys)
     (folder / "results.json").write_text("{'a': 1}")
     assert "results.json must be a results.json that gia_jax wrote: Expecting property" in _refused(
         [str(folder)], capsys

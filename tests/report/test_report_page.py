@@ -281,7 +281,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, content: str, reaso
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results_of_others.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"folder must hold results.json in it or below it, got none"):
+    with pytest.raises(ValueError, match=r"folder must hold results.json or a store of a sweep, got none"):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"folder must be a folder that is there, got .*nowhere"):
         read(tmp_path / "nowhere")

@@ -1,0 +1,146 @@
+"""Rows of the page from the stores that sweeps wrote: one for every setting."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gia_jax.modalities.base import Shown
+from gia_jax.report.plots import png
+from gia_jax.report.rows import Curve, Picture, Row, Score, score
+from gia_jax.sweep.results import SCORES, open_sweep, packages
+from gia_jax.sweep.scores import best_restart
+
+MAX_POINTS = 256  # of a curve
+OWN = ("title", "threat_model", "versions", "hardware", "command", "fingerprint", "compile_seconds", "run_seconds")
+COST = {"compile_seconds": "compiling, s", "run_seconds": "running, s"}
+LOSS = Shown("loss", ".3g")
+
+
+def stores_in(folder: Path) -> list[Path]:
+    """Returns the stores in a folder and its subfolders, and the folder itself if it is one."""
+    return sorted({path.parent.parent for path in folder.rglob("shard-*/zarr.json")})
+
+
+def rows_of(store: Path, source: str) -> list[Row]:
+    """Reads a row for every setting of a sweep.
+
+    Args:
+        store: Path of the store.
+        source: What the rows call it.
+
+    Returns:
+        The rows. The title, the threat model and the command are the attributes "title", "threat_model" and "command"
+        that `stored_sweep` was given. Scores are those of `score_sweep`, and without them the loss is the only one.
+
+    Raises:
+        ValueError: If it is no store of one sweep.
+        ImportError: If the extra `sweep` is not installed.
+    """
+    found = open_sweep(store)
+    shown, pictures = _scored(store)
+    best, attributes = best_restart(found), found.attrs
+    counts = (best.is_finite & best.done).values
+    rows = []
+    for i in range(found.sizes["setting"]):
+        setting = {str(name): _number(array.values[i]) for name, array in found.coords.items()}
+        columns = {
+            name: (best[_name(found, name)].values[i].reshape(len(counts[i]), -1), one) for name, one in shown.items()
+        }
+        scores = {
+            name: score(values.mean(1).tolist(), one, counts[i].tolist())
+            for name, (values, one) in columns.items()
+            if counts[i].any()
+        }
+        losses = best.loss.values[i].tolist()
+        missing = int((~found.done.values[i]).sum())
+        broken = int((found.done & ~found.is_finite).values[i].sum())
+        notes = [f"{missing} of {found.done.values[i].size} lanes have not been run"] if missing else []
+        notes += [f"{broken} of {found.done.values[i].size} lanes ended with what is not finite"] if broken else []
+        captions = next(iter(columns.values()))[0].ravel().tolist() if columns else []
+        words = ", ".join(f"{name} {own}" for name, own in setting.items())
+        rows.append(
+            Row(
+                title=f"{attributes.get('title', source)}: {words}",
+                threat_model=str(attributes.get("threat_model", "")),
+                source=source,
+                notes=notes,
+                scores=scores or {"loss": score(losses, LOSS, counts[i].tolist())},
+                details={"loss": Score(LOSS, tuple(losses), float(np.median(losses)))},
+                curves=_curves(best.losses.values[i]) + ([] if i else _over_settings(found, best, shown, counts)),
+                examples=_examples(pictures, i, captions, next(iter(shown.values()), None)),
+                num_examples=len(captions),
+                cost={words: float(attributes[name]) for name, words in COST.items()} if i == 0 else {},
+                settings=setting | {name: str(value) for name, value in attributes.items() if name not in OWN},
+                versions=attributes.get("versions", {}),
+                hardware=str(attributes.get("hardware", "")),
+                command=str(attributes.get("command", "")),
+            )
+        )
+    return rows
+
+
+def _scored(store: Path) -> tuple[dict[str, Shown], dict[str, np.ndarray]]:
+    """Returns how the scores in a store are written, and the pixels of its pictures."""
+    _, zarr, _ = packages()
+    if not (store / SCORES).exists():
+        return {}, {}
+    group = zarr.open_group(store / SCORES, mode="r")
+    shown = {name: Shown(**one) for name, one in group.attrs.get("shown", {}).items()}
+    pictures = group["pictures"].arrays() if "pictures" in group else ()
+    return shown, {name: np.asarray(array[:]) for name, array in pictures}
+
+
+def _name(found: Any, name: str) -> str:
+    """Returns the name that a score has in the dataset."""
+    return f"{SCORES}.{name}" if f"{SCORES}.{name}" in found else name
+
+
+def _number(value: Any) -> str:
+    """Writes a number of a setting, or several."""
+    return ", ".join(f"{one:.4g}" for one in np.ravel(value))
+
+
+def _curves(losses: np.ndarray) -> list[Curve]:
+    """Returns the losses of the best restarts over steps, each quartile over victims."""
+    whole = losses[np.isfinite(losses).all(1)]
+    if not len(whole):
+        return []
+    steps = np.unique(np.linspace(0, losses.shape[1] - 1, MAX_POINTS).round().astype(int))
+    names = {"best victim": 0.0, "median victim": 0.5, "worst victim": 1.0} if len(whole) > 1 else {"victim": 0.5}
+    lines = {name: (steps + 1.0, np.quantile(whole, share, 0)[steps]) for name, share in names.items()}
+    return [Curve("The attacker's loss over steps, best restart", ("step", "loss"), lines, is_logarithmic=True)]
+
+
+def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np.ndarray) -> list[Curve]:
+    """Returns the first score over every number of the settings that takes several values."""
+    if not shown:
+        return []
+    name, one = next(iter(shown.items()))
+    values, curves = best[_name(found, name)].values, []
+    values = values.reshape(*counts.shape, -1).mean(2)
+    average = np.mean if one.average == "mean" else np.median
+    sums = np.asarray([average(v[c]) if c.any() else np.nan for v, c in zip(values, counts, strict=True)])
+    for setting, array in found.coords.items():
+        numbers = np.asarray(array.values, float)
+        if numbers.ndim == 1 and len(np.unique(numbers)) > 1:
+            each = np.unique(numbers)
+            line = each, np.asarray([np.nanmean(sums[numbers == number]) for number in each])
+            title = f"{one.heading} over {setting}, mean over the other settings"
+            curves.append(Curve(title, (str(setting), one.heading + one.unit), {one.heading: line}))
+    return curves
+
+
+def _examples(
+    pictures: Mapping[str, np.ndarray], i: int, captions: list[float], shown: Shown | None
+) -> list[list[Picture]]:
+    """Returns originals beside what was found of them under a setting."""
+    if not pictures or shown is None:
+        return []
+    found = []
+    for original, reconstruction, caption in zip(pictures["original"], pictures["reconstruction"][i], captions):
+        words = "" if np.isnan(caption) else shown.text(caption) + shown.unit
+        both = ("original", original, ""), ("reconstruction", np.nan_to_num(reconstruction), words)
+        found.append([Picture(name, png(pixels), caption=below, is_tile=True) for name, pixels, below in both])
+    return found

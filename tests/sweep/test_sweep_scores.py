@@ -1,0 +1,104 @@
+"""Scores of a sweep in a store, and the rows of a report that are read from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gia_jax import Batch, Observation, gradient_matching, modalities
+from gia_jax.report.runs import read
+from gia_jax.sweep import best_restart, grid, open_sweep, score_sweep, stored_sweep
+
+MODALITY = modalities.image((4, 4, 1))
+TRUTH = Batch(np.asarray(jax.random.uniform(jax.random.key(0), (3, 1, 4, 4, 1))), np.zeros((3, 1), int))
+
+
+def _client(params: Any, batch: Batch) -> Any:
+    return jnp.mean(batch.inputs, 0)
+
+
+def _stored(store: Path, **options: Any) -> Any:
+    """The update is the image: a rate of 0.5 finds it at once, one of 0 stays where it starts."""
+    seen = Observation(
+        jnp.zeros((4, 4, 1)),
+        jnp.asarray(TRUTH.inputs[:, 0]).at[2].set(jnp.nan),
+        {"inputs_like": jnp.zeros((3, 1, 4, 4, 1)), "labels": jnp.asarray(TRUTH.labels)},
+    )
+    with pytest.warns(UserWarning, match="victims 2 are not finite"):
+        return stored_sweep(
+            store,
+            lambda setting: gradient_matching(
+                _client,
+                objective_fn=lambda a, b: jnp.sum(jnp.square(a - b)),
+                optimizer=optax.sgd(setting["rate"]),
+            ),
+            grid(rate=[0.5, 0.0]),
+            jax.random.key(1),
+            seen,
+            num_steps=2,
+            num_restarts=2,
+            lanes=4,
+            attributes={
+                "title": "gradient descent",
+                "threat_model": "a server with <labels>",
+                "command": "python x.py",
+            },
+            **options,
+        )
+
+
+def test_scores_are_those_of_the_best_restarts(tmp_path: Path) -> None:
+    _stored(tmp_path)
+    found = score_sweep(tmp_path, TRUTH, MODALITY)
+    assert found.psnr.dims == ("setting", "victim", "example")
+    assert (found.psnr.values[0, :2] > 60).all()
+    assert np.isnan(found.psnr.values[:, 2]).all()
+    best = best_restart(found)
+    for i in range(2):
+        own = Batch(best.inputs.values[i], best.labels.values[i])
+        desired = MODALITY.score_fn(
+            jax.tree.map(lambda leaf: leaf[:2], own), jax.tree.map(lambda leaf: leaf[:2], TRUTH)
+        )
+        np.testing.assert_allclose(found.psnr.values[i, :2], desired.scores["psnr"], rtol=1e-6)
+    assert (best.loss.values[:, :2] == found.loss.values[:, :2].min(2)).all()
+    again = score_sweep(tmp_path, TRUTH, MODALITY)
+    assert again.identical(found)
+
+
+def test_a_report_shows_what_is_in_the_store(tmp_path: Path) -> None:
+    _stored(tmp_path / "folder" / "store", process=(0, 2))
+    (row, other) = read(tmp_path)
+    assert list(row.scores) == ["loss"]
+    assert row.notes == ("2 of 6 lanes have not been run",) or "lanes have not been run" in " ".join(
+        (*row.notes, *other.notes)
+    )
+    _stored(tmp_path / "folder" / "store")
+    found = score_sweep(tmp_path / "folder" / "store", TRUTH, MODALITY)
+    (row, other) = read(tmp_path)
+    assert [row.title, other.title] == ["descent: rate 0.5", "descent: rate 0"]
+    assert row.threat_model == "a server with <labels>"
+    assert row.command == "python x.py"
+    assert row.notes == ["2 of 6 lanes ended with what is not finite"]
+    np.testing.assert_allclose(row.scores["psnr"].values, found.psnr.values[0, :, 0])
+    assert row.scores["psnr"].value == pytest.approx(np.median(found.psnr.values[0, :2, 0]))
+    assert row.cost["running, s"] == found.attrs["run_seconds"] > 0
+    assert row.versions["jax"] == jax.__version__
+    loss, over = row.curves
+    np.testing.assert_allclose(loss.lines["best victim"][1], best_restart(found).losses.values[0, :2].min(0))
+    np.testing.assert_array_equal(over.lines["PSNR"][0], [0, 0.5])
+    assert len(row.examples) == 3
+    assert json.dumps(row.settings) == json.dumps({"rate": "0.5"})
+
+
+def test_a_truth_of_other_victims_is_named(tmp_path: Path) -> None:
+    _stored(tmp_path)
+    with pytest.raises(ValueError, match=r"truth.inputs must have the shape \(3, 1, 4, 4, 1\), got \(2, 1, 4, 4, 1\)"):
+        score_sweep(tmp_path, jax.tree.map(lambda leaf: leaf[:2], TRUTH), MODALITY)
+    with pytest.raises(ValueError, match=r"truth.inputs.a must be one of the arrays that were found, \[.*'inputs'"):
+        score_sweep(tmp_path, Batch({"a": TRUTH.inputs}, TRUTH.labels), MODALITY)
+    assert "psnr" not in open_sweep(tmp_path)
