@@ -8,6 +8,7 @@ of one of them, and `noise` finds the noise at which the exact attack by spans a
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,8 @@ NUM_PUBLIC, MAX_NODES, BIAS = 100, 20, 0.3
 WITHOUT_TRUTH = ("mean graph", "random graph")
 LANES = (1, 16, 64, 256)
 LEVELS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-1, 1.0)
+NUM_TUNING = 8
+WEIGHTS = tuple(itertools.product((0.0, 1e-5, 1e-4, 1e-3), (0.0, 1e-5, 1e-4, 1e-3), (0.0, 1e-4, 1e-3)))
 LIMITS = Limits(completions=2, counts=2, seconds=1.0)  # or noise costs a graph minutes
 NUM_NOISY, DELTA, NOISE_MULTIPLIER = 10, 1e-5, 1.0
 SCORES = {
@@ -226,6 +229,46 @@ def difference(values: np.ndarray, form: str) -> str:
     text = record.interval(values, np.mean, form)
     low, high = (float(end) for end in text[text.index("[") + 1 : -1].split(","))
     return text + (": none" if low <= 0 <= high else "")
+
+
+def tuned(name: str, width: int, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Scores of GLG on the first `NUM_TUNING` public graphs of a set, with a leading axis of `WEIGHTS`."""
+    case = case_of(name, args.graphs, width)
+    own = jax.tree.map(lambda leaf: leaf[:NUM_TUNING], case.public)
+    rest = jax.tree.map(lambda leaf: leaf[NUM_TUNING:], case.public)
+    case = case._replace(truth=own, public=rest)
+    seen = see(case)
+
+    @jax.jit
+    def solve(weights: Array, keys: PRNGKeyArray) -> Batch:
+        def with_weights(three: Array) -> Batch:
+            attack = attacks.glg(
+                case.client_fn,
+                blocks=case.graphs.blocks,
+                max_nodes=MAX_NODES,
+                grants=("mask",),
+                num_steps=args.steps,
+                smoothness_weight=three[0],
+                sparsity_weight=three[1],
+                binarity_weight=three[2],
+            )
+
+            def of_one(key: PRNGKeyArray, observation: Observation) -> Batch:
+                return run(attack, key, observation._replace(params=seen.params))[0].batch
+
+            return jax.vmap(of_one)(keys, seen._replace(params=()))
+
+        return jax.lax.map(with_weights, weights)
+
+    began = time.process_time()
+    found = solve(jnp.asarray(WEIGHTS), jax.random.split(jax.random.key(6), NUM_TUNING))
+    scores = [
+        {key: values[:, 0] for key, values in case.modality.score_fn(jax.tree.map(lambda leaf: leaf[i], found), own).scores.items()}  # noqa: B023
+        for i in range(len(WEIGHTS))
+    ]
+    print(name, width, f"{time.process_time() - began:.0f} s of the processor", flush=True)
+    guesses = {w: case.modality.score_fn(b, own).scores for w, b in graph_guesses(own, rest).items()}
+    return scores, {w: {k: v[:, 0] for k, v in one.items()} for w, one in guesses.items()}, found
 
 
 def lanes(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ def glg(
     num_steps: int = NUM_STEPS,
     smoothness_weight: float = 1e-3,
     sparsity_weight: float = 1e-3,
+    binarity_weight: float = 0.0,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
     objective_fn: ObjectiveFn = cosine,
@@ -98,6 +99,7 @@ def glg(
         edges="box",
         smoothness_weight=smoothness_weight,
         sparsity_weight=sparsity_weight,
+        binarity_weight=binarity_weight,
         init_fn=init_fn,
     )
     rates = {"nodes": 0.1, "edges": 0.01}

@@ -199,7 +199,7 @@ def graph(
         init_fn=_start(grants, like, edges) if init_fn is None else init_fn,
         decode_fn=_decoder(blocks, max_nodes, edges),
         project_fn=project_fn if edges == "box" and "adjacency" not in grants else None,
-        prior_fn=prior_fn if any(weight for weight, _ in weighted) else None,
+        prior_fn=prior_fn if any(not _check.is_concrete(weight) or weight for weight, _ in weighted) else None,
         like=like,
         score_fn=score_fn,
         shown={first: SHOWN[first]} | SHOWN,
