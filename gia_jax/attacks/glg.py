@@ -24,8 +24,8 @@ def glg(
     max_nodes: int,
     grants: Sequence[str] = (),
     num_steps: int = NUM_STEPS,
-    smoothness_weight: float = 1e-3,
-    sparsity_weight: float = 1e-3,
+    smoothness_weight: float = 1e-4,
+    sparsity_weight: float = 1e-5,
     binarity_weight: float = 0.0,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
@@ -60,6 +60,7 @@ def glg(
             the attack. It has no meaning with an `optimizer` of one's own.
         smoothness_weight: Weight alpha, at least 0 and finite.
         sparsity_weight: Weight beta, at least 0 and finite.
+        binarity_weight: Weight of `graph_priors.binarity`, which is not of the paper, at least 0 and finite.
         label_fn: Function `(observation) -> labels` that the attacker uses to find the labels. By default it takes
             those that the threat model grants.
         init_fn: Function `(key, observation) -> unknowns` that draws the first unknowns. None takes that of
