@@ -5,6 +5,8 @@
 from collections.abc import Hashable, Sequence
 
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from gia_jax import _check, modalities
 from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn
@@ -24,9 +26,9 @@ def glg(
     max_nodes: int,
     grants: Sequence[str] = (),
     num_steps: int = NUM_STEPS,
-    smoothness_weight: float = 1e-4,
-    sparsity_weight: float = 1e-5,
-    binarity_weight: float = 0.0,
+    smoothness_weight: Float[ArrayLike, ""] = 1e-4,
+    sparsity_weight: Float[ArrayLike, ""] = 1e-5,
+    binarity_weight: Float[ArrayLike, ""] = 0.0,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
     objective_fn: ObjectiveFn = cosine,

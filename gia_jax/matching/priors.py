@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gia_jax import _check
@@ -19,7 +20,7 @@ from gia_jax.precision import wide_dtype, widened, widened_tree
 from gia_jax.threat import granted
 
 
-def combine(*weighted_priors: tuple[float, PriorFn]) -> PriorFn:
+def combine(*weighted_priors: tuple[Float[ArrayLike, ""], PriorFn]) -> PriorFn:
     """Adds priors, each times its weight: `combine((1e-2, total_variation()), (1e-6, norm()))`.
 
     Args:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
@@ -59,9 +59,9 @@ def graph(
     *,
     grants: Sequence[str] = (),
     edges: Literal["sigmoid", "box"] = "sigmoid",
-    smoothness_weight: float = 0.0,
-    sparsity_weight: float = 0.0,
-    binarity_weight: float = 0.0,
+    smoothness_weight: Float[ArrayLike, ""] = 0.0,
+    sparsity_weight: Float[ArrayLike, ""] = 0.0,
+    binarity_weight: Float[ArrayLike, ""] = 0.0,
     hops: int = 2,
     init_fn: InitFn | None = None,
     dtype: DTypeLike = jnp.float32,
