@@ -271,8 +271,8 @@ def weights(args: argparse.Namespace) -> None:
         rows,
         f"The first {NUM_TUNING} of the {NUM_PUBLIC} public graphs of each set, none of which is a victim in "
         "`matching` or `noise`: an attacker has them, and computes their gradients itself. Of MUTAG at two widths of "
-        f"the network, in all {found['edges'].shape[1]} cases; means with the percentile bootstrap interval of 95 % over them; in the "
-        "last columns node MSE and edge AUC of one set and width. "
+        f"the network, in all {found['edges'].shape[1]} cases; means with the percentile bootstrap interval of 95 % "
+        "over them; in the last columns node MSE and edge AUC of one set and width. "
         f"1 start, {args.steps} steps, network of seed 0, attack of seed 6; guesses from the other public graphs. "
         "F1 is that of the edges above .5. F1 - highest is the paired difference to the highest F1, 'none' where the "
         "interval covers 0. The rule for the defaults: of the weights with both of GLG's priors and no binarity whose "
