@@ -54,10 +54,11 @@ def glg(
 
     The weights were chosen on 8 public graphs of each of four sets of molecules and proteins, whose gradients an
     attacker computes itself, and none of which is a victim in `benchmarks/graphs.py matching`: of the weights of both
-    priors whose edges have an F1 score that is not told from the highest, those of the lowest node MSE. They trade edges for nodes. At 1e-3 and 1e-3 the features of
-    nodes are better, with half the node MSE on MUTAG, and there are hardly any edges left. At the defaults edges are
-    better than those of a random graph by .05 of AUC on these graphs, by nothing of F1: other graphs have nearly the
-    same gradient. With features that are known, strong priors help. Compare with the guesses of `modalities.graph`.
+    priors whose edges have an F1 score that is not told from the highest, those of the lowest node MSE. They trade
+    edges for nodes. At 1e-3 and 1e-3 the features of nodes are better, with half the node MSE on MUTAG, and there are
+    hardly any edges left. At the defaults edges are better than those of a random graph by .05 of AUC on these graphs,
+    by nothing of F1: other graphs have nearly the same gradient. With features that are known, strong priors help.
+    Compare with the guesses of `modalities.graph`.
 
     Args:
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
