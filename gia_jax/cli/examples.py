@@ -55,8 +55,8 @@ class Kind(NamedTuple):
 
     Attributes:
         name: What the examples are: "images", "rows" or "graphs".
-        load: Function `(name, count) -> Examples` that reads at least the first `count` examples, where there are so
-            many, and `NUM_OTHERS` more.
+        load: Function `(name, count) -> Examples` that reads at least the first `count` examples, and `NUM_OTHERS` more
+            where there are so many. It raises ValueError if there are fewer than `count`, before anything else is made.
         models: Models that take such examples, by name, each a function that `build` calls.
         build: Function `(make, examples, rngs) -> module` that makes a model for such examples.
         model: Name of the model that is attacked by default. None takes that of the attack.
@@ -80,10 +80,17 @@ def build_of_graphs(make: Callable[..., nnx.Module], examples: Examples, rngs: n
     return make(features, examples.num_classes, bias_init=symmetric_uniform(GRAPH_BIAS), rngs=rngs)
 
 
+def _check_enough(name: str, have: int, count: int) -> None:
+    """Raises ValueError for a set of fewer examples than are needed."""
+    if have < count:
+        raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")
+
+
 def load_images(name: str, count: int) -> Examples:
     """Reads images: "photos", "digits", or a data set of TFDS. `Kind.load` says the rest."""
     small = name in ("photos", "digits")
     images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
+    _check_enough(name, len(images.images), count)
     kept = np.arange(len(images.images)) >= count
     if name == "photos":  # parts of a victim's photograph are no public ones
         kept = ~np.isin(images.labels, images.labels[:count])
@@ -97,8 +104,9 @@ def load_images(name: str, count: int) -> Examples:
 
 def load_adult(name: str, count: int) -> Examples:
     """Reads rows of Adult, with the schema of its training split. `Kind.load` says the rest."""
-    del name
-    known, rows = data.adult(split="train"), data.adult(split="test", limit=count + NUM_OTHERS)
+    rows = data.adult(split="test", limit=count + NUM_OTHERS)
+    _check_enough(name, len(rows.labels), count)
+    known = data.adult(split="train")
     schema, dtype = modalities.fit_schema(known.columns), jnp.result_type(float)
     batch, public = (
         schema.encode(jnp.asarray(schema.fields_of(columns), dtype))
@@ -111,6 +119,7 @@ def load_adult(name: str, count: int) -> Examples:
 def load_molecules(name: str, count: int) -> Examples:
     """Reads graphs of at most `MAX_NODES` nodes, with one-hot labels and degrees. `Kind.load` says the rest."""
     found = data.load_graphs(name, max_nodes=MAX_NODES, limit=count + NUM_OTHERS + NUM_PUBLIC_GRAPHS)
+    _check_enough(name, len(found.labels), count)
     dtype = jnp.result_type(float)
     arrays = {part: jnp.asarray(getattr(found, part), dtype) for part in ("nodes", "adjacency", "mask")}
     modality = modalities.graph(found.blocks, MAX_NODES, grants=("mask",), dtype=dtype)
@@ -158,12 +167,8 @@ def load_examples(name: str, count: int) -> Examples:
         ValueError: If the set is unknown, cannot be read, or has fewer examples.
     """
     try:
-        found = kind_of(name).load(name, count)
+        return kind_of(name).load(name, count)
     except ValueError as error:
         if str(error).startswith("data must be"):  # of `data.load`, which knows images only
             raise ValueError(f"--data must be {DATA}, got {name!r}") from None
         raise
-    have = len(found.batch.labels)
-    if have < count:
-        raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")
-    return found

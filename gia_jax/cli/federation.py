@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
     defaults = {"data": "mnist", "records": NUM_RECORDS, "rounds": NUM_ROUNDS, "batch_size": BATCH_SIZE}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.batch_size > args.records:
+        raise ValueError(f"--batch-size must be at most the {args.records} of --records, got {args.batch_size}")
     _check.fits(args.records * args.rounds, **{"--records": args.records})
     out = console.folder(Path(args.out), [console.RESULTS, console.ARRAYS, "reconstructions.png"])
     images = data.load(args.data, limit=args.records)

@@ -24,6 +24,7 @@ SIMULATED = ("data", "victims", "aggregation")
 RECORDED = ("update", "params", "input_shape", "classes", "head", "mean", "std", "batch_norm", "truth")
 NEEDED = ("params", "model", "input_shape")  # beside --update
 ALWAYS = ("argv", "attack", "command", "out", "seed", "diagnose")
+NUM_COPIES = 3  # of a batch, at least, while an attack runs: the examples, their gradient, and the best ones so far
 COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "classes")
 
 NEEDS = {"clients": "--aggregation", "clip": "--aggregation", "local_learning_rate": "--local-steps above 1"}
@@ -241,7 +242,9 @@ def _check_recorded(args: argparse.Namespace) -> None:
     args.input_shape = _numbers("input_shape", args.input_shape, int)
     if not all(size >= 1 for size in args.input_shape):
         raise ValueError(f"--input-shape must be of sizes of at least 1, got {args.input_shape}")
-    _check.fits(args.batch_size * math.prod(args.input_shape), **{"--input-shape": args.input_shape})
+    entries, lanes = math.prod(args.input_shape), min(args.lanes, args.restarts)
+    _check.fits(entries, **{"--input-shape": args.input_shape})
+    _check.fits(lanes * args.batch_size * entries * NUM_COPIES, **{"--batch-size": args.batch_size})
     for name in ("mean", "std"):
         if getattr(args, name) is not None:
             setattr(args, name, _per_channel(name, getattr(args, name), args.input_shape[-1]))

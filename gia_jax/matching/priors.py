@@ -46,7 +46,7 @@ def combine(*weighted_priors: tuple[Scalar, PriorFn]) -> PriorFn:
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
         nothing = jnp.zeros((), _wide(batch))
-        return sum((w * prior(batch, observation) for w, prior in weighted_priors), nothing)
+        return jnp.asarray(sum((w * prior(batch, observation) for w, prior in weighted_priors), nothing))
 
     return prior_fn
 

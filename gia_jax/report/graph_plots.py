@@ -35,7 +35,8 @@ def graph_grid(
         path: Path of the file, whose folder must exist.
         captions: Lines of text under the graphs of a column, such as their scores, by the column's heading: one line
             for each graph. None draws no captions.
-        title: Text above the grid. Where graphs are left out, their number is added.
+        title: Text above the grid. Where graphs are left out, their number is added. All texts are drawn as they are, a
+            "$" too.
 
     Raises:
         ValueError: If there are no columns, they have different numbers of graphs, or captions are not one for each
@@ -70,15 +71,14 @@ def graph_grid(
         reference = next(iter(columns.values()))[i]
         places = _places(reference)
         for j, (heading, graphs) in enumerate(columns.items()):
-            axes[i, j].set_title(heading if i == 0 else "", fontsize=10)
+            axes[i, j].set_title(heading if i == 0 else "", fontsize=10, parse_math=False)
             axes[i, j].set_axis_off()
             axes[i, j].margins(0.12)
             if captions and heading in captions:
-                axes[i, j].text(
-                    0.5, -0.02, captions[heading][i], ha="center", transform=axes[i, j].transAxes, fontsize=8
-                )
+                caption, where = captions[heading][i], axes[i, j].transAxes
+                axes[i, j].text(0.5, -0.02, caption, ha="center", transform=where, fontsize=8, parse_math=False)
             _draw(axes[i, j], graphs[i], reference if j else None, places, blocks)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -126,7 +126,7 @@ def _draw(
     rims = ["tab:red" if wrong[v] else "white" for v in there]
     axis.scatter(*places[there].T, s=170, c=palette[kinds[there] % 20], edgecolors=rims, linewidths=1.8, zorder=2)
     for v in there:
-        axis.text(*places[v], names[kinds[v]], ha="center", va="center", fontsize=7, zorder=3)
+        axis.text(*places[v], names[kinds[v]], ha="center", va="center", fontsize=7, zorder=3, parse_math=False)
 
 
 def _kinds(graph: Mapping[str, np.ndarray], blocks: Sequence[FeatureBlock]) -> tuple[Sequence[str], np.ndarray]:

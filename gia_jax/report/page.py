@@ -95,8 +95,7 @@ def _plot(curve: Curve) -> str:
     """Draws a curve, as a data URI."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.png"
-        x_label, y_label = (label.replace("$", r"\$") for label in curve.labels)  # no mathematics
-        line_plot(curve.lines, path, labels=(x_label, y_label), is_logarithmic=curve.is_logarithmic)
+        line_plot(curve.lines, path, labels=curve.labels, is_logarithmic=curve.is_logarithmic)
         return _uri(path.read_bytes())
 
 

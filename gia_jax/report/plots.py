@@ -29,7 +29,8 @@ def picture_grid(
         path: Path of the file, whose folder must exist.
         captions: Lines of text under the images of a column, such as their PSNR, by the column's heading: one line for
             each image. Columns without captions are left out. None draws no captions.
-        title: Text above the grid. By default only the number of images is stated, where some are left out.
+        title: Text above the grid. By default only the number of images is stated, where some are left out. All texts
+            are drawn as they are, a "$" too.
 
     Raises:
         ValueError: If there are no columns, an array is of integers or has not the shape of images, columns have
@@ -64,7 +65,7 @@ def picture_grid(
     figure = Figure(figsize=(1.9 * len(columns) + 0.2, 2.0 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for j, (heading, images) in enumerate(columns.items()):
-        axes[0, j].set_title(heading, fontsize=9)
+        axes[0, j].set_title(heading, fontsize=9, parse_math=False)
         for i in range(rows):
             image = np.nan_to_num(np.clip(images[i].astype(np.float32), 0, 1), nan=0.5)
             image = image[..., 0] if image.shape[-1] == 1 else image
@@ -72,8 +73,8 @@ def picture_grid(
             axes[i, j].set_xticks([])
             axes[i, j].set_yticks([])
             if captions and heading in captions:
-                axes[i, j].set_xlabel(captions[heading][i], fontsize=8)
-    figure.suptitle(title, fontsize=10)
+                axes[i, j].set_xlabel(captions[heading][i], fontsize=8, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -86,7 +87,7 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
     Args:
         curves: Losses by name, each of shape (num_steps,) with at least one step.
         path: Path of the file, whose folder must exist.
-        title: Text above the plot. By default there is none.
+        title: Text above the plot, drawn as it is, as the names are. By default there is none.
 
     Raises:
         ValueError: If there are no curves, or one is not of numbers along one axis.
@@ -163,18 +164,19 @@ def line_plot(
         is_dot = len(x) == 1
         axes.plot(x, np.asarray(y, np.float64), "o" if is_dot else "-", label=name, linewidth=1)
         if is_dot and np.isfinite([x[0], y[0]]).all():
-            axes.annotate(name, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(name, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8, parse_math=False)
     every = np.concatenate([np.asarray(y, np.float64) for _, y in lines.values()])
     every = every[np.isfinite(every) & (every != 0)]
     if is_logarithmic and np.any(every < 0):
         axes.set_yscale("symlog", linthresh=float(np.abs(every).min()))
     elif is_logarithmic and every.size:
         axes.set_yscale("log")
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(labels[0], parse_math=False)
+    axes.set_ylabel(labels[1], parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False)
     if any(len(x) > 1 for x, _ in lines.values()):
-        axes.legend(fontsize=8)
+        for text in axes.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
     save_figure(figure, path)
 
 

@@ -54,25 +54,34 @@ def solved(num_steps: int, seed: int, **settings: Any) -> Any:
 
 
 def test_edges_are_better_than_a_guess_where_features_are_granted_and_tell_all_nodes_apart() -> None:
-    found, info = solved(400, 0, grants=["nodes"])
+    # Strong priors help here, and hurt where the features are unknown: the defaults' edges score .70.
+    found, info = solved(400, 0, grants=["nodes"], smoothness_weight=1e-3, sparsity_weight=1e-3)
     assert float(info.match[-1]) < 1e-3
     assert found.batch.labels.tolist() == [1]
     assert modalities.graph(BLOCKS, 6).score_fn(found.batch, TRUTH).scores["edges"][0] > 0.75
 
 
-def test_edges_stay_in_their_box_and_the_priors_lower_their_number() -> None:
-    degrees = []
-    for weight in (0.0, 1.0):
-        found, info = solved(150, 1, sparsity_weight=weight)
-        edges = np.asarray(found.batch.inputs["adjacency"])
-        assert np.all((edges >= 0) & (edges <= 1))
-        assert not np.any(np.diagonal(edges, axis1=1, axis2=2))
-        np.testing.assert_array_equal(edges, edges.swapaxes(1, 2))
-        assert float(info.match[-1]) < float(info.match[0])
-        degrees.append(edges.sum())
+def test_edges_stay_in_their_box_and_the_priors_by_traced_weights_lower_their_number_and_round_them() -> None:
+    client_fn, seen = setting()
+    rule = labels.bias_counts(labels.dense("head"))
+
+    def solve(sparsity: Any, binarity: Any) -> Any:
+        priors = {"sparsity_weight": sparsity, "binarity_weight": binarity}
+        attack = attacks.glg(client_fn, blocks=BLOCKS, max_nodes=6, num_steps=150, label_fn=rule, **priors)
+        return run(attack, jax.random.key(1), seen)
+
+    found, info = jax.jit(jax.vmap(solve))(jnp.array([0.0, 1.0, 0.0]), jnp.array([0.0, 0.0, 1.0]))
+    edges = np.asarray(found.batch.inputs["adjacency"])
+    assert np.all((edges >= 0) & (edges <= 1))
+    assert not np.any(np.diagonal(edges, axis1=2, axis2=3))
+    np.testing.assert_array_equal(edges, edges.swapaxes(2, 3))
+    assert np.all(info.match[:, -1] < info.match[:, 0])
     # A gradient that points in the right direction is not the graph.
-    assert degrees[1] < 0.5 * degrees[0]
-    assert modalities.graph(BLOCKS, 6).score_fn(found.batch, TRUTH).scores["exact"][0] == 0
+    assert edges[1].sum() < 0.5 * edges[0].sum()
+    halves = (edges * (1 - edges)).sum((1, 2, 3))
+    assert halves[2] < 0.1 * halves[0]
+    first = jax.tree.map(lambda leaf: leaf[1], found.batch)
+    assert modalities.graph(BLOCKS, 6).score_fn(first, TRUTH).scores["exact"][0] == 0
 
 
 def test_vmap_over_victims_and_restarts_equals_a_loop() -> None:

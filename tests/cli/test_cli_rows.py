@@ -99,6 +99,12 @@ def test_what_rows_cannot_do_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_too_many_victims_are_refused_before_the_rest_is_read(adult: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (adult / "sets" / "tabular" / "adult.data.gz").unlink()
+    assert main(["attack", "--data", "adult", "--victims", "100000", "--out", str(adult / "out")]) == 2
+    assert "--victims times --batch-size must be at most 30 for adult, got 100000" in capsys.readouterr().err
+
+
 def _save(folder: Path, name: str, **arrays: np.ndarray) -> str:
     np.savez(folder / name, **arrays)
     return str(folder / name)

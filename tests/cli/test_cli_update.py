@@ -307,6 +307,7 @@ def _message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--input-shape", ""], "--input-shape must be whole numbers with commas between them, got ''"),
         (["--input-shape", "8,0,1"], "--input-shape must be of sizes of at least 1, got (8, 0, 1)"),
         (["--input-shape", "99999999,99999999"], "--input-shape must fit into memory: it needs "),
+        (["--batch-size", "1000000000"], "--batch-size must fit into memory: it needs 715 GiB of "),
         (["--input-shape", "4,4,1"], "'head.kernel' has shape (64, 10), expected (16, 10)"),
         (["--model", "lenet"], "update.npz"),
         (["--classes", "0"], "--classes must be at least 1 and below 2^31, got 0"),

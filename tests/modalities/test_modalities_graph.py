@@ -210,6 +210,13 @@ def test_graphs_are_drawn_with_nodes_in_their_places(tmp_path: Path) -> None:
         modality.draw_fn({}, path)
 
 
+def test_a_dollar_in_a_text_of_a_drawing_is_no_formula(tmp_path: Path) -> None:
+    text = "$\\alpha_{$ 5 $"  # no formula that matplotlib could read
+    blocks = [BLOCKS[0]._replace(names=(text,) * len(BLOCKS[0].names)), *BLOCKS[1:]]
+    graph_grid({text: [graph_of(BOTH, 0)]}, blocks, tmp_path / "graphs.png", captions={text: [text]}, title=text)
+    assert imread(tmp_path / "graphs.png").size
+
+
 def test_priors_by_hand() -> None:
     inputs = {name: np.asarray(array, np.float64) for name, array in BOTH.inputs.items()}
     inputs["adjacency"] = 0.5 * inputs["adjacency"]

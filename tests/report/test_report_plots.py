@@ -71,6 +71,13 @@ def test_the_title_says_which_images_are_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, third)
 
 
+def test_a_dollar_in_a_text_is_no_formula(tmp_path: Path) -> None:
+    text = "$\\alpha_{$ 5 $"  # no formula that matplotlib could read
+    picture_grid({text: np.zeros((1, 4, 4, 1))}, tmp_path / "a.png", captions={text: [text]}, title=text)
+    loss_curves({text: np.ones(2)}, tmp_path / "b.png", title=text)
+    assert all(min(_pixels(tmp_path / name).shape[:2]) > 100 for name in ("a.png", "b.png"))
+
+
 def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     images, path = np.zeros((2, 4, 4, 3)), tmp_path / "a.png"
     wrong = [

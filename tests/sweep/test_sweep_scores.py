@@ -44,7 +44,7 @@ def _stored(store: Path, **options: Any) -> Any:
             num_restarts=2,
             lanes=4,
             attributes={
-                "title": "gradient descent",
+                "title": "descent",
                 "threat_model": "a server with <labels>",
                 "command": "python x.py",
             },
