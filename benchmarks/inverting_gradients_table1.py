@@ -37,10 +37,10 @@ from gia_jax import (
 )
 from gia_jax.attacks import inverting_gradients, linear_inversion
 from gia_jax.base import Attack, ClientFn, Params
-from gia_jax.cli.console import progress
 from gia_jax.cli.names import LEVENBERG_MARQUARDT_STEPS, WARM_UP, warm_up
 from gia_jax.matching.initializations import given
 from gia_jax.matching.optimizers import fixed_step_lbfgs
+from gia_jax.report import progress
 from gia_jax.sweep.study import Study, study, study_analytic
 
 THREAT = ThreatModel(labels=True)

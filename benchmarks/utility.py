@@ -43,7 +43,6 @@ from gia_jax import (
 )
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import ObjectiveFn, Params
-from gia_jax.cli.console import progress
 from gia_jax.cli.outcomes import joined
 from gia_jax.cli.pixels import pixel_covariance, pixel_information
 from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
@@ -52,6 +51,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
+from gia_jax.report import progress
 from gia_jax.sweep.study import study
 
 THREAT = ThreatModel(labels=True)

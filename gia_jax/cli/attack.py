@@ -53,23 +53,22 @@ def run(args: argparse.Namespace) -> None:
 
 def _attacked(args: argparse.Namespace, setting: Setting, name: str, victims: Victims, out: Path) -> dict[str, Outcome]:
     """Returns the outcomes of the attack, by the defense and, on random updates, by `PRIOR_ONLY`."""
-    with report.progress(_title(args, name)) as progress_fn:
-        outcomes = attack_target(
-            victims.target,
-            {setting.defense: victims.observations},
-            args.attack,
-            setting.key,
-            model=args.model,
-            labels=args.labels,
-            label_rule=args.label_rule,
-            solver=args.solver,
-            num_steps=args.steps,
-            num_restarts=args.restarts,
-            lanes=args.lanes,
-            prior_only=None if args.no_prior_only else setting.defense,
-            progress_fn=progress_fn,
-            checkpoint=console.states(out),
-        )
+    outcomes = attack_target(
+        victims.target,
+        {setting.defense: victims.observations},
+        args.attack,
+        setting.key,
+        model=args.model,
+        labels=args.labels,
+        label_rule=args.label_rule,
+        solver=args.solver,
+        num_steps=args.steps,
+        num_restarts=args.restarts,
+        lanes=args.lanes,
+        prior_only=None if args.no_prior_only else setting.defense,
+        progress_fn=report.progress(_title(args, name)),
+        checkpoint=console.states(out),
+    )
     return outcomes if victims.truth is None else with_scores(outcomes, victims.truth, setting.modality)
 
 

@@ -88,23 +88,23 @@ def _attacked(out: Path, seed: int) -> Found:
     print()
     key_clients, key_attack = jax.random.split(jax.random.key(seed))
     seen = see(case, protected, key_clients, known=(False, True))
-    outcomes = {}
-    for name, (steps, restarts) in PLAN.items():
-        with report.progress(name) as progress_fn:
-            outcomes[name] = attack(
-                case,
-                seen[_knows_labels(name)],
-                protected["none"],
-                name,
-                key_attack,
-                model="lenet",
-                labels="known" if _knows_labels(name) else "inferred",
-                num_steps=steps,
-                num_restarts=restarts,
-                prior_only="none",
-                progress_fn=progress_fn,
-                checkpoint=console.states(out),
-            )
+    outcomes = {
+        name: attack(
+            case,
+            seen[_knows_labels(name)],
+            protected["none"],
+            name,
+            key_attack,
+            model="lenet",
+            labels="known" if _knows_labels(name) else "inferred",
+            num_steps=steps,
+            num_restarts=restarts,
+            prior_only="none",
+            progress_fn=report.progress(name),
+            checkpoint=console.states(out),
+        )
+        for name, (steps, restarts) in PLAN.items()
+    }
     return Found(case, parts, outcomes, case.modality.guess_fn(case.truth, case.data.public))
 
 

@@ -1,18 +1,18 @@
 """Progress of a long run: a bar in a terminal, and a line now and then in a log."""
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
+
+from tqdm import tqdm
 
 from gia_jax.sweep.progress import ProgressFn, Sign
 
 QUIET_SECONDS = 10.0  # between two lines where there is no terminal
+BAR = "{desc}: {percentage:3.0f} % |{bar:30}|{postfix}"
 
 
-@contextlib.contextmanager
-def progress(name: str) -> Iterator[ProgressFn]:
-    """Shows on standard error how far a study or a sweep is.
+def progress(name: str) -> ProgressFn:
+    """Makes a function that shows on standard error how far a study or a sweep is.
 
     In a terminal that is one line with a bar, the steps a second and the time left. Elsewhere there is a line at every
     new phase, and then at most one in ten seconds.
@@ -20,29 +20,29 @@ def progress(name: str) -> Iterator[ProgressFn]:
     Args:
         name: Words before the progress, such as the name of the attack.
 
-    Yields:
+    Returns:
         The `progress_fn` for `gia_jax.sweep`.
 
     Examples:
         >>> from gia_jax.report import progress
         >>> from gia_jax.sweep import Sign
-        >>> with progress("dlg") as progress_fn:  # such as study(..., progress_fn=progress_fn)
-        ...     progress_fn(Sign("steps", done=50, total=100, seconds=2.0, seconds_left=2.0))
+        >>> progress_fn = progress("dlg")  # for study(..., progress_fn=progress_fn)
+        >>> progress_fn(Sign("steps", done=50, total=100, seconds=2.0, seconds_left=2.0))
     """
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield _lines(name)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    return _bar(name) if sys.stderr is not None and sys.stderr.isatty() else _lines(name)
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} % {task.fields[said]}")
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task(name, total=None, said="")
 
-        def progress_fn(sign: Sign) -> None:
-            bar.update(task, completed=sign.done, total=sign.total, said=_said(sign), refresh=True)
+def _bar(name: str) -> ProgressFn:
+    """Returns a function that draws a bar again at every call."""
+    bar = tqdm(total=1, desc=name, bar_format=BAR, mininterval=0)
 
-        yield progress_fn
+    def progress_fn(sign: Sign) -> None:
+        bar.total, bar.n = sign.total, sign.done
+        bar.set_postfix_str(_said(sign))
+        if sign.done == sign.total:
+            bar.close()
+
+    return progress_fn
 
 
 def _lines(name: str) -> ProgressFn:

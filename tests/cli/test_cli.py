@@ -1,6 +1,5 @@
 """The command line: what it writes, and what it says when it is asked for something it cannot do."""
 
-import contextlib
 import errno
 import json
 import os
@@ -549,7 +548,7 @@ def test_an_interruption_is_one_line_and_is_resumed(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("gia_jax.report.progress", lambda name: contextlib.nullcontext(interrupt))
+            patch.setattr("gia_jax.report.progress", lambda name: interrupt)
             assert main([*SHORT, "--out", str(tmp_path)]) == status
     finally:
         signal.signal(signal.SIGINT, before)
