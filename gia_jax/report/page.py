@@ -77,6 +77,7 @@ def page(rows: Sequence[Row], *, title: str = "What do these updates give away?"
         against=_against(rows),
         psnr=psnr,
         on_random=ON_RANDOM,
+        has_random=any(ON_RANDOM in row.compared for row in rows),
     )
 
 
@@ -95,7 +96,7 @@ def _plot(curve: Curve) -> str:
     """Draws a curve, as a data URI."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.png"
-        line_plot(curve.lines, path, labels=curve.labels, is_logarithmic=curve.is_logarithmic)
+        line_plot(curve.lines, path, labels=curve.labels, scales=curve.scales)
         return _uri(path.read_bytes())
 
 

@@ -3,13 +3,15 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gia_jax import _check
 from gia_jax._files import write_whole
 from gia_jax.metrics.images import check_pixels
+
+Scale = Literal["linear", "log"]
 
 MAX_ROWS = 16
 
@@ -112,7 +114,7 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
         {name: (np.arange(1, len(losses) + 1), losses) for name, losses in curves.items()},
         path,
         labels=("step", "loss"),
-        is_logarithmic=True,
+        scales=("linear", "log"),
         title=title,
     )
 
@@ -122,7 +124,7 @@ def line_plot(
     path: Path,
     *,
     labels: tuple[str, str],
-    is_logarithmic: bool = False,
+    scales: tuple[Scale, Scale] = ("linear", "linear"),
     title: str = "",
 ) -> None:
     """Draws lines, as a PNG. One of a single point is a dot with its name beside it.
@@ -133,7 +135,7 @@ def line_plot(
         lines: Numbers along both axes by the line's name, each pair of shape (n,) with n at least 1.
         path: Path of the file, whose folder must exist.
         labels: What the horizontal and the vertical axis show.
-        is_logarithmic: Whether the vertical axis is logarithmic.
+        scales: Whether the horizontal and the vertical axis are "linear" or "log".
         title: Text above the plot. By default there is none.
 
     Raises:
@@ -167,10 +169,11 @@ def line_plot(
             axes.annotate(name, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8, parse_math=False)
     every = np.concatenate([np.asarray(y, np.float64) for _, y in lines.values()])
     every = every[np.isfinite(every) & (every != 0)]
-    if is_logarithmic and np.any(every < 0):
+    axes.set_xscale(scales[0])
+    if scales[1] == "log" and np.any(every < 0):
         axes.set_yscale("symlog", linthresh=float(np.abs(every).min()))
-    elif is_logarithmic and every.size:
-        axes.set_yscale("log")
+    elif every.size:
+        axes.set_yscale(scales[1])
     axes.set_xlabel(labels[0], parse_math=False)
     axes.set_ylabel(labels[1], parse_math=False)
     axes.set_title(title, fontsize=10, parse_math=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gia_jax.metrics.intervals import bootstrap_interval
 from gia_jax.modalities.base import Shown
+from gia_jax.report.plots import Scale
 
 ON_RANDOM = "the same attack on random updates"
 
@@ -53,13 +54,13 @@ class Curve(NamedTuple):
         title: Words above the plot.
         labels: What the horizontal and the vertical axis show.
         lines: Numbers along both axes by the name of the line, each of shape (n,).
-        is_logarithmic: Whether the vertical axis is logarithmic.
+        scales: Whether the horizontal and the vertical axis are "linear" or "log".
     """
 
     title: str
     labels: tuple[str, str]
     lines: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    is_logarithmic: bool = False
+    scales: tuple[Scale, Scale] = ("linear", "linear")
 
 
 class Row(NamedTuple):

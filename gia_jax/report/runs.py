@@ -181,7 +181,7 @@ def _curves(arrays: Mapping[str, np.ndarray], victims: Sequence[Mapping[str, Any
         chosen = int(ends.argmin()) if len(ends) == len(arrays["losses"][v]) else 0
         lines[f"victim {v + 1}"] = arrays["steps"], arrays["losses"][v, chosen]
     some = f", first {MAX_LINES} of {len(victims)} victims" if len(victims) > MAX_LINES else ""
-    return [Curve(f"The attacker's loss over steps, best restart{some}", ("step", "loss"), lines, is_logarithmic=True)]
+    return [Curve(f"The attacker's loss over steps, best restart{some}", ("step", "loss"), lines, ("linear", "log"))]
 
 
 def _examples(

@@ -110,7 +110,7 @@ def _curves(losses: np.ndarray) -> list[Curve]:
     steps = np.unique(np.linspace(0, losses.shape[1] - 1, MAX_POINTS).round().astype(int))
     names = {"best victim": 0.0, "median victim": 0.5, "worst victim": 1.0} if len(whole) > 1 else {"victim": 0.5}
     lines = {name: (steps + 1.0, np.quantile(whole, share, 0)[steps]) for name, share in names.items()}
-    return [Curve("The attacker's loss over steps, best restart", ("step", "loss"), lines, is_logarithmic=True)]
+    return [Curve("The attacker's loss over steps, best restart", ("step", "loss"), lines, ("linear", "log"))]
 
 
 def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np.ndarray) -> list[Curve]:
@@ -127,8 +127,11 @@ def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np
         if numbers.ndim == 1 and len(np.unique(numbers)) > 1:
             each = np.unique(numbers)
             line = each, np.asarray([np.nanmean(sums[numbers == number]) for number in each])
-            title = f"{one.heading} over {setting}, mean over the other settings"
-            curves.append(Curve(title, (str(setting), one.heading + one.unit), {one.heading: line}))
+            several = len(each) < len(numbers)
+            title = f"{one.heading} over {setting}" + (", mean over the other settings" if several else "")
+            decades = each[0] > 0 and each[-1] >= 10 * each[0]
+            scales = ("log" if decades else "linear", "linear")
+            curves.append(Curve(title, (str(setting), one.heading + one.unit), {one.heading: line}, scales))
     return curves
 
 

@@ -294,7 +294,9 @@ def test_lines_must_have_as_many_numbers_on_both_axes(tmp_path: Path, y: list[fl
     for factor in (0, np.nan, -1):  # none of which a logarithmic axis has a place for
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            line_plot({"a": (x, factor * np.ones(len(y)))}, tmp_path / "b.png", labels=("", ""), is_logarithmic=True)
+            line_plot(
+                {"a": (x, factor * np.ones(len(y)))}, tmp_path / "b.png", labels=("", ""), scales=("linear", "log")
+            )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"lines\['a'\] must be two arrays of shape \(n,\)"):
         line_plot({"a": (x, np.array([*y, 1.0]))}, tmp_path / "b.png", labels=("x", "y"))
