@@ -135,12 +135,12 @@ def _counts(known: Known, every: Types, limits: Limits) -> GraphSpans:
     spanned = spanned_types(space, every, miss=known.miss)
     best = nothing(None, spanned, "the update is not that of one graph")
     answers = pooled(known.update.head, known.params.head)
-    for types in (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,):
-        for found in counted(known, answers, types, limits) if answers else ():
-            if found.counts:
-                return found
-            if found.mismatch < best.mismatch or math.isinf(best.mismatch):
-                best = found
+    choices = (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,)
+    for found in counted(known, answers, choices, limits) if answers else ():
+        if found.counts:
+            return found
+        if found.mismatch < best.mismatch or math.isinf(best.mismatch):
+            best = found
     return best
 
 

@@ -167,7 +167,7 @@ def spanned_stars(types: Types, layer: Layer, activation: Activation, space: Sub
 
 
 def completed_stars(
-    types: Types, layer: Layer, activation: Activation, space: Subspace, kept: Stars, *, miss: float, limit: int
+    types: Types, layer: Layer, activation: Activation, space: Subspace, kept: Stars, *, miss: float
 ) -> Iterator[Stars]:
     """Lists the sets of stars that a span of one dimension more would keep.
 
@@ -181,13 +181,12 @@ def completed_stars(
         space: Span of the gradient of the second layer.
         kept: Stars in the span.
         miss: Probability with which a true star is lost.
-        limit: Number of lines at most.
 
     Yields:
         For every line, those that most stars share first, the stars in the span and on it.
     """
     others, parts, errors = [], [], []
-    for stars in all_stars(types) if limit else ():
+    for stars in all_stars(types):
         hidden = activate(activation, forward(star_inputs(types, stars), layer))
         is_other = ~members(space, hidden, miss=miss)
         others.append(_pick(stars, is_other))
@@ -196,7 +195,7 @@ def completed_stars(
         errors.append(error)
     rest = _joined(others, types)
     if len(rest.centres) > 1:
-        for group in _lines(np.concatenate(parts), np.concatenate(errors))[:limit]:
+        for group in _lines(np.concatenate(parts), np.concatenate(errors)):
             yield _joined([kept, _pick(rest, group)], types)
 
 
