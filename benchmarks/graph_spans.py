@@ -127,6 +127,10 @@ def victims(name: str, setting: Setting, chosen: slice, draw: int) -> Victims:
     )
 
 
+def _limits(setting: Setting) -> Limits:
+    return Limits(graphs=setting.max_graphs, counts=max(4, setting.max_graphs // 4))
+
+
 def attacked(those: Victims, setting: Setting, i: int) -> tuple[GraphSpans, float]:
     """Attacks a graph, and measures the time of one core in seconds."""
     inputs = {name: jnp.asarray(array, setting.dtype) for name, array in those.graphs.inputs([i]).items()}
@@ -152,7 +156,7 @@ def attacked(those: Victims, setting: Setting, i: int) -> tuple[GraphSpans, floa
         connected=setting.connected,
         min_cycle=setting.min_cycle,
         noise=noise,
-        limits=Limits(graphs=setting.max_graphs, counts=max(4, setting.max_graphs // 4)),
+        limits=_limits(setting),
     )
     start = time.process_time()
     found = attack(seen)
@@ -170,9 +174,14 @@ def measured(those: Victims, setting: Setting, i: int) -> dict[str, Any]:
         np.asarray(those.graphs.nodes[i, :size], float),
         np.asarray(those.graphs.adjacency[i, :size, :size], float),
         int(those.graphs.labels[i]),
+        blocks=those.blocks,
+        degree_block=those.degree_block,
+        max_degree=those.max_degree,
+        max_nodes=None if setting.num_nodes else MAX_NODES,
         activation=setting.activation,
         activate_last=setting.activate_last,
         readout=setting.readout,
+        limits=_limits(setting),
     )
     return {
         "graph": those.graphs.ids[i],

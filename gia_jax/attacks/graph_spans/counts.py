@@ -129,9 +129,8 @@ def solutions(
         The counts of every tree, those of the smallest graph first, and the least mismatch of any weights.
     """
     rows = equations.handshakes / np.maximum(np.linalg.norm(equations.handshakes, axis=1, keepdims=True), 1)
-    total = np.ones((0 if sizes is None else 1, equations.matrix.shape[1]))  # of the weights, where they are shares
-    full = np.concatenate([equations.matrix, rows, total])
-    goal = np.concatenate([equations.target, np.zeros(len(rows)), total[:, 0]])
+    full = np.concatenate([equations.matrix, rows])
+    goal = np.concatenate([equations.target, np.zeros(len(rows))])
     lengths = np.maximum(np.linalg.norm(full, axis=0), np.finfo(float).tiny)
     try:
         weights = scipy.optimize.nnls(full / lengths, goal, maxiter=50 * full.shape[1])[0] / lengths

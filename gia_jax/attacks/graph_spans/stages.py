@@ -18,6 +18,7 @@ from gia_jax.attacks.graph_spans.candidates import (
     num_stars,
     num_trees,
     spanned_stars,
+    spanned_types,
     star_inputs,
     tree_weights,
 )
@@ -63,6 +64,12 @@ class Known(NamedTuple):
     miss: float
     spacing: float
     tolerance: float | None
+
+    def choices(self, every: Types) -> list[Types]:
+        """Returns the types whose features lie in the span of the first layer's gradient, and then all, if more."""
+        space = span(self.update.first.kernel, spacing=self.spacing, noise=self.noise, miss=self.miss)
+        spanned = spanned_types(space, every, miss=self.miss)
+        return [spanned, every] if len(spanned.degrees) < len(every.degrees) else [every]
 
     def space(self) -> Subspace:
         """Returns the span of the second layer's gradient."""
