@@ -527,7 +527,7 @@ def batches(args: argparse.Namespace) -> None:
         "absolute values that explain the gradient are not 0 for the trees in the batch alone. 'graphs told': from the "
         "weights, of sums of whole multiples of a scale for each graph, come the label of every graph and its numbers "
         "of trees, all of them right. The attack itself, `graph_spans`, takes one graph, and does not do so. "
-        f"Intervals of 95 %, bootstrap over batches. The rest is as in the table of single graphs. {THREAT.describe()}.",
+        f"Intervals of 95 %, bootstrap over batches. The rest is as for single graphs. {THREAT.describe()}.",
         victims=every,
     )
 

@@ -222,14 +222,18 @@ def _judged(
         return numbers._replace(reason=f"limits.stars: there are {number} stars, more than {limits.stars}")
     around = _around(place, adjacency, len(types.degrees))
     space = known.space()
-    for stars in kept_stars(known, types, space, limits):
+    missing = numbers.hidden_rank - int(space.rank)
+    tried = limits._replace(completions=0) if missing > 1 else limits  # a completion adds one dimension
+    for stars in kept_stars(known, types, space, tried):
         star = _places(around, np.c_[stars.centres, stars.neighbours])
         if star.min() >= 0:
             break
     else:
-        return numbers._replace(reason=_loss(numbers, limits))
+        return numbers._replace(reason=_loss(numbers, missing, limits))
     numbers = numbers._replace(num_kept=len(stars.centres), num_candidates=num_trees(stars))
-    kept = f"the span keeps {numbers.num_kept} stars, of which {numbers.num_stars} are true, with"
+    kept = f"the span keeps {numbers.num_kept} stars, {numbers.num_stars} of them true, with"
+    if numbers.num_collinear:
+        kept = f"{numbers.num_collinear} pairs of stars share a direction; {kept}"
     if numbers.num_candidates > limits.trees:
         return numbers._replace(reason=f"{kept} {numbers.num_candidates} trees: more than limits.trees, {limits.trees}")
     trees = all_trees(stars)
@@ -248,20 +252,21 @@ def _judged(
     numbers = numbers._replace(num_counts=len(counts))
     # Under a mean, all multiples of numbers of trees explain the update, and the attack goes through them.
     is_found = any(np.array_equal(one * true.sum(), true * one.sum()) for one in counts)
-    several = "" if len(counts) < 2 else f", as do {len(counts) - 1} others"
-    if not is_found:
-        other = f", and {len(counts)} others do" if counts else ""
-        return numbers._replace(
-            reason=f"{kept} {len(trees.stars)} trees: the true numbers of them are not found{other}"
+    if is_found:
+        several = "" if len(counts) == 1 else f", as do {len(counts) - 1} others"
+        reason = f"{kept} {len(trees.stars)} trees: the true numbers of these explain the update{several}"
+    else:
+        others = f"; {len(counts)} others do" if counts else ""
+        reason = (
+            f"{kept} {len(trees.stars)} trees: the true numbers of these are not found to explain the update{others}"
         )
-    return numbers._replace(
-        is_recoverable=True, reason=f"{kept} {len(trees.stars)} trees: the true numbers explain the update{several}"
-    )
+    return numbers._replace(is_recoverable=is_found, reason=reason)
 
 
-def _loss(numbers: GraphIdentifiability, limits: Limits) -> str:
-    """Says why the span has lost true stars."""
-    missing = numbers.hidden_rank - numbers.gradient_rank
+def _loss(numbers: GraphIdentifiability, missing: int, limits: Limits) -> str:
+    """Says why the span, which lacks some dimensions, has lost true stars."""
+    if numbers.num_stars >= numbers.width:
+        return f"there are {numbers.num_stars} stars in {numbers.width} dimensions"
     cause = (
         f"stars occur in fixed combinations (rank {numbers.mixing_rank} of {numbers.num_stars})"
         if numbers.mixing_rank < numbers.num_stars
@@ -289,7 +294,7 @@ def _classes(rows: np.ndarray) -> Int[np.ndarray, " n"]:
 
 def _refined(classes: Int[np.ndarray, " n"], adjacency: Float[np.ndarray, "n n"]) -> Int[np.ndarray, " n"]:
     """Numbers the classes of nodes together with those of their neighbours."""
-    return _classes(_around(classes, adjacency, classes.max() + 1))
+    return _classes(_around(classes, adjacency, int(classes.max()) + 1))
 
 
 def _rank(matrix: Float[np.ndarray, "n m"]) -> int:
