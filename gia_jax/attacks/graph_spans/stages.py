@@ -1,5 +1,6 @@
 """The stages between the types of nodes and the graphs: stars, trees, counts, and graphs with their certificates."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -209,6 +210,8 @@ def _solved(
 def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: GraphSpans, limits: Limits) -> GraphSpans:
     """Draws the graphs of the counts, and of their multiples under a mean, and keeps those of the observed gradient.
 
+    Where several counts have one number of nodes, their graphs are drawn in turn.
+
     Args:
         client_fn: Client that was attacked.
         observation: What the attacker sees.
@@ -223,9 +226,14 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
     budget = Budget(limits.branches)
     update = np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(observation.update)])
     tolerance, stopped = known.accepted(update), ""
-    for counts, is_connected in _orders(found.counts, known):
-        every = realizations(found.trees, counts, connected=is_connected, min_cycle=known.min_cycle, budget=budget)
-        for one in every:
+    for (is_connected, _), group in itertools.groupby(
+        _orders(found.counts, known), lambda pair: (pair[1], pair[0].sum())
+    ):
+        drawings = [
+            realizations(found.trees, counts, connected=is_connected, min_cycle=known.min_cycle, budget=budget)
+            for counts, _ in group
+        ]
+        for one in _in_turn(drawings):
             if not is_connected and _is_connected(one.adjacency):
                 continue  # it was listed before
             graph = _certified(client_fn, observation, found, one, max(known.sizes))
@@ -239,6 +247,16 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
         if stopped:
             break
     return found._replace(graphs=tuple(graphs), stopped=stopped or _end(found, bool(graphs), limits))
+
+
+def _in_turn(drawings: list[Iterator[Drawn]]) -> Iterator[Drawn]:
+    """Yields one graph of each list in turn, so that numbers with many graphs do not crowd out the others."""
+    while drawings:
+        for drawing in list(drawings):
+            if (one := next(drawing, None)) is None:
+                drawings.remove(drawing)
+            else:
+                yield one
 
 
 def _end(found: GraphSpans, has_graphs: bool, limits: Limits) -> str:
