@@ -323,9 +323,9 @@ def agreements(args: argparse.Namespace, every: list[dict[str, Any]]) -> None:
         f"Graphs {args.first} to {args.first + args.graphs - 1} of a drawn order of each of {', '.join(args.data)}. "
         "'yes, found': `graph_identifiability` says that the trees can be recovered, and an answer of `graph_spans` "
         "has them; and so on. The former knows the graph, and computes the gradient from its formula; the latter sees "
-        "the client's update alone. They share the test of stars, the solver of the equations and the limits on work, so that "
-        "their agreement does not test these. Intervals of 95 %, bootstrap over attacks. 'why not': as in the table of "
-        f"what is found, which has the settings. Threat model: {THREAT.describe()}.",
+        "the client's update alone. They share the test of stars, the solver of the equations and the limits on work, "
+        "so that their agreement does not test these. Intervals of 95 %, bootstrap over attacks. 'why not': as in the "
+        f"table of what is found, which has the settings. Threat model: {THREAT.describe()}.",
     )
 
 
