@@ -14,6 +14,10 @@ Once the stars are known, the numbers of nodes with each tree solve linear equat
 The span keeps other stars as well, where their features are combinations of the true ones. The forecast lists the trees
 of all that are kept, and solves for their numbers as the attack does, to see whether the true ones are among them.
 
+On molecules that no change was made for, the forecast was right in 83 of 84 attacks, of which 37 failed
+(`benchmarks/graph_spans.py`). It has the test of stars, the solver and the limits in common with the attack, so that
+this is no test of these.
+
 Two things no network of this kind tells: how Â's null space enters the features, and which of the graphs with the same
 trees of two hops it is.
 """
