@@ -11,6 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
+GRAPH_PARTS = ("nodes", "adjacency", "mask")
+
 
 def brief(value: Any) -> str:
     """Returns the beginning of what is printed for a value, on one line, for an error message."""
@@ -215,6 +217,13 @@ def _no_numbers(name: str, tree: PyTree[Any]) -> None:
     if isinstance(tree, list | tuple) and any(jnp.shape(leaf) == () for leaf in jax.tree.leaves(tree)):
         kind = type(tree).__name__
         raise ValueError(f"{name} must be an array, got a {kind} of {len(tree)}: jnp.asarray makes one of it")
+
+
+def graphs(name: str, inputs: Any) -> None:
+    """Raises ValueError for what is no dict of the three parts of graphs, and no other mapping of them."""
+    if not isinstance(inputs, Mapping) or set(inputs) != set(GRAPH_PARTS):
+        got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(f"{name} must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
 
 
 def batch(inputs: PyTree[Any], labels: PyTree[Any], num_classes: int | None = None) -> None:

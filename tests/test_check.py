@@ -1,5 +1,7 @@
 """Checks of arguments: every refusal names the argument and the value, and a trace never trips over one."""
 
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,15 @@ def test_a_list_of_numbers_is_no_batch():
             _check.batch(INPUTS, labels)
     with pytest.raises(ValueError, match=r"batch\.inputs must be an array, got a list of 2: jnp\.asarray makes"):
         _check.batch(INPUTS.tolist(), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"), [({"nodes": 0}, r"\['nodes'\]"), (("nodes", "adjacency", "mask"), "tuple"), (None, "NoneType")]
+)
+def test_what_is_no_dict_of_graphs_is_named(inputs, got):
+    _check.graphs("inputs", MappingProxyType({"mask": 0, "adjacency": 0, "nodes": 0}))  # any mapping of the three parts
+    with pytest.raises(ValueError, match=f"inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}"):
+        _check.graphs("inputs", inputs)
 
 
 def test_keys_that_are_the_same_are_named():

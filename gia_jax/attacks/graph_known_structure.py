@@ -131,9 +131,7 @@ def _known(observation: Observation) -> dict[str, Array]:
         if name not in known:
             raise ValueError(f"the threat model does not grant the inputs' {name!r}, got {sorted(known)}")
     like = granted(observation, "inputs_like")
-    if not isinstance(like, dict) or set(like) != {"nodes", "adjacency", "mask"}:
-        got = sorted(like) if isinstance(like, dict) else type(like).__name__
-        raise ValueError(f"the inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
+    _check.graphs("inputs", like)
     _check.examples(like, name="inputs")
     return {"adjacency": known["adjacency"], "mask": known["mask"]}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gia_jax import data, modalities, models
+from gia_jax import _check, data, modalities, models
 from gia_jax.base import Batch
 from gia_jax.data import FeatureBlock, ImageData
 from gia_jax.modalities import Modality
@@ -121,7 +121,7 @@ def load_molecules(name: str, count: int) -> Examples:
     found = data.load_graphs(name, max_nodes=MAX_NODES, limit=count + NUM_OTHERS + NUM_PUBLIC_GRAPHS)
     _check_enough(name, len(found.labels), count)
     dtype = jnp.result_type(float)
-    arrays = {part: jnp.asarray(getattr(found, part), dtype) for part in ("nodes", "adjacency", "mask")}
+    arrays = {part: jnp.asarray(getattr(found, part), dtype) for part in _check.GRAPH_PARTS}
     modality = modalities.graph(found.blocks, MAX_NODES, grants=("mask",), dtype=dtype)
     return Examples(
         f"{found.name}, graphs of at most {MAX_NODES} nodes with one-hot labels and degrees",

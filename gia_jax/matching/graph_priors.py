@@ -7,6 +7,7 @@ wider. Padding adds nothing.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gia_jax import _check
 from gia_jax.base import Batch, Observation
 from gia_jax.precision import widened
 
@@ -88,11 +89,8 @@ def binarity(batch: Batch, observation: Observation) -> Float[Array, ""]:
 
 def _masked(batch: Batch) -> tuple[Float[Array, "b n f"], Float[Array, "b n n"], Float[Array, "b n"]]:
     """Returns the arrays of a batch of graphs, with zeros as padding."""
-    inputs = batch.inputs
-    if not isinstance(inputs, dict) or set(inputs) != {"nodes", "adjacency", "mask"}:
-        got = sorted(inputs) if isinstance(inputs, dict) else type(inputs).__name__
-        raise ValueError(f"batch.inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
-    nodes, adjacency, mask = (widened(inputs[name]) for name in ("nodes", "adjacency", "mask"))
+    _check.graphs("batch.inputs", batch.inputs)
+    nodes, adjacency, mask = (widened(batch.inputs[name]) for name in _check.GRAPH_PARTS)
     return nodes * mask[..., None], adjacency * mask[..., :, None] * mask[..., None, :], mask
 
 

@@ -129,9 +129,8 @@ def pair(found: Graph, truth: Graph) -> tuple[dict[str, np.ndarray], dict[str, n
 
 
 def _padded(name: str, graph: Graph, size: int) -> dict[str, np.ndarray]:
-    if set(graph) != {"nodes", "adjacency", "mask"}:
-        raise ValueError(f"{name} must be a dict of 'nodes', 'adjacency' and 'mask', got {sorted(graph)}")
-    nodes, adjacency, mask = (np.asarray(graph[key], np.float64) for key in ("nodes", "adjacency", "mask"))
+    _check.graphs(name, graph)
+    nodes, adjacency, mask = (np.asarray(graph[key], np.float64) for key in _check.GRAPH_PARTS)
     count = len(nodes)
     if nodes.ndim != 2 or adjacency.shape != (count, count) or mask.shape != (count,):
         shapes = [array.shape for array in (nodes, adjacency, mask)]

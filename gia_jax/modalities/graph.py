@@ -28,8 +28,6 @@ from gia_jax.modalities.graph_guesses import graph_guesses
 from gia_jax.precision import wide_dtype
 from gia_jax.threat import granted
 
-NAMES = ("nodes", "adjacency", "mask")
-
 # The scores, by the fields of `GraphScores` that they are.
 FIELDS = {
     "edges": "edge_auc",
@@ -135,8 +133,8 @@ def graph(
         raise ValueError(f"edges must be 'sigmoid' or 'box', got {edges!r}")
     _check.floating(dtype)
     _check.functions(init_fn=init_fn)
-    if isinstance(grants, str) or not isinstance(grants, Sequence) or not set(grants) <= set(NAMES):
-        raise ValueError(f"grants must be a sequence of names out of {NAMES}, got {_check.brief(grants)}")
+    if isinstance(grants, str) or not isinstance(grants, Sequence) or not set(grants) <= set(_check.GRAPH_PARTS):
+        raise ValueError(f"grants must be a sequence of names out of {_check.GRAPH_PARTS}, got {_check.brief(grants)}")
     _check.weight(smoothness_weight=smoothness_weight, sparsity_weight=sparsity_weight, binarity_weight=binarity_weight)
     if {"nodes", "adjacency"} <= set(grants):
         raise ValueError("grants must leave nodes or adjacency unknown, got both")
@@ -245,7 +243,7 @@ def _decoder(blocks: Sequence[FeatureBlock], max_nodes: int, edges: str) -> Deco
 
     def decode_fn(unknowns: dict[str, Array], labels: Any) -> Batch:
         known = jax.lax.stop_gradient(
-            {name: unknowns[f"known_{name}"] for name in NAMES if f"known_{name}" in unknowns}
+            {name: unknowns[f"known_{name}"] for name in _check.GRAPH_PARTS if f"known_{name}" in unknowns}
         )
         leaf = jax.tree.leaves(unknowns)[0]
         mask = known.get("mask", jnp.ones((len(leaf), max_nodes), leaf.dtype))
@@ -283,10 +281,8 @@ def _graphs(batch: Batch, name: str) -> list[dict[str, np.ndarray]]:
     Raises ValueError for what is no batch of graphs, and for one that is not finite unless it is called "found".
     """
     inputs = batch.inputs
-    if not isinstance(inputs, Mapping) or set(inputs) != set(NAMES):
-        got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise ValueError(f"{name}.inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
-    arrays = {part: np.asarray(inputs[part], np.float64) for part in NAMES}
+    _check.graphs(f"{name}.inputs", inputs)
+    arrays = {part: np.asarray(inputs[part], np.float64) for part in _check.GRAPH_PARTS}
     lead = arrays["mask"].shape
     fits = arrays["nodes"].shape[:-1] == lead and arrays["adjacency"].shape == (*lead, *lead[-1:])
     if len(lead) < 2 or 0 in lead or not fits:
@@ -321,7 +317,10 @@ def _aligned(found: Batch, truth: Batch, blocks: Sequence[FeatureBlock], hops: i
         order += [chosen]
     rows = max(len(one["mask"]) for one in aligned)
     padded = [permuted(one, np.arange(rows)) for one in aligned]
-    inputs = {name: np.stack([one[name] for one in padded]).reshape(*shape, *padded[0][name].shape) for name in NAMES}
+    inputs = {
+        name: np.stack([one[name] for one in padded]).reshape(*shape, *padded[0][name].shape)
+        for name in _check.GRAPH_PARTS
+    }
     places = np.stack(order).reshape(shape)
 
     def moved_labels(leaf: Array | np.ndarray) -> np.ndarray:
@@ -336,5 +335,5 @@ def _distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) ->
     """Returns the squared distance of two graphs' nodes and edges. It is a large number where it is not finite."""
     rows = max(len(one["mask"]), len(other["mask"]))
     first, second = (permuted(graph, np.arange(rows)) for graph in (one, other))
-    squares = sum(float(np.sum(np.square(first[name] - second[name]))) for name in NAMES)
+    squares = sum(float(np.sum(np.square(first[name] - second[name]))) for name in _check.GRAPH_PARTS)
     return squares if np.isfinite(squares) else 1e30

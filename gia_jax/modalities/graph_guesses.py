@@ -80,12 +80,12 @@ def graph_guesses(truth: Batch, public: Batch, *, hops: int = 2) -> dict[str, Ba
             allowed["nearest of the class"] = np.where(same, 0, np.inf)
     for name, barrier in allowed.items():
         chosen = np.argmin(distances + barrier, 1)
-        guesses[name] = tuple(gallery[part][chosen] for part in ("nodes", "adjacency", "mask"))
+        guesses[name] = tuple(gallery[part][chosen] for part in _check.GRAPH_PARTS)
     return {
         name: Batch(
             {
                 part: array.reshape(*lead, *array.shape[1:])
-                for part, array in zip(("nodes", "adjacency", "mask"), arrays, strict=True)
+                for part, array in zip(_check.GRAPH_PARTS, arrays, strict=True)
             },
             truth.labels,
         )
@@ -95,7 +95,7 @@ def graph_guesses(truth: Batch, public: Batch, *, hops: int = 2) -> dict[str, Ba
 
 def _flat(batch: Batch) -> dict[str, np.ndarray]:
     """Returns the arrays of a batch in float64, with one leading axis."""
-    arrays = {name: np.asarray(batch.inputs[name], np.float64) for name in ("nodes", "adjacency", "mask")}
+    arrays = {name: np.asarray(batch.inputs[name], np.float64) for name in _check.GRAPH_PARTS}
     return {name: array.reshape(-1, *array.shape[(-1 if name == "mask" else -2) :]) for name, array in arrays.items()}
 
 

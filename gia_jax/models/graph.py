@@ -17,7 +17,7 @@ written for the rows H of the nodes' features, with H = X before the first layer
 
 import abc
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -353,11 +353,8 @@ def _checked(
     inputs: GraphInputs, num_features: int
 ) -> tuple[Float[Array, "b n f"], Float[Array, "b n n"], Float[Array, "b n"]]:
     """Returns the three arrays of a batch of graphs, or raises ValueError."""
-    names = ("nodes", "adjacency", "mask")
-    if not isinstance(inputs, Mapping) or set(inputs) != set(names):
-        got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise ValueError(f"inputs must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")
-    nodes, adjacency, mask = (inputs[name] for name in names)
+    _check.graphs("inputs", inputs)
+    nodes, adjacency, mask = (inputs[name] for name in _check.GRAPH_PARTS)
     if nodes.ndim != 3 or nodes.shape[-1] != num_features:
         raise ValueError(f"inputs['nodes'] must have shape (b, n, {num_features}), got {nodes.shape}")
     size, count = nodes.shape[:2]

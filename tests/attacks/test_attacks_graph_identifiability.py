@@ -65,7 +65,7 @@ def test_narrow_networks_and_linear_last_layers_are_refused_with_the_reason() ->
     nodes, adjacency = MOLECULES["MUTAG 157"].nodes, MOLECULES["MUTAG 157"].adjacency
     narrow = told(nodes, adjacency, 6)
     assert not narrow.is_recoverable
-    assert "12 stars in 6 dimensions" in narrow.reason
+    assert "there are 12 stars in 6 dimensions" in narrow.reason
     linear = told(nodes, adjacency, activate_last=False)
     assert linear.gradient_rank == 1
     assert not linear.is_recoverable

@@ -121,6 +121,30 @@ def test_a_network_that_is_narrower_than_the_stars_are_many_hides_the_graph() ->
     assert found.stopped != "complete"
 
 
+@pytest.mark.parametrize(
+    ("num_features", "settings", "expected"),
+    [(NUM_KINDS + MAX_DEGREE + 1, {}, True), (NUM_KINDS, {"use_bias": False}, False)],
+    ids=["plain", "labels alone, without biases"],
+)
+def test_what_is_said_beforehand_comes_true(num_features: int, settings: dict[str, Any], expected: bool) -> None:
+    # Without biases all stars of atoms of one kind have one direction, so that the span keeps stars of every shape.
+    net, molecule = network(num_features, **settings), MOLECULES["MUTAG 75"]
+    nodes, limits = molecule.nodes[:, :num_features], Limits(completions=0, trees=500)
+    known = {**BLOCKS, "max_degree": MAX_DEGREE, "max_nodes": 20, "limits": limits}
+    known |= {} if num_features > NUM_KINDS else {"blocks": [NUM_KINDS], "degree_block": None}
+    told = attacks.graph_identifiability(net.params, nodes, molecule.adjacency, 1, **known)
+    found = attack(net, seen(net, inputs_of(nodes, molecule.adjacency)), **known)
+    is_found = any(same_colors(answer, truth_of(molecule), hops=2) for answer in answers(found))
+    assert told.is_recoverable == is_found == expected
+    if expected:
+        assert told.num_counts == 1
+        assert (told.num_kept, told.num_candidates) == (len(found.stars.centres), len(found.trees.stars))
+    else:
+        assert told.num_collinear > 0
+        assert "limits.trees" in told.reason
+        assert found.stopped.startswith("limits.trees")
+
+
 def test_two_rings_of_five_and_one_of_ten_are_both_answers() -> None:
     net = network(4, 20)
     ten = np.roll(np.eye(10), 1, 0)
@@ -202,8 +226,7 @@ def test_a_gradient_of_several_graphs_is_not_taken_for_one() -> None:
         for name, label in (("MUTAG 75", 0), ("MUTAG 143", 1))
     ]
     update = jax.tree.map(lambda a, b: (a + b) / 2, *(part.update for part in parts))
-    found = attack(net, parts[0]._replace(update=update))
-    assert not found.graphs
+    assert not attack(net, parts[0]._replace(update=update), limits=Limits(completions=2)).graphs
 
 
 def test_bad_input_is_refused_in_one_line() -> None:

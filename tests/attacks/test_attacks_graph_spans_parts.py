@@ -105,7 +105,7 @@ def _stars_kept(name: str, dtype: type, complete: bool) -> tuple[bool, int]:
     space = span(gradient, spacing=float(np.finfo(dtype).eps), noise=None, miss=1e-3)
     kept = spanned_stars(types, first, jax.nn.relu, space, miss=1e-3)
     if complete:
-        kept = next(completed_stars(types, first, jax.nn.relu, space, kept, miss=1e-3, limit=1))
+        kept = next(completed_stars(types, first, jax.nn.relu, space, kept, miss=1e-3))
     wanted = set(map(tuple, np.c_[stars.centres, stars.neighbours].tolist()))
     got = set(map(tuple, np.c_[kept.centres, kept.neighbours].tolist()))
     return wanted <= got, len(got) - len(wanted)

@@ -7,17 +7,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from gia_jax import _check
-from gia_jax.attacks.graph_spans.candidates import Types, possible_types, spanned_types
+from gia_jax.attacks.graph_spans.candidates import Block, Types, known_rows, possible_types
 from gia_jax.attacks.graph_spans.found import GraphSpans, Limits, nothing
-from gia_jax.attacks.graph_spans.network import Activation, layers, span
+from gia_jax.attacks.graph_spans.network import Activation, layers
 from gia_jax.attacks.graph_spans.pooled import pooled
 from gia_jax.attacks.graph_spans.stages import Known, counted, drawn
 from gia_jax.base import ClientFn, Observation
 
-Block = int | Float[np.ndarray, "_ _"]
 Readout = Literal["mean", "sum", "nodewise"]
 
 DEFAULT_LIMITS = Limits()
@@ -96,8 +94,7 @@ def graph_spans(
         >>> found.label, found.graphs[0].nodes.argmax(1).tolist(), found.graphs[0].adjacency.tolist()
         (2, [1, 0, 0], [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
     """
-    rows = [np.eye(block) if isinstance(block, int | np.integer) else np.asarray(block, float) for block in blocks]
-    largest = _largest_degree(rows, degree_block, max_degree)
+    rows, largest = known_rows(blocks, degree_block, max_degree)
     _check_knowledge(max_nodes, readout, min_cycle, noise, miss, tolerance)
     _check_limits(limits)
 
@@ -118,9 +115,7 @@ def graph_spans(
             spacing=_spacing(observation.update),
             tolerance=tolerance,
         )
-        gradient, width = known.update.first.kernel, sum(block.shape[1] for block in rows)
-        if len(gradient) != width:
-            raise ValueError(f"blocks must have {len(gradient)} features, as layer0 has, got {width}")
+        gradient = known.update.first.kernel
         every = possible_types(gradient, rows, degree_block, range(largest + 1), noise=noise, miss=miss)
         found = _counts(known, every, limits)
         return drawn(client_fn, observation, known, found, limits) if found.counts else found
@@ -130,17 +125,14 @@ def graph_spans(
 
 def _counts(known: Known, every: Types, limits: Limits) -> GraphSpans:
     """Finds counts: with the types in the span first, and then, as it may be too small, with all that are possible."""
-    gradient = known.update.first.kernel
-    space = span(gradient, spacing=known.spacing, noise=known.noise, miss=known.miss)
-    spanned = spanned_types(space, every, miss=known.miss)
-    best = nothing(None, spanned, "the update is not that of one graph")
+    choices = known.choices(every)
+    best = nothing(None, choices[0], "the update is not that of one graph")
     answers = pooled(known.update.head, known.params.head)
-    for types in (spanned, every) if len(spanned.degrees) < len(every.degrees) else (every,):
-        for found in counted(known, answers, types, limits) if answers else ():
-            if found.counts:
-                return found
-            if found.mismatch < best.mismatch or math.isinf(best.mismatch):
-                best = found
+    for found in counted(known, answers, choices, limits) if answers else ():
+        if found.counts:
+            return found
+        if found.mismatch < best.mismatch or math.isinf(best.mismatch):
+            best = found
     return best
 
 
@@ -167,21 +159,6 @@ def _sizes(observation: Observation, max_nodes: int | None) -> list[int]:
 
 def _spacing(update: Any) -> float:
     return float(max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(update)))
-
-
-def _largest_degree(rows: Sequence[np.ndarray], degree_block: int | None, max_degree: int | None) -> int:
-    """Checks what is said about features and degrees, and returns the largest degree."""
-    if not rows or any(block.ndim != 2 or 0 in block.shape for block in rows):
-        raise ValueError(f"blocks must be matrices of a row or more, got shapes {[block.shape for block in rows]}")
-    if max_degree is not None:
-        _check.integer(max_degree=max_degree)
-    if degree_block is None:
-        if max_degree is None:
-            raise ValueError("max_degree must be given where no block of features tells the degree, got None")
-        return max_degree
-    _check.integer(0, len(rows) - 1, degree_block=degree_block)
-    told = len(rows[degree_block]) - 1
-    return told if max_degree is None else min(told, max_degree)
 
 
 def _check_knowledge(

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from gia_jax import _check
 from gia_jax.attacks.graph_spans.network import Activation, Layer, activate, forward, members, parts_outside
 from gia_jax.attacks.subspace import Subspace
 
 CHUNK = 4096
+
+Block = int | Float[np.ndarray, "_ _"]
 
 
 class Types(NamedTuple):
@@ -54,6 +57,33 @@ class Trees(NamedTuple):
     neighbours: Int[np.ndarray, "r s"]
 
 
+def known_rows(
+    blocks: Sequence[Block], degree_block: int | None, max_degree: int | None
+) -> tuple[list[Float[np.ndarray, "_ _"]], int]:
+    """Returns the rows that each block of the features may hold, and the largest degree, or raises ValueError.
+
+    Args:
+        blocks: For each block its rows, or a number k for k rows that are one-hot.
+        degree_block: Index of the block whose row j says that a node has j neighbours, or None.
+        max_degree: Largest number of neighbours, or None for that of the degree block.
+
+    Returns:
+        The rows and the degree.
+    """
+    rows = [np.eye(block) if isinstance(block, int | np.integer) else np.asarray(block, float) for block in blocks]
+    if not rows or any(block.ndim != 2 or 0 in block.shape for block in rows):
+        raise ValueError(f"blocks must be matrices of a row or more, got shapes {[block.shape for block in rows]}")
+    if max_degree is not None:
+        _check.integer(max_degree=max_degree)
+    if degree_block is None:
+        if max_degree is None:
+            raise ValueError("max_degree must be given where no block of features tells the degree, got None")
+        return rows, max_degree
+    _check.integer(0, len(rows) - 1, degree_block=degree_block)
+    told = len(rows[degree_block]) - 1
+    return rows, told if max_degree is None else min(told, max_degree)
+
+
 def possible_types(
     gradient: Float[np.ndarray, "f d"],
     blocks: Sequence[Float[np.ndarray, "_ _"]],
@@ -75,7 +105,12 @@ def possible_types(
 
     Returns:
         The types, all combinations of the blocks' rows.
+
+    Raises:
+        ValueError: If the blocks have more or fewer features than the gradient.
     """
+    if len(gradient) != (width := sum(block.shape[1] for block in blocks)):
+        raise ValueError(f"blocks must have {len(gradient)} features, as layer0 has, got {width}")
     limit = (noise or 0) * (math.sqrt(gradient.shape[1]) + math.sqrt(-2 * math.log(miss)))
     occurs = np.linalg.norm(gradient, axis=1) > limit
     kept, start = [], 0
@@ -167,7 +202,7 @@ def spanned_stars(types: Types, layer: Layer, activation: Activation, space: Sub
 
 
 def completed_stars(
-    types: Types, layer: Layer, activation: Activation, space: Subspace, kept: Stars, *, miss: float, limit: int
+    types: Types, layer: Layer, activation: Activation, space: Subspace, kept: Stars, *, miss: float
 ) -> Iterator[Stars]:
     """Lists the sets of stars that a span of one dimension more would keep.
 
@@ -181,13 +216,12 @@ def completed_stars(
         space: Span of the gradient of the second layer.
         kept: Stars in the span.
         miss: Probability with which a true star is lost.
-        limit: Number of lines at most.
 
     Yields:
         For every line, those that most stars share first, the stars in the span and on it.
     """
     others, parts, errors = [], [], []
-    for stars in all_stars(types) if limit else ():
+    for stars in all_stars(types):
         hidden = activate(activation, forward(star_inputs(types, stars), layer))
         is_other = ~members(space, hidden, miss=miss)
         others.append(_pick(stars, is_other))
@@ -196,7 +230,7 @@ def completed_stars(
         errors.append(error)
     rest = _joined(others, types)
     if len(rest.centres) > 1:
-        for group in _lines(np.concatenate(parts), np.concatenate(errors))[:limit]:
+        for group in _lines(np.concatenate(parts), np.concatenate(errors)):
             yield _joined([kept, _pick(rest, group)], types)
 
 

@@ -32,7 +32,8 @@ class Limits(NamedTuple):
     Attributes:
         stars: Number of stars that are tested at most, at least 1.
         trees: Number of trees that are counted at most, at least 1.
-        completions: Number of ways in which a span of too few dimensions is completed at most, at least 0.
+        completions: Number of ways in which a span of too few dimensions is completed at most, at least 0. Ways that
+            add no star with stars for all of its neighbours do not count.
         counts: Number of solutions of the equations that are looked for, where they have several, at least 1.
         seconds: Time that the integer programme may take for each of these, in seconds.
         ties: Number of trees above which there is no integer programme: the equations are then solved by least squares
@@ -48,7 +49,7 @@ class Limits(NamedTuple):
 
     stars: int = 200_000
     trees: int = 3000
-    completions: int = 8
+    completions: int = 32
     counts: int = 4
     seconds: float = 2.0
     ties: int = 300

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from gia_jax.attacks.graph_spans.candidates import (
+    Stars,
     Types,
     all_trees,
     completed_stars,
@@ -18,14 +19,16 @@ from gia_jax.attacks.graph_spans.candidates import (
     num_stars,
     num_trees,
     spanned_stars,
+    spanned_types,
     star_inputs,
     tree_weights,
 )
-from gia_jax.attacks.graph_spans.counts import Seen, solutions, system
+from gia_jax.attacks.graph_spans.counts import Seen, System, solutions, system
 from gia_jax.attacks.graph_spans.found import FoundGraph, GraphSpans, Limits, nothing, padded_inputs
 from gia_jax.attacks.graph_spans.network import Activation, Layers, activate, forward, span, tail
 from gia_jax.attacks.graph_spans.pooled import Pooled
 from gia_jax.attacks.graph_spans.realization import Budget, Drawn, realizations
+from gia_jax.attacks.subspace import Subspace
 from gia_jax.base import Batch, ClientFn, Observation
 
 # Mismatch, in units of the spacing of the update's type, that two orders of summation make at most.
@@ -63,6 +66,16 @@ class Known(NamedTuple):
     spacing: float
     tolerance: float | None
 
+    def choices(self, every: Types) -> list[Types]:
+        """Returns the types whose features lie in the span of the first layer's gradient, and then all, if more."""
+        space = span(self.update.first.kernel, spacing=self.spacing, noise=self.noise, miss=self.miss)
+        spanned = spanned_types(space, every, miss=self.miss)
+        return [spanned, every] if len(spanned.degrees) < len(every.degrees) else [every]
+
+    def space(self) -> Subspace:
+        """Returns the span of the second layer's gradient."""
+        return span(self.update.second.kernel, spacing=self.spacing, noise=self.noise, miss=self.miss)
+
     def accepted(self, *parts: np.ndarray) -> float:
         """Returns the mismatch that errors explain, for parts of the update that count relative to their lengths.
 
@@ -79,49 +92,90 @@ class Known(NamedTuple):
         return total
 
 
-def counted(known: Known, answers: Sequence[Pooled], types: Types, limits: Limits) -> Iterator[GraphSpans]:
+def counted(known: Known, answers: Sequence[Pooled], choices: Sequence[Types], limits: Limits) -> Iterator[GraphSpans]:
     """Yields what is found with the stars of the span, and then with those of each way to complete it.
+
+    It ends where weights of many trees explain the update and leave the numbers open: more trees would do so as well.
 
     Args:
         known: What the attacker knows.
         answers: What error and features of the last layer may be, at least one.
-        types: Types of nodes.
+        choices: Types of nodes, one set of them after the other.
         limits: How much work may be done.
 
     Yields:
         What was found without graphs, with a reason to stop where there are no counts.
     """
-    found = nothing(answers[0].label, types, "no type of node is in the span of the first layer's gradient")
-    if not len(types.degrees):
-        yield found
-        return
-    if (number := num_stars(types)) > limits.stars:
-        yield found._replace(stopped=f"limits.stars: there are {number} stars, more than {limits.stars}")
-        return
-    space = span(known.update.second.kernel, spacing=known.spacing, noise=known.noise, miss=known.miss)
-    basis = np.asarray(space.basis)[:, : int(space.rank)]
-    first, activation, miss = known.params.first, known.activation, known.miss
-    inside = spanned_stars(types, first, activation, space, miss=miss)
-    completed = completed_stars(types, first, activation, space, inside, miss=miss, limit=limits.completions)
-    for kept in itertools.chain([inside], completed):
-        stars = consistent(types, kept)
-        if not len(stars.centres):
-            yield found._replace(stars=kept, stopped="no star has stars for all of its neighbours")
-        elif (number := num_trees(stars)) > limits.trees:
-            stopped = f"limits.trees: there are {number} trees, more than {limits.trees}"
-            yield found._replace(stars=stars, stopped=stopped)
-        else:
+    space = known.space()
+    for types in choices:
+        found = nothing(answers[0].label, types, "no type of node is in the span of the first layer's gradient")
+        if not len(types.degrees):
+            yield found
+            continue
+        if (number := num_stars(types)) > limits.stars:
+            yield found._replace(stopped=f"limits.stars: there are {number} stars, more than {limits.stars}")
+            continue
+        for stars in kept_stars(known, types, space, limits):
+            if not len(stars.centres):
+                yield found._replace(stars=stars, stopped="no star has stars for all of its neighbours")
+                continue
+            if (number := num_trees(stars)) > limits.trees:
+                stopped = f"limits.trees: there are {number} trees, more than {limits.trees}"
+                yield found._replace(stars=stars, stopped=stopped)
+                continue
             trees = all_trees(stars)
             for answer in answers:
                 named = found._replace(label=answer.label, stars=stars, trees=trees)
-                yield _solved(known, answer, named, basis, limits)
+                solved, is_explained = _solved(known, answer, named, space, limits)
+                yield solved
+                if is_explained and number > limits.ties:
+                    return
 
 
-def _solved(
-    known: Known, answer: Pooled, found: GraphSpans, basis: Float[np.ndarray, "d q"], limits: Limits
-) -> GraphSpans:
-    """Solves for the counts of trees."""
+def kept_stars(known: Known, types: Types, space: Subspace, limits: Limits) -> Iterator[Stars]:
+    """Yields the stars of the span that have stars for all neighbours, and then more of them for each completion.
+
+    Args:
+        known: What the attacker knows.
+        types: Types of nodes.
+        space: Span of the second layer's gradient.
+        limits: How much work may be done. A completion counts where it leads to stars that were not there before.
+
+    Yields:
+        The stars. The first ones may be none at all.
+    """
+    first, activation, miss = known.params.first, known.activation, known.miss
+    inside = spanned_stars(types, first, activation, space, miss=miss)
+    stars = consistent(types, inside)
+    yield stars
+    seen, left = {frozenset(), _names(stars)}, limits.completions
+    completed = completed_stars(types, first, activation, space, inside, miss=miss)
+    while left and (kept := next(completed, None)) is not None:
+        stars = consistent(types, kept)
+        if (names := _names(stars)) not in seen:
+            yield stars
+            seen.add(names)
+            left -= 1
+
+
+def _names(stars: Stars) -> frozenset[tuple[int, ...]]:
+    return frozenset(map(tuple, np.c_[stars.centres, stars.neighbours].tolist()))
+
+
+def equations(known: Known, answer: Pooled, found: GraphSpans, space: Subspace) -> tuple[System, float]:
+    """Builds the equations for the numbers of trees.
+
+    Args:
+        known: What the attacker knows.
+        answer: What the last layer gives away.
+        found: What was found up to the trees.
+        space: Span of the second layer's gradient.
+
+    Returns:
+        The equations, and their relative mismatch that errors explain.
+    """
     types, stars, trees = found.types, found.stars, found.trees
+    basis = np.asarray(space.basis)[:, : int(space.rank)]
     hidden = activate(known.activation, forward(star_inputs(types, stars), known.params.first))
     averages = tree_weights(types, stars, trees) @ hidden
     nodes = types.features[stars.centres[trees.stars]]
@@ -129,26 +183,34 @@ def _solved(
     values, cotangents = tail(known.activation, known.activate_last, known.params, nodes, last, answer.error)
     gradient = known.update.second
     seen = Seen(answer.features, basis.T @ gradient.kernel, gradient.bias)
-    equations = system(seen, averages @ basis, values, cotangents, stars, trees)
     parts = [part for part in (seen.kernel, seen.bias, known.update.head.kernel) if part is not None]
-    tolerance = known.accepted(*parts, answer.error)
+    return system(seen, averages @ basis, values, cotangents, stars, trees), known.accepted(*parts, answer.error)
+
+
+def _solved(
+    known: Known, answer: Pooled, found: GraphSpans, space: Subspace, limits: Limits
+) -> tuple[GraphSpans, bool]:
+    """Solves for the counts of trees, and tells whether any weights of them explain the update."""
+    linear, tolerance = equations(known, answer, found, space)
     counts, mismatch = solutions(
-        equations,
+        linear,
         None if known.is_sum else known.sizes,
         tolerance=tolerance,
         max_solutions=limits.counts,
         seconds=limits.seconds,
         max_trees=limits.ties,
     )
+    is_explained = mismatch <= tolerance
     stopped = "no numbers of trees explain the update"
-    if mismatch <= tolerance and not counts:
-        stopped = f"weights of the {len(trees.stars)} trees explain the update, and no whole numbers were found"
-    stopped = "" if counts else stopped
-    return found._replace(counts=tuple(counts), mismatch=mismatch, stopped=stopped)
+    if is_explained:
+        stopped = f"weights of the {len(found.trees.stars)} trees explain the update, and no whole numbers were found"
+    return found._replace(counts=tuple(counts), mismatch=mismatch, stopped="" if counts else stopped), is_explained
 
 
 def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: GraphSpans, limits: Limits) -> GraphSpans:
     """Draws the graphs of the counts, and of their multiples under a mean, and keeps those of the observed gradient.
+
+    Where several counts have one number of nodes, their graphs are drawn in turn.
 
     Args:
         client_fn: Client that was attacked.
@@ -164,9 +226,14 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
     budget = Budget(limits.branches)
     update = np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(observation.update)])
     tolerance, stopped = known.accepted(update), ""
-    for counts, is_connected in _orders(found.counts, known):
-        every = realizations(found.trees, counts, connected=is_connected, min_cycle=known.min_cycle, budget=budget)
-        for one in every:
+    for (is_connected, _), group in itertools.groupby(
+        _orders(found.counts, known), lambda pair: (pair[1], pair[0].sum())
+    ):
+        drawings = [
+            realizations(found.trees, counts, connected=is_connected, min_cycle=known.min_cycle, budget=budget)
+            for counts, _ in group
+        ]
+        for one in _in_turn(drawings):
             if not is_connected and _is_connected(one.adjacency):
                 continue  # it was listed before
             graph = _certified(client_fn, observation, found, one, max(known.sizes))
@@ -180,6 +247,16 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
         if stopped:
             break
     return found._replace(graphs=tuple(graphs), stopped=stopped or _end(found, bool(graphs), limits))
+
+
+def _in_turn(drawings: list[Iterator[Drawn]]) -> Iterator[Drawn]:
+    """Yields one graph of each list in turn, so that numbers with many graphs do not crowd out the others."""
+    while drawings:
+        for drawing in list(drawings):
+            if (one := next(drawing, None)) is None:
+                drawings.remove(drawing)
+            else:
+                yield one
 
 
 def _end(found: GraphSpans, has_graphs: bool, limits: Limits) -> str:
