@@ -10,13 +10,14 @@ from gia_jax.report.runs import read
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page, and prints where.
+    """Writes the page, and prints its path.
 
     Args:
         args: Options of the command line.
 
     Raises:
-        ValueError: If there are no results, a file holds something else, or the page would replace another file.
+        ValueError: If there are no results, gia_jax did not write a results file, or the page would replace another
+            file.
         ImportError: If the extra `report` is not installed.
         OSError: If the page cannot be written.
     """
@@ -30,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(output: Path) -> None:
-    """Refuses a path where no page can be written, or where there is a file of another kind."""
+    """Raises ValueError for a path where no page can be written, or where there is a file that is no report."""
     if not output.parent.is_dir():
-        raise ValueError(f"--output must be in a folder that is there, got {str(output)!r}")
+        raise ValueError(f"--output must be in an existing folder, got {str(output)!r}")
     if output.is_dir():
         raise ValueError(f"--output must be a file, got the folder {str(output)!r}")
     if output.exists():

@@ -1,4 +1,4 @@
-"""What results.json is too small for: the curves and pictures of its rows, in a file results.npz beside it."""
+"""Loss curves and pictures of results, in a file results.npz beside results.json."""
 
 import hashlib
 import io
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_POINTS = 256  # of a curve
-OF = "results.json"  # the entry with the fingerprint of the file that the arrays belong to
+MAX_POINTS = 256  # largest number of points of a curve
+OF = "results.json"  # entry with the fingerprint of the results.json that the arrays belong to
 
 
 def pack(results: bytes, rows: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
-    """Makes the content of results.npz.
+    """Encodes the content of results.npz.
 
     Args:
         results: Content of the results.json that the arrays belong to. Its fingerprint goes into the file.
-        rows: Arrays of every row of the results, by the name of the row, which is "" where there is one only.
+        rows: Arrays of every row of the results, by the name of the row, which is "" if there is only one.
 
     Returns:
         The content of the file, for `unpack`.
@@ -42,8 +42,8 @@ def unpack(path: Path, results: bytes) -> dict[str, dict[str, np.ndarray]]:
         results: Content of the results.json beside it.
 
     Returns:
-        The arrays of every row, by its name. There are none where there is no such file, it cannot be read, or it
-        belongs to other results, such as those of an earlier run in the same folder.
+        The arrays of every row, by the name of the row. The mapping is empty if there is no such file, it cannot be
+        read, or it belongs to other results, such as those of an earlier run in the same folder.
 
     Examples:
         >>> from pathlib import Path
@@ -66,14 +66,14 @@ def unpack(path: Path, results: bytes) -> dict[str, dict[str, np.ndarray]]:
 
 
 def thinned(losses: np.ndarray) -> dict[str, np.ndarray]:
-    """Takes some points of loss curves: all of them, or as many as a plot can show.
+    """Thins loss curves to at most 256 equally spaced steps.
 
     Args:
         losses: Losses of shape (v, r, num_steps).
 
     Returns:
-        The numbers of the "steps", from 1, shape (k,), and the "losses" at them, shape (v, r, k). There are none of an
-        attack without steps.
+        The "steps", which count from 1, shape (k,), and the "losses" at these steps, shape (v, r, k), with k at most
+        256. The mapping is empty if num_steps is 0.
 
     Examples:
         >>> import numpy as np
@@ -90,5 +90,5 @@ def thinned(losses: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(content: bytes) -> str:
-    """Returns the fingerprint of a file."""
+    """Returns the SHA-256 hash of a file in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

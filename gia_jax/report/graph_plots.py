@@ -35,8 +35,8 @@ def graph_grid(
         path: Path of the file, whose folder must exist.
         captions: Lines of text under the graphs of a column, such as their scores, by the column's heading: one line
             for each graph. None draws no captions.
-        title: Text above the grid. Where graphs are left out, their number is added. All texts are drawn as they are, a
-            "$" too.
+        title: Text above the grid. Where graphs are left out, their number is added. All text is drawn literally: "$"
+            starts no formula.
 
     Raises:
         ValueError: If there are no columns, they have different numbers of graphs, or captions are not one for each

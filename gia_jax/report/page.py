@@ -1,6 +1,6 @@
-"""One HTML page about results: tables, curves and pictures in a single file, which needs nothing outside of it.
+"""An HTML page about results: tables, curves and pictures in a single file that loads nothing else.
 
-`gia_jax.report.rows` is all that the page knows of results. `gia_jax.report.runs` reads what the command line wrote.
+The page is made from `gia_jax.report.rows.Row`s. `gia_jax.report.runs` reads them from the files of the command line.
 """
 
 import base64
@@ -17,11 +17,11 @@ from gia_jax.metrics.images import PSNR_IN_WORDS
 from gia_jax.report.plots import line_plot
 from gia_jax.report.rows import ON_RANDOM, Curve, Row
 
-MARK = '<meta name="generator" content="gia_jax report">'  # by which a page is known as one of these
+MARK = '<meta name="generator" content="gia_jax report">'  # marks a file as an earlier report
 
 
 def check_installed() -> None:
-    """Raises ImportError where jinja2 or matplotlib is not installed, which only the extra `report` needs both of."""
+    """Raises ImportError if jinja2 or matplotlib is not installed. The extra `report` installs both."""
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
         raise ImportError("the report needs the extra 'report': pip install 'gia-jax[report]'")
 
@@ -29,10 +29,11 @@ def check_installed() -> None:
 def page(rows: Sequence[Row], *, title: str = "What do these updates give away?") -> str:
     """Makes an HTML page about results.
 
-    Everything is in the page itself: it loads nothing, and forbids itself to. Text of the rows is escaped.
+    The page embeds its pictures and loads nothing, which its content security policy enforces. Text of the rows is
+    escaped.
 
     Args:
-        rows: Results, at least one.
+        rows: Results in the order of the page, at least one.
         title: Title of the page.
 
     Returns:

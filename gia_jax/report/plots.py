@@ -1,4 +1,4 @@
-"""Pictures of reconstructions and of losses. They need matplotlib, which the extra `demo` installs."""
+"""Pictures of reconstructions and of losses. They need matplotlib, which the extras `demo` and `report` install."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,8 @@ def picture_grid(
         path: Path of the file, whose folder must exist.
         captions: Lines of text under the images of a column, such as their PSNR, by the column's heading: one line for
             each image. Columns without captions are left out. None draws no captions.
-        title: Text above the grid. By default only the number of images is stated, where some are left out. All texts
-            are drawn as they are, a "$" too.
+        title: Text above the grid. By default only the number of images is stated, where some are left out. All text
+            is drawn literally: "$" starts no formula.
 
     Raises:
         ValueError: If there are no columns, an array is of integers or has not the shape of images, columns have
@@ -89,7 +89,7 @@ def loss_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str = ""
     Args:
         curves: Losses by name, each of shape (num_steps,) with at least one step.
         path: Path of the file, whose folder must exist.
-        title: Text above the plot, drawn as it is, as the names are. By default there is none.
+        title: Text above the plot. By default there is none. All text is drawn literally: "$" starts no formula.
 
     Raises:
         ValueError: If there are no curves, or one is not of numbers along one axis.
@@ -127,19 +127,20 @@ def line_plot(
     scales: tuple[Scale, Scale] = ("linear", "linear"),
     title: str = "",
 ) -> None:
-    """Draws lines, as a PNG. One of a single point is a dot with its name beside it.
+    """Plots lines as a PNG. A line of a single point is drawn as a dot with its name beside it.
 
-    On a logarithmic axis that has negative values too, the middle is linear. What is not finite is a gap in its line.
+    A logarithmic vertical axis with negative values is linear around 0. Values that are not finite are gaps in the
+    line.
 
     Args:
-        lines: Numbers along both axes by the line's name, each pair of shape (n,) with n at least 1.
+        lines: Horizontal and vertical coordinates of each line by its name, both of shape (n,) with n at least 1.
         path: Path of the file, whose folder must exist.
-        labels: What the horizontal and the vertical axis show.
-        scales: Whether the horizontal and the vertical axis are "linear" or "log".
+        labels: Labels of the horizontal and the vertical axis.
+        scales: Scales of the horizontal and the vertical axis, "linear" or "log".
         title: Text above the plot. By default there is none.
 
     Raises:
-        ValueError: If there are no lines, or the numbers of one are not along one axis, as many on both.
+        ValueError: If there are no lines, or the coordinates of a line are not two arrays of one shape (n,).
 
     Examples:
         >>> import tempfile
@@ -155,7 +156,7 @@ def line_plot(
     from matplotlib.figure import Figure
 
     if not lines:
-        raise ValueError("lines must hold at least one, got none")
+        raise ValueError("lines must have at least one line, got none")
     for name, (x, y) in lines.items():
         if np.ndim(x) != 1 or np.shape(x) != np.shape(y) or not np.size(x):
             shapes = f"{np.shape(x)} and {np.shape(y)}"
@@ -184,7 +185,7 @@ def line_plot(
 
 
 def png(image: np.ndarray) -> bytes:
-    """Encodes an image as a PNG with a pixel for each of its pixels.
+    """Encodes an image as a PNG of the same resolution.
 
     Args:
         image: Image of shape (h, w, c) in uint8, with c of one or three.

@@ -7,18 +7,18 @@ from tqdm import tqdm
 
 from gia_jax.sweep.progress import ProgressFn, Sign
 
-QUIET_SECONDS = 10.0  # between two lines where there is no terminal
+QUIET_SECONDS = 10.0  # least time between two lines where standard error is no terminal
 BAR = "{desc}: {percentage:3.0f} % |{bar:30}|{postfix}"
 
 
 def progress(name: str) -> ProgressFn:
     """Makes a function that shows on standard error how far a study or a sweep is.
 
-    In a terminal that is one line with a bar, the steps a second and the time left. Elsewhere there is a line at every
-    new phase, and then at most one in ten seconds.
+    In a terminal it updates one line with a bar, the steps per second and the time left. Elsewhere it prints a line at
+    every new phase, and at most one every ten seconds from then on.
 
     Args:
-        name: Words before the progress, such as the name of the attack.
+        name: Text before the progress, such as the name of the attack.
 
     Returns:
         The `progress_fn` for `gia_jax.sweep`.
@@ -46,7 +46,7 @@ def _bar(name: str) -> ProgressFn:
 
 
 def _lines(name: str) -> ProgressFn:
-    """Returns a function that prints a line at every new phase, and in between from time to time."""
+    """Returns a function that prints a line at every new phase, and at most one every `QUIET_SECONDS` in between."""
     shown: dict[str, float] = {}
 
     def progress_fn(sign: Sign) -> None:
@@ -60,7 +60,7 @@ def _lines(name: str) -> ProgressFn:
 
 
 def _said(sign: Sign) -> str:
-    """Returns what is said of a sign beside its share of the steps."""
+    """Returns the text of a sign beside its share of the steps."""
     if sign.phase == "compiling":
         return "compiling"
     parts = ["warming up"] if sign.phase == "warm-up" else []

@@ -1,4 +1,4 @@
-"""What a report knows of results: rows of scores, curves, pictures and words, wherever they were read from."""
+"""Content of a report: rows with scores, curves, pictures and text, independent of the files that hold the results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ class Score(NamedTuple):
     """A score of several victims.
 
     Attributes:
-        shown: How it is written.
-        values: Its values, one for each victim.
-        value: Their median or mean, over the victims that count.
-        interval: Bootstrap interval of 95 % of that. None of one victim.
+        shown: Heading, unit and number format of the score.
+        values: Values of the score, one for each victim.
+        value: Median or mean of the values over the victims that count.
+        interval: Bootstrap interval of 95 % of `value`. None if only one victim counts, or an end is NaN.
     """
 
     shown: Shown
@@ -33,11 +33,11 @@ class Picture(NamedTuple):
     """A picture, or text in its place.
 
     Attributes:
-        heading: What it shows.
-        png: Content of a PNG file. It is empty where there is text.
+        heading: Subject of the picture, such as "original".
+        png: Content of a PNG file, empty if there is text in its place.
         text: Text in the place of a picture.
-        caption: Words below it.
-        is_tile: Whether it is one example with a pixel for each of its own, which the page enlarges without smoothing.
+        caption: Text below the picture.
+        is_tile: Whether the picture is one example at its own resolution, which the page enlarges without smoothing.
     """
 
     heading: str
@@ -48,13 +48,13 @@ class Picture(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Numbers along an axis, such as the loss over steps.
+    """A plot of lines, such as the loss over steps.
 
     Attributes:
-        title: Words above the plot.
-        labels: What the horizontal and the vertical axis show.
-        lines: Numbers along both axes by the name of the line, each of shape (n,).
-        scales: Whether the horizontal and the vertical axis are "linear" or "log".
+        title: Text above the plot.
+        labels: Labels of the horizontal and the vertical axis.
+        lines: Horizontal and vertical coordinates of each line by its name, both of shape (n,).
+        scales: Scales of the horizontal and the vertical axis, "linear" or "log".
     """
 
     title: str
@@ -64,26 +64,26 @@ class Curve(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A result: one attack on victims of one setting. What is empty is left out of the page.
+    """A result: one attack under one setting on several victims. The page leaves out empty entries.
 
     Attributes:
-        title: What was attacked, and how.
-        threat_model: Who attacks and what the adversary knows, as `ThreatModel.describe` says it.
-        source: Where the result was read.
-        notes: Further lines.
-        scores: Scores by their names, the one that the attack is judged by first.
+        title: Title of the result, such as the attack, the model and the data.
+        threat_model: Threat model in words, as `ThreatModel.describe` returns it.
+        source: Path of the file or store from which the result was read.
+        notes: Further lines of text.
+        scores: Scores by their names. The first one is the score by which the attack is judged.
         details: Further numbers of each victim, by their names.
-        compared: Scores, by their names, of what the attack is compared with, by its own name, such as a guess. That
-            of `ON_RANDOM` is in the table of all rows too.
-        curves: Curves of the attack.
-        examples: Examples, each of one or several pictures beside each other.
-        num_examples: Number of all examples, where it is larger than that of those shown.
-        accuracy: Accuracy of a model that was trained behind the same defense, in [0, 1].
-        cost: What it took, by name.
-        settings: Settings, by name.
-        versions: Versions of packages, by name.
-        hardware: What it ran on.
-        command: Command that repeats it.
+        compared: Scores of the baselines, such as guesses without an update: for every name of a baseline, its scores
+            by their names. Those of `ON_RANDOM` are in the table of all rows too.
+        curves: Plots, such as of the loss.
+        examples: Examples, each a sequence of one or several pictures beside each other.
+        num_examples: Number of all examples, of which `examples` may hold the first ones.
+        accuracy: Accuracy in [0, 1] of a model that was trained behind the same defense. None if it was not measured.
+        cost: Costs by their names with units, such as "running, s".
+        settings: Settings by their names.
+        versions: Versions of packages by their names.
+        hardware: Hardware on which the attack ran.
+        command: Command that repeats the result.
     """
 
     title: str
@@ -105,15 +105,16 @@ class Row(NamedTuple):
 
 
 def score(values: Sequence[float], shown: Shown, counts: Sequence[bool] | None = None) -> Score:
-    """Sums up a score of several victims.
+    """Summarises a score of several victims by its median or mean, with its bootstrap interval.
 
     Args:
         values: Values of the score, one for each victim, at least one.
-        shown: How the score is written, and whether it is summed up by its median or mean.
-        counts: Whether each victim counts, such as those with a finite reconstruction. None, or no True, counts all.
+        shown: Heading, unit and number format of the score, and its average: "median" or "mean".
+        counts: For each victim whether it counts, for example because its reconstruction is finite. All victims count
+            if it is None or has no True.
 
     Returns:
-        The score, with its interval where at least two victims count.
+        The score, with its interval if at least two victims count.
 
     Examples:
         >>> from gia_jax.modalities import Shown

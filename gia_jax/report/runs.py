@@ -1,4 +1,4 @@
-"""Rows of the page from the folders that the command line wrote: results.json, and results.npz beside it."""
+"""Reads rows of a report from the folders that the command line wrote: results.json, and results.npz beside it."""
 
 import json
 import re
@@ -16,13 +16,13 @@ from gia_jax.report.plots import png
 from gia_jax.report.rows import ON_RANDOM, Curve, Picture, Row, Score, score
 from gia_jax.report.stores import rows_of, stores_in
 
-MAX_LINES = 8  # victims with a loss curve
+MAX_LINES = 8  # largest number of victims with a loss curve
 COST = {
     "compile_seconds": "compiling, s",
     "run_seconds": "running, s",
     "ms_per_step_per_restart": "a step of a restart, ms",
 }
-# Scores of records that do not say how they are written.
+# Formats of the scores in records without the entry "shown".
 PLAIN = {"psnr": Shown("PSNR", ".1f", " dB"), "ssim": Shown("SSIM", ".2f")}
 LABELS = Shown("labels right", ".0%", average="mean")
 EXPLAINED = Shown("update explained", ".0%")
@@ -36,13 +36,14 @@ def read(folder: Path) -> list[Row]:
         folder: Path of the folder.
 
     Returns:
-        A row for every attack in every file results.json, or results_2.json and so on, by the path of the file, and one
-        for every setting of every store that a sweep wrote.
+        A row for every attack in every file results.json, results_2.json and so on, ordered by the path of the file,
+        followed by a row for every setting of every store of a sweep.
 
     Raises:
-        ValueError: If there is no such folder or there are no results in it, or a file is none that gia_jax wrote.
+        ValueError: If there is no such folder, there are no results in it, or gia_jax did not write one of its files.
         OSError: If a file cannot be read.
-        ImportError: If jinja2 or matplotlib is not installed, or for a store the extra `sweep`.
+        ImportError: If jinja2 or matplotlib is not installed, or the folder has a store and the extra `sweep` is not
+            installed.
 
     Examples:
         >>> import json, tempfile
@@ -58,7 +59,7 @@ def read(folder: Path) -> list[Row]:
     """
     check_installed()
     if not folder.is_dir():
-        raise ValueError(f"folder must be a folder that is there, got {str(folder)!r}")
+        raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
     named = sorted(path for path in folder.rglob("results*.json") if re.fullmatch(r"results(_\d+)?", path.stem))
     stores = stores_in(folder)
     if not named and not stores:
@@ -130,7 +131,7 @@ def _row(record: Mapping[str, Any], name: str, source: str, arrays: Mapping[str,
 
 
 def _title(settings: Mapping[str, Any]) -> str:
-    """Says what was attacked, and how."""
+    """Returns the title of a row: the attack, the model, the data and the defense."""
     known = [str(settings[name]) for name in ("model", "data") if settings.get(name)]
     known += ["a recorded update"] if settings.get("update") else []
     defense = settings.get("defense", "none")
@@ -158,7 +159,7 @@ def _shown(record: Mapping[str, Any]) -> dict[str, Shown]:
 
 
 def _compared(record: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, dict[str, Score]]:
-    """Returns the scores of random updates and of guesses, by what they are of."""
+    """Returns the scores of random updates and of guesses, by the name of the baseline."""
 
     def of(prefix: str, values: Mapping[str, Any]) -> dict[str, Score]:
         own = {key: np.asarray(values[prefix + key], float) for key in scores if prefix + key in values}

@@ -1,4 +1,4 @@
-"""Rows of the page from the stores that sweeps wrote: one for every setting."""
+"""Reads rows of a report from the stores that sweeps wrote, one row for every setting."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from gia_jax.report.rows import Curve, Picture, Row, Score, score
 from gia_jax.sweep.results import SCORES, open_sweep, packages
 from gia_jax.sweep.scores import best_restart
 
-MAX_POINTS = 256  # of a curve
+MAX_POINTS = 256  # largest number of points of a curve
 OWN = ("title", "threat_model", "versions", "hardware", "command", "fingerprint", "compile_seconds", "run_seconds")
 COST = {"compile_seconds": "compiling, s", "run_seconds": "running, s"}
 LOSS = Shown("loss", ".3g")
@@ -28,14 +28,15 @@ def rows_of(store: Path, source: str) -> list[Row]:
 
     Args:
         store: Path of the store.
-        source: What the rows call it.
+        source: Source of the rows, such as the name of the store.
 
     Returns:
         The rows. The title, the threat model and the command are the attributes "title", "threat_model" and "command"
-        that `stored_sweep` was given. Scores are those of `score_sweep`, and without them the loss is the only one.
+        that `stored_sweep` received. The scores are those that `score_sweep` wrote. Without them the loss is the only
+        score.
 
     Raises:
-        ValueError: If it is no store of one sweep.
+        ValueError: If the path is not a store of a single sweep.
         ImportError: If the extra `sweep` is not installed.
     """
     found = open_sweep(store)
@@ -57,7 +58,11 @@ def rows_of(store: Path, source: str) -> list[Row]:
         missing = int((~found.done.values[i]).sum())
         broken = int((found.done & ~found.is_finite).values[i].sum())
         notes = [f"{missing} of {found.done.values[i].size} lanes have not been run"] if missing else []
-        notes += [f"{broken} of {found.done.values[i].size} lanes ended with what is not finite"] if broken else []
+        notes += (
+            [f"{broken} of {found.done.values[i].size} lanes ended with a loss or reconstruction that is not finite"]
+            if broken
+            else []
+        )
         captions = next(iter(columns.values()))[0].ravel().tolist() if columns else []
         words = ", ".join(f"{name} {own}" for name, own in setting.items())
         rows.append(
@@ -98,12 +103,12 @@ def _name(found: Any, name: str) -> str:
 
 
 def _number(value: Any) -> str:
-    """Writes a number of a setting, or several."""
+    """Formats a number of a setting, or several numbers."""
     return ", ".join(f"{one:.4g}" for one in np.ravel(value))
 
 
 def _curves(losses: np.ndarray) -> list[Curve]:
-    """Returns the losses of the best restarts over steps, each quartile over victims."""
+    """Plots the losses of the best restarts over steps: their minimum, median and maximum over victims at each step."""
     whole = losses[np.isfinite(losses).all(1)]
     if not len(whole):
         return []
@@ -114,7 +119,7 @@ def _curves(losses: np.ndarray) -> list[Curve]:
 
 
 def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np.ndarray) -> list[Curve]:
-    """Returns the first score over every number of the settings that takes several values."""
+    """Plots the first score over every number of the settings that has several values."""
     if not shown:
         return []
     name, one = next(iter(shown.items()))
@@ -138,7 +143,7 @@ def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np
 def _examples(
     pictures: Mapping[str, np.ndarray], i: int, captions: list[float], shown: Shown | None
 ) -> list[list[Picture]]:
-    """Returns originals beside what was found of them under a setting."""
+    """Returns originals beside their reconstructions under a setting."""
     if not pictures or shown is None:
         return []
     found = []

@@ -1,4 +1,4 @@
-"""Many victims, restarts and settings as one compiled program, saved as it goes, on one device or several."""
+"""Runs attacks on many victims, with many restarts and settings, as one compiled program on one or several devices."""
 
 from gia_jax.sweep.devices import map_sharded
 from gia_jax.sweep.grid import Sweep, grid, sweep

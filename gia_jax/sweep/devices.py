@@ -1,4 +1,4 @@
-"""Runs the lanes of a sweep, such as attacks on many victims, on many devices."""
+"""Runs lanes, such as one attack on each of many victims, on many devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,26 +65,26 @@ def map_sharded(fn: Callable[..., Any], mesh: Mesh, axis: str) -> Callable[..., 
 
 
 def spread(mapped: Callable[..., Any], mesh: Mesh, axis: str, in_axes: Any) -> Callable[..., Any]:
-    """Lets every device along an axis of a mesh compute its own lanes, without a word between them.
+    """Lets every device along an axis of a mesh compute its own lanes, without communication between the devices.
 
     Args:
         mapped: Function of the lanes of one device, whose results have a leading axis of lanes.
         mesh: Mesh of the devices.
         axis: Name of the mesh's axis.
-        in_axes: For every argument, or tree of arguments, 0 where it has a leading axis of lanes, and None where every
-            device gets the whole of it.
+        in_axes: For every argument, or tree of arguments, 0 if it has a leading axis of lanes, and None if it is
+            replicated on all devices.
 
     Returns:
         The function of all lanes, to be called inside of `jax.jit`.
     """
-    # With `check_vma` a gradient with respect to what every device has is summed over the devices.
+    # With `check_vma` a gradient with respect to a replicated argument would be summed over the devices.
     return jax.shard_map(
         mapped, mesh=mesh, in_specs=_specs(in_axes, axis), out_specs=PartitionSpec(axis), check_vma=False
     )
 
 
 def placed(mesh: Mesh | None, in_axes: Any) -> Any:
-    """Returns where the arguments of a function of lanes lie.
+    """Returns the shardings of the arguments of a function of lanes.
 
     Args:
         mesh: Mesh with the axis "lanes", or None for the default device.
@@ -103,14 +103,14 @@ def on_devices(args: Any, mesh: Mesh | None, in_axes: Any) -> Any:
 
     Args:
         args: Arguments, or a tree of them.
-        mesh: Mesh with the axis "lanes", or None, for which they stay where they are.
+        mesh: Mesh with the axis "lanes". With None the arguments stay where they are.
         in_axes: Axes of the arguments, as `spread` takes them.
     """
     return args if mesh is None else jax.device_put(args, placed(mesh, in_axes))
 
 
 def _specs(in_axes: Any, axis: str) -> Any:
-    """Returns the parts of arguments that a device gets: its share of the lanes, or the whole."""
+    """Returns the partition specifications of arguments: spread over the axis, or replicated."""
     return jax.tree.map(
         lambda place: PartitionSpec() if place is None else PartitionSpec(axis), in_axes, is_leaf=lambda x: x is None
     )
@@ -138,5 +138,5 @@ def lane_mesh(mesh: Mesh | None) -> Mesh | None:
         raise ValueError(f"mesh must have an axis {AXIS!r}, got the axes {tuple(mesh.shape)}")
     strange = [device for device in mesh.devices.flat if device.process_index != jax.process_index()]
     if strange:
-        raise ValueError(f"mesh must be of devices of this process, whose lanes are its own, got {strange[0]}")
+        raise ValueError(f"mesh must have devices of this process alone, got {strange[0]}")
     return Mesh(mesh.devices, mesh.axis_names)  # its axes are automatic, so that arguments are placed on the way in

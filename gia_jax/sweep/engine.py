@@ -20,7 +20,7 @@ from gia_jax.sweep.store import Place, Progress, RunState
 
 
 class Finished(NamedTuple):
-    """What was found in n lanes.
+    """Results of n lanes.
 
     Attributes:
         reconstruction: Their reconstructions, each leaf an array with a leading axis of length n.
@@ -33,26 +33,26 @@ class Finished(NamedTuple):
 
 @runtime_checkable
 class Keeper(Protocol):
-    """Keeps what was found in every batch of lanes as soon as it is found."""
+    """Stores the results of every batch of lanes as soon as the batch ends."""
 
     def open(self, fingerprint: str, found: Finished) -> None:
-        """Is called once before the run, with the fingerprint of the run and the shapes of what is found in a batch."""
+        """Is called once before the run, with the fingerprint of the run and the shapes of the results of a batch."""
 
     def has(self, first: int, last: int) -> bool:
-        """Tells whether the lanes from `first` to before `last` were kept before."""
+        """Tells whether the results of the lanes from `first` to before `last` are stored already."""
 
     def keep(self, first: int, found: Finished) -> None:
-        """Keeps what was found in the lanes from `first` on."""
+        """Stores the results of the lanes from `first` on."""
 
 
 class Ran(NamedTuple):
-    """What a run did.
+    """Outcome of a run.
 
     Attributes:
-        finished: What was found in all lanes in their order, or None where a keeper has it.
+        finished: Results of all lanes in their order, or None if a keeper has stored them.
         compile_seconds: Time to compile the attack in seconds.
-        run_seconds: Time to run it in seconds, of all parts of an interrupted run together.
-        checkpoint: Path of the file that keeps the state of the run, None where nothing was kept.
+        run_seconds: Time to run the attack in seconds, summed over all parts of an interrupted run.
+        checkpoint: Path of the file that keeps the state of the run, or None if no state is kept.
     """
 
     finished: Finished | None
@@ -82,10 +82,13 @@ def run_lanes(
         progress_fn: Function that is called with the progress, or None.
         checkpoint: Folder for the state of the run, or None.
         checkpoint_seconds: Least time between two saves in seconds.
-        keeper: What keeps the results of every batch, or None, where they are returned.
+        keeper: Object that stores the results of every batch. With None they are returned.
 
     Returns:
-        What the run did.
+        The outcome of the run.
+
+    Raises:
+        ValueError: If there is a keeper and the attack calls back to Python, or the file in `checkpoint` was changed.
     """
     stages = stages_of(attack, num_steps)
     pace = Pace(stages, lanes.size, lanes.num_lanes, progress_fn)
@@ -97,7 +100,7 @@ def run_lanes(
     calls_back = any("callback" in program.as_text() for program in programs)
     if calls_back and (keeper is not None or checkpoint is not None):
         what = "store must not be given for" if keeper is not None else "no state is kept of"
-        message = f"{what} an attack that calls back to Python, which no fingerprint tells"
+        message = f"{what} an attack that calls back to Python: its fingerprint does not cover the callback"
         if keeper is not None:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
@@ -134,7 +137,7 @@ def run_lanes(
 
 
 def _joined(finished: list[Finished], count: int) -> Finished:
-    """Joins what was found in all batches, without the lanes that filled up the last one."""
+    """Joins the results of all batches, without the lanes that pad the last batch."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *finished)
 
 
@@ -165,7 +168,7 @@ class _Run:
         return self.progress.place.first >= self._lanes.num_lanes
 
     def skip(self) -> None:
-        """Goes on to the first batch that was not kept before."""
+        """Goes on to the first batch whose results are not stored yet."""
         while self._keeper is not None and not self.is_done:
             first, last = self._ends(self.progress.place.first)
             if not self._keeper.has(self._lanes.first + first, self._lanes.first + last):
@@ -188,7 +191,7 @@ class _Run:
         return False
 
     def _ends(self, first: int) -> tuple[int, int]:
-        """Returns the places of the first lane of a batch, and of the one behind its last."""
+        """Returns the indices of the first lane of a batch and of the lane after its last one."""
         return first, min(first + self._lanes.size, self._lanes.num_lanes)
 
     def _lanes_under_way(self) -> Any:

@@ -21,15 +21,30 @@ from gia_jax.sweep.study import Timing, chosen_of, plan, state_folder, timing_of
 
 
 class Sweep(NamedTuple):
-    """What a sweep of s settings over v victims with r restarts found.
+    """Result of a sweep of s settings over v victims with r restarts.
 
     Attributes:
         settings: The settings, a tree of arrays with a leading axis of length s.
-        reconstruction: Reconstruction of the lowest finite loss for every setting and victim, each leaf an array with
-            leading axes (s, v). Its `restart_losses` have shape (s, v, r).
+        reconstruction: For every setting and victim the reconstruction with the lowest finite loss, each leaf an array
+            with leading axes (s, v). Its `restart_losses` have shape (s, v, r).
         losses: Loss at every step of every restart, shape (s, v, r, num_steps).
         timing: Time that the sweep took.
-        checkpoint: Path of the file that keeps this outcome, as in `Study`. None where nothing was kept.
+        checkpoint: Path of the file that keeps this result, as in `Study`. None if the sweep had no checkpoint.
+
+    Examples:
+        One victim, whose update is its input, is attacked at two learning rates:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gia_jax import Observation, gradient_matching
+        >>> from gia_jax.sweep import grid, sweep
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> extra = {"inputs_like": jnp.zeros((1, 1, 2)), "labels": jnp.array([[0]])}
+        >>> seen = Observation({"kernel": jnp.ones(2)}, {"kernel": jnp.array([[0.5, -1.0]])}, extra)
+        >>> make = lambda setting: gradient_matching(client_fn, optimizer=optax.sgd(setting["rate"]))
+        >>> found = sweep(make, grid(rate=[0.1, 0.3]), jax.random.key(0), seen, num_steps=4)
+        >>> found.settings["rate"].shape, found.reconstruction.batch.inputs.shape, found.losses.shape
+        ((2,), (2, 1, 1, 2), (2, 1, 1, 4))
     """
 
     settings: PyTree[np.ndarray]
@@ -40,14 +55,14 @@ class Sweep(NamedTuple):
 
 
 def grid(**values: Sequence[float]) -> dict[str, np.ndarray]:
-    """Makes the settings of all combinations of some values.
+    """Makes one setting for every combination of the given values.
 
     Args:
-        **values: For every name, the values that it takes, at least one number.
+        **values: For every name a sequence of its values, at least one number.
 
     Returns:
-        For every name an array of shape (s,), where s is the product of the numbers of values. The last name changes
-        fastest.
+        For every name an array of shape (s,), where s is the product of the lengths of the sequences. The last name
+        changes fastest.
 
     Raises:
         ValueError: If there are no names, or a name has no values or something other than numbers.
@@ -85,18 +100,17 @@ def sweep(
     """Runs an attack under several settings on several victims that hold the same parameters, with restarts.
 
     There is one compiled program for all settings, so a setting is a tree of numbers that `make_attack` reads: weights,
-    learning rates, scales, temperatures. What changes the program itself, such as the attack, the model, the defense or
-    the size of the batch, is a loop around this function. Every setting starts from the same random keys, so that
-    settings are compared on equal starts.
+    learning rates, scales, temperatures. Compare choices that change the program itself, such as the attack, the model,
+    the defense or the batch size, by a Python loop around this function. Every setting starts from the same random
+    keys, so that settings are compared on equal starts.
 
     Args:
         make_attack: Function `setting -> attack`. A setting is `settings` without its leading axis. The function may
             calculate with its numbers, but must not branch on them, which are traced.
         settings: Tree of arrays with a leading axis of length s, such as `grid` makes it.
         key: Random key of the attacker.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it and `study` takes it.
-        num_steps: Number of steps of every restart, at least 1. It may be left out where the attacks' `num_steps` says
-            it.
+        observations: Observations of v victims, stacked by `gia_jax.stack` and `study` takes it.
+        num_steps: Number of steps of every restart, at least 1. None takes the `num_steps` of the attacks.
         num_restarts: Number of restarts of every victim under every setting, at least 1.
         lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1. It is rounded up to a multiple
             of the number of devices.
@@ -110,9 +124,9 @@ def sweep(
         The sweep.
 
     Raises:
-        ValueError: If the settings have no leaf with a leading axis or leading axes of unequal length, `make_attack`
-            refuses one of them, branches on its numbers or makes attacks of unequal structure, the mesh has no axis
-            "lanes", or for a reason for which `study` raises it.
+        ValueError: If the settings have no leaves, or leaves without a leading axis or with leading axes of unequal
+            length, `make_attack` refuses a setting, branches on its numbers or makes attacks with unequal numbers of
+            steps or warm-ups, the mesh has no axis "lanes", or in the cases in which `study` raises it.
 
     Examples:
         Two victims, whose updates are their inputs, are attacked at three learning rates:
@@ -177,7 +191,9 @@ def checked_settings(
     _check.functions(make_attack=make_attack)
     _check.arrays("settings", settings)
     if any(_check.is_key(leaf) for leaf in jax.tree.leaves(settings)):
-        raise ValueError("settings must be numbers, got random keys: make them of a seed, with jax.random.key")
+        raise ValueError(
+            "settings must be numbers, got random keys: pass a seed, and call jax.random.key in make_attack"
+        )
     settings = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), settings)
     named = [("settings" + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(settings)]
     first_name, first = named[0]
@@ -186,7 +202,8 @@ def checked_settings(
             raise ValueError(f"{name} must have a first axis of settings, at least 1, got shape {leaf.shape}")
         if len(leaf) != len(first):
             raise ValueError(
-                f"settings must be of one number: {first_name} has {len(first)} and {name} has {len(leaf)}"
+                f"settings must have leading axes of one length: {first_name} has {len(first)} and {name} has "
+                f"{len(leaf)}"
             )
     each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), settings) for i in range(len(first))]
     made = [make_attack(setting) for setting in each]
@@ -206,13 +223,13 @@ def checked_settings(
 
 
 def _structure(attack: Attack) -> tuple[int | None, ...]:
-    """Returns the numbers of steps of an attack and of the warm-ups before it."""
+    """Returns the number of steps of an attack, followed by those of its warm-ups."""
     warm_up = attack.warm_up
     return (attack.num_steps, *(() if warm_up is None else (warm_up.num_steps, *_structure(warm_up.attack))))
 
 
 def _traceable(make_attack: Callable[[Any], Attack]) -> Callable[[Any], Attack]:
-    """Says in one line that `make_attack` must not branch on numbers which are traced."""
+    """Wraps `make_attack` so that branching on traced numbers raises a ValueError of one line."""
 
     def make(setting: Any) -> Attack:
         try:

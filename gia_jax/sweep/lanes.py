@@ -41,7 +41,7 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
     """Counts the victims, and finds those with a finite observation. A warning names the others.
 
     Args:
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it.
+        observations: Observations of v victims, stacked by `gia_jax.stack`.
 
     Returns:
         The number v, and for every victim whether its observation is finite, shape (v,).
@@ -69,7 +69,7 @@ def finite_victims(observations: Observation) -> tuple[int, Bool[np.ndarray, " v
         _check.finite("observations", (observations.update, observations.extra))
     if not finite.all():
         names = ", ".join(map(str, np.flatnonzero(~finite)))
-        warnings.warn(f"the observations of victims {names} are not finite: they are marked so", stacklevel=3)
+        warnings.warn(f"the observations of victims {names} are not finite: their is_finite is False", stacklevel=3)
     return victims, finite
 
 
@@ -84,7 +84,7 @@ def over_lanes(
         fn: Function of one lane.
         in_axes: Axes of the arguments as for `jax.vmap`, each 0 or None or a tree of them.
         lanes: Number of lanes.
-        mesh: Mesh with the axis "lanes", over whose devices the lanes are spread, as many on each. None takes the
+        mesh: Mesh with the axis "lanes", over whose devices the lanes are spread in equal numbers. None takes the
             default device.
 
     Returns:
@@ -109,14 +109,14 @@ class Lanes(NamedTuple):
     """All lanes of a run, and how many of them run side by side.
 
     Attributes:
-        keys: Random key of every restart of every victim, shape (v, r). It is the same one under every setting, so that
-            settings are compared on the same starts.
+        keys: Random key of every restart of every victim, shape (v, r). The keys are the same under every setting, so
+            that settings are compared on equal starts.
         num_settings: Number s of settings.
         settings: Settings of the attack, a tree of arrays with a leading axis of length s, or without leaves.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it.
+        observations: Observations of v victims, stacked by `gia_jax.stack`.
         size: Number of lanes that run side by side.
-        first: Number of the first lane that this process runs.
-        last: Number of the lane behind the last one that this process runs.
+        first: Index of the first lane that this process runs.
+        last: Index of the lane after the last one that this process runs.
     """
 
     keys: Key[Array, "v r"]
@@ -135,10 +135,10 @@ class Lanes(NamedTuple):
     def batch(self, place: int) -> tuple[Key[Array, " lanes"], tuple[PyTree[Any], Observation]]:
         """Returns the random keys, and the settings with the observations, of lanes that run side by side.
 
-        The last lane of the process fills up its last batch, and what is found again for it is dropped.
+        The last batch of the process is padded with copies of its last lane, whose results are dropped.
 
         Args:
-            place: Place of the first of them among the lanes of this process.
+            place: Index of the first of these lanes among the lanes of this process.
         """
         numbers = self.first + np.minimum(np.arange(place, place + self.size), self.num_lanes - 1)
         victims, restarts = self.keys.shape

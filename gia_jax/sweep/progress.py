@@ -11,14 +11,21 @@ SECONDS_PER_CALL = 2.0  # aimed at between two signs of life
 
 
 class Sign(NamedTuple):
-    """What a study reports while it runs.
+    """Progress of a study, as `progress_fn` receives it.
 
     Attributes:
-        phase: What the study is doing: "compiling", "warm-up" or "steps". A warm-up is what some attacks run first.
+        phase: Phase of the study: "compiling", "warm-up" or "steps". A warm-up is an attack that some attacks run first
+            to get their starting point.
         done: Number of steps done, summed over all restarts of all victims, with those of warm-ups.
         total: Number of steps in all.
         seconds: Time that the run took so far in seconds, with the time before an interruption.
-        seconds_left: Estimate of the time that is left in seconds. None where nothing is known yet.
+        seconds_left: Estimate of the time that is left in seconds. None if there is no estimate yet.
+
+    Examples:
+        >>> from gia_jax.sweep import Sign
+        >>> sign = Sign("steps", done=50, total=200, seconds=2.0, seconds_left=6.0)
+        >>> f"{sign.done / sign.total:.0%} done, {sign.seconds_left:.0f} s left"
+        '25% done, 6 s left'
     """
 
     phase: str

@@ -1,7 +1,7 @@
-"""Results of a sweep on disk, as labelled arrays that can be read while they are written, by any number of processes.
+"""Results of a sweep on disk, as labelled arrays that any number of processes write and that can be read meanwhile.
 
-A store is a folder, or any address that fsspec knows. Every process writes a zarr group of its own to it, `shard-0`,
-`shard-1` and so on, and nothing else: processes do not talk to each other, and where one dies the others go on.
+A store is a folder, or any address that fsspec knows. Every process writes one zarr group of its own to the store,
+`shard-0`, `shard-1` and so on. The processes do not communicate, and if one dies the others go on.
 """
 
 import contextlib
@@ -48,57 +48,59 @@ def stored_sweep(
     progress_fn: ProgressFn | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> "xarray.Dataset":
-    """Runs a sweep as `sweep` does, and writes what every batch of lanes finds to a store as soon as it is found.
+    """Runs a sweep as `sweep` does, and writes the results of every batch of lanes to a store as soon as it ends.
 
-    The memory of the process does not grow with the number of lanes, and `open_sweep` reads the store at any time. A
-    sweep that was killed goes on when it is called again with the same arguments, and only what is missing is computed:
-    its results are those of a sweep that nothing disturbed, bit for bit on the same devices.
+    A lane is one restart on one victim under one setting. The memory of the process does not grow with the number of
+    lanes, and `open_sweep` reads the store at any time. To go on with a sweep that was killed, call this function again
+    with the same arguments: it runs the missing lanes alone, and on the same devices the results equal those of an
+    uninterrupted sweep bit for bit.
 
-    Several processes share a sweep without talking to each other: each calls this function alike, runs its own part of
-    the batches on its own devices, and writes its own shard. Where a process dies, the others finish their parts. On a
-    cluster with SLURM that is `srun python script.py`, in which the script passes
+    Several processes can share a sweep without communication. Each of them calls this function with the same arguments
+    but for `process`, runs its own part of the batches on its own devices, and writes its own shard. If a process dies,
+    the others finish their parts. On a cluster with SLURM run `srun python script.py`, where the script passes
 
         process=(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]))
 
-    and every process computes the same observations from the same random keys. On a pod of TPUs, run the script on all
-    hosts with these first lines, of which the first one lets the others go on where a host dies, and leave `process`
-    out:
+    and every process computes the same observations from the same random keys. On a pod of TPUs leave `process` out,
+    and run the script on all hosts with these first lines. The first of them lets the other hosts go on if one dies:
 
         jax.config.update("jax_enable_recoverability", True)
         jax.distributed.initialize()
 
     Args:
-        store: Path of a folder, or an address of fsspec such as "gs://bucket/sweep", that is new or holds the same
-            sweep. It needs the extra `sweep`.
+        store: Path of a folder, or an address of fsspec such as "gs://bucket/sweep". It must be new or hold the same
+            sweep.
         make_attack: Function `setting -> attack`, as for `sweep`.
         settings: Tree of arrays with a leading axis of length s, such as `grid` makes it.
         key: Random key of the attacker.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it.
-        num_steps: Number of steps of every restart, at least 1. It may be left out where the attacks' `num_steps` says
-            it.
+        observations: Observations of v victims, stacked by `gia_jax.stack`.
+        num_steps: Number of steps of every restart, at least 1. None takes the `num_steps` of the attacks.
         num_restarts: Number of restarts of every victim under every setting, at least 1.
         lanes: Number of restarts that run side by side on all devices of a process, at least 1.
         mesh: Mesh of devices of this process with an axis "lanes". None takes all devices of this process.
-        process: Index of this process, from 0, and the number of all processes. None takes those of JAX.
-        attributes: What readers of the store are to know, such as the threat model in words, of the types of JSON.
+        process: Pair of the index of this process, from 0, and the number of processes. None takes
+            `jax.process_index()` and `jax.process_count()`.
+        attributes: Attributes of the dataset, whose values JSON can hold. A report shows "title", "threat_model" and
+            "command". The names "shape" and "fingerprint" are taken.
         progress_fn: Function that is called with a `Sign` before compiling, and every few seconds from then on.
-        checkpoint_seconds: Least time in seconds between two saves of the state of the batch under way, at least 0. It
-            is kept in the folder `states` of a local store; elsewhere an interruption loses the batch under way.
+        checkpoint_seconds: Least time in seconds between two saves of the state of the batch under way, at least 0. The
+            state is kept in the folder `states` of a local store. Elsewhere an interruption loses the batch under way.
 
     Returns:
-        What the store holds at the end, as `open_sweep` reads it. Parts of other processes may be missing.
+        The dataset of the store, as `open_sweep` reads it. Lanes that other processes have not run yet have "done"
+        False.
 
     Raises:
         ValueError: If the store holds another sweep, `process` is no pair of an index and a larger number, the
-            attributes are not of the types of JSON, the attack calls back to Python, or for a reason for which `sweep`
-            raises it.
+            attributes have values that JSON cannot hold, the attack calls back to Python, or in the cases in which
+            `sweep` raises it.
         ImportError: If the extra `sweep` is not installed.
 
     Examples:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp, optax
         >>> from gia_jax import Observation, gradient_matching
-        >>> from gia_jax.sweep import grid, open_sweep, stored_sweep
+        >>> from gia_jax.sweep import grid, stored_sweep
         >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
         ...     return {"kernel": batch.inputs.mean(0)}
         >>> params, updates = {"kernel": jnp.array([1.0, 1.0])}, {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.0]])}
@@ -149,7 +151,7 @@ def stored_sweep(
 
 
 def open_sweep(store: str | Path) -> "xarray.Dataset":
-    """Reads what a store holds of a sweep, at any time, also while it is being written.
+    """Reads the results of a sweep from its store, at any time, also while the sweep is running.
 
     Args:
         store: Path or address of a store that `stored_sweep` wrote.
@@ -157,27 +159,37 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
     Returns:
         A dataset with the dimensions setting, victim, restart and step, whose arrays are in memory:
 
-        * "loss", "is_finite" and "done" (setting, victim, restart): the loss that the attack ends with, whether all is
-          finite, and whether this lane has been run. What has not been run is NaN, False or 0;
+        * "loss", "is_finite" and "done" (setting, victim, restart): the loss that the attack ends with, whether loss
+          and reconstruction are finite, and whether this restart has been run. The entries of a restart that has not
+          been run are NaN, False or 0;
         * "losses" (setting, victim, restart, step): the loss at every step;
         * "inputs" and "labels" (setting, victim, restart, example, ...): the reconstructions. Inputs that are a tree
-          are several arrays, such as "inputs.nodes";
+          become several arrays, such as "inputs.nodes";
         * every score that `score_sweep` wrote (setting, victim, example), such as "psnr";
         * every array of the settings, as a coordinate of the dimension setting.
 
-        Its attributes are those that were given, "fingerprint", "versions", "hardware", and the seconds of all
-        processes together, "compile_seconds" and "run_seconds". It is an `xarray.Dataset`, so that `to_netcdf` and
-        `to_zarr` write it as a single file or array.
+        Its attributes are those given to `stored_sweep`, "fingerprint", "versions", "hardware", and the sums over all
+        processes of "compile_seconds" and "run_seconds". Its methods `to_netcdf` and `to_zarr` write it as a whole.
 
     Raises:
-        ValueError: If there is no such store, or its shards are of different sweeps.
+        ValueError: If there is no such store, or its shards belong to different sweeps.
         ImportError: If the extra `sweep` is not installed.
 
     Examples:
-        The best of the restarts of every victim, by the attacker's own loss:
-
-        >>> def best(found):
-        ...     return found.isel(restart=found.loss.where(found.is_finite, float("inf")).argmin("restart"))
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gia_jax import Observation, gradient_matching
+        >>> from gia_jax.sweep import grid, open_sweep, stored_sweep
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> extra = {"inputs_like": jnp.zeros((1, 1, 2)), "labels": jnp.array([[0]])}
+        >>> seen = Observation({"kernel": jnp.ones(2)}, {"kernel": jnp.array([[0.5, -1.0]])}, extra)
+        >>> make = lambda setting: gradient_matching(client_fn, optimizer=optax.sgd(setting["rate"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = stored_sweep(folder + "/rates", make, grid(rate=[0.1, 0.3]), jax.random.key(0), seen, num_steps=4)
+        ...     found = open_sweep(folder + "/rates")
+        >>> bool(found.done.all()), found.inputs.shape, found.sel(setting=1).losses.dims
+        (True, (2, 1, 1, 1, 2), ('victim', 'restart', 'step'))
     """
     xarray, zarr, fsspec = packages()
     shards = [zarr.open_group(path, mode="r") for path in _shards(fsspec, str(store))]
@@ -187,7 +199,7 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
     attributes = [dict(shard.attrs) for shard in shards]
     for other in attributes[1:]:
         if other["fingerprint"] != attributes[0]["fingerprint"]:
-            raise ValueError(f"store must be of one sweep, got {str(store)!r} with shards of different ones")
+            raise ValueError(f"store must hold a single sweep, got {str(store)!r} with shards of different sweeps")
     shape, found = tuple(attributes[0].pop("shape")), {}
     done = [np.asarray(shard["done"][:]) for shard in shards]
     for name, first in shards[0].arrays():
@@ -206,9 +218,9 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
 
 
 class _Shard:
-    """What one process writes: a zarr group with a row for every lane, of which only those of the process are filled.
+    """The zarr group that one process writes, with a row for every lane. The process fills the rows of its own lanes.
 
-    Rows that are not filled take no place on disk.
+    Rows that are not filled take no space on disk.
     """
 
     def __init__(self, store: str, index: int, planned: Plan, attributes: dict[str, Any]) -> None:
@@ -216,11 +228,11 @@ class _Shard:
         self._attributes, self._group = attributes, None
 
     def open(self, fingerprint: str, found: Finished) -> None:
-        """Opens the group, or makes it."""
+        """Opens the group, and creates it if it is new."""
         _, zarr, fsspec = packages()
         if "://" not in self._path:
             for part in Path(self._path).rglob("*.partial"):
-                part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+                part.unlink(missing_ok=True)  # left by a process that was killed while it wrote
         self._done = np.zeros(int(np.prod(self._planned.shape)), bool)
         for path in _shards(fsspec, self._store):
             group = zarr.open_group(path, mode="r")
@@ -236,7 +248,7 @@ class _Shard:
         group = zarr.open_group(self._path, mode="a")
         if "fingerprint" not in group.attrs:
             self._make(group, found)
-            # They are written last: a group without a fingerprint is made anew.
+            # The attributes are written last: a group without a fingerprint is created anew.
             own = {"shape": list(self._planned.shape), "fingerprint": fingerprint}
             group.attrs.update({"versions": versions(), "hardware": hardware(), **self._attributes, **own})
         self._group = group
@@ -261,17 +273,17 @@ class _Shard:
             settings.create_array(name, data=leaf, overwrite=True)
 
     def note(self, ran: Ran) -> None:
-        """Adds the time that a run took to that of runs before it."""
+        """Adds the time of a run to that of the runs before it."""
         assert self._group is not None
         for name in ("compile_seconds", "run_seconds"):
             self._group.attrs[name] = self._group.attrs.get(name, 0.0) + getattr(ran, name)
 
     def has(self, first: int, last: int) -> bool:
-        """Tells whether lanes were kept before."""
+        """Tells whether the results of these lanes are stored already."""
         return bool(self._done[first:last].all())
 
     def keep(self, first: int, found: Finished) -> None:
-        """Writes what was found in lanes; they count as done when all of it is written."""
+        """Writes the results of lanes. The lanes count as done when all their results are written."""
         assert self._group is not None
         for name, (_, leaf) in _named(found).items():
             self._group[name][first : first + len(leaf)] = leaf
@@ -279,7 +291,7 @@ class _Shard:
 
 
 def _named(found: Finished) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Returns the arrays of what was found by their names, each with the names of its dimensions."""
+    """Returns the arrays of results by name, each with the names of its dimensions."""
     reconstruction, losses = found
     named: dict[str, tuple[tuple[str, ...], Any]] = {
         "loss": (("lane",), reconstruction.loss),
@@ -293,7 +305,7 @@ def _named(found: Finished) -> dict[str, tuple[tuple[str, ...], Any]]:
 
 
 def _storable(leaf: Any) -> Any:
-    """Returns an array, or its shape, of a type that zarr knows: half precision of machine learning becomes float32."""
+    """Returns an array, or its shape, in a type that zarr knows: types such as bfloat16 become float32."""
     if np.dtype(leaf.dtype).kind != "V":
         return leaf
     return leaf.astype(np.float32) if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(leaf.shape, np.float32)
@@ -335,15 +347,17 @@ def _checked(process: Any) -> tuple[int, int]:
 
 
 def _as_json(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns attributes; raises ValueError where a file of JSON cannot hold them, or they have a name of the store."""
+    """Returns attributes. Raises ValueError for values that JSON cannot hold, and for names that the store uses."""
     given = dict(attributes or {})
     for name in ("shape", "fingerprint"):
         if name in given:
-            raise ValueError(f"attributes must not have the name {name!r}, which the store uses itself")
+            raise ValueError(f"attributes must not have the name {name!r}, which the store itself uses")
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"attributes must be of the types of JSON, got {_check.brief(given)}: {error}") from None
+        raise ValueError(
+            f"attributes must have values that JSON can hold, got {_check.brief(given)}: {error}"
+        ) from None
     return given
 
 

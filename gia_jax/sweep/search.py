@@ -1,4 +1,4 @@
-"""Searches for settings of an attack by what an attacker has: its own loss, or clients that it simulates itself.
+"""Searches for settings of an attack by what an attacker has: its own loss, or clients that the attacker simulates.
 
 Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016.
 """
@@ -17,13 +17,28 @@ from gia_jax.sweep.grid import Sweep
 
 
 class Halving(NamedTuple):
-    """What a search by successive halving found.
+    """Result of a search by successive halving.
 
     Attributes:
-        best: The setting that is left, a tree of numbers.
-        kept: For every round, the indices of the settings that it ran, as positions in the settings of the search.
-        scores: For every round, their scores.
+        best: Setting with the lowest score in the last round, a tree of numbers.
+        kept: For every round, the indices of the settings that took part, as positions in the settings of the search.
+        scores: For every round, the scores of these settings, lower is better. Infinite where the score is not finite.
         last: Sweep of the last round.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from gia_jax import Observation, gradient_matching
+        >>> from gia_jax.sweep import grid, successive_halving, sweep
+        >>> def client_fn(params, batch):  # gradient of the mean output of a linear model
+        ...     return {"kernel": batch.inputs.mean(0)}
+        >>> extra = {"inputs_like": jnp.zeros((1, 1, 2)), "labels": jnp.array([[0]])}
+        >>> seen = Observation({"kernel": jnp.ones(2)}, {"kernel": jnp.array([[0.5, -1.0]])}, extra)
+        >>> def sweep_fn(settings, num_steps):
+        ...     make = lambda setting: gradient_matching(client_fn, optimizer=optax.sgd(setting["rate"]))
+        ...     return sweep(make, settings, jax.random.key(1), seen, num_steps=num_steps)
+        >>> found = successive_halving(sweep_fn, grid(rate=[0.001, 0.01, 0.1]), num_steps=[4])
+        >>> found.kept[0].tolist(), round(float(found.best["rate"]), 3)
+        ([0, 1, 2], 0.1)
     """
 
     best: PyTree[np.ndarray]
@@ -33,15 +48,16 @@ class Halving(NamedTuple):
 
 
 def log_uniform(key: PRNGKeyArray, num_settings: int, **ranges: tuple[float, float]) -> dict[str, np.ndarray]:
-    """Draws settings at random, every number independently and uniformly on a logarithmic scale.
+    """Draws settings for a random search, every number independently and uniformly on a logarithmic scale
+    (Bergstra and Bengio, JMLR 2012).
 
     Args:
         key: Random key.
         num_settings: Number s of settings, at least 1.
-        **ranges: For every name the smallest and the largest value, above 0.
+        **ranges: For every name a pair of the smallest and the largest value, both above 0 and finite.
 
     Returns:
-        For every name an array of shape (s,).
+        For every name an array of shape (s,) in float64.
 
     Raises:
         ValueError: If `num_settings` is no positive integer, there is no name, or a range is no pair of a positive
@@ -77,7 +93,7 @@ def mean_loss(found: Sweep) -> Float[np.ndarray, " s"]:
         found: Sweep of s settings.
 
     Returns:
-        The mean losses, shape (s,). A setting with a loss that is not finite has infinity.
+        The mean losses, shape (s,). The mean of a setting with a loss that is not finite is infinite.
     """
     loss = np.where(found.reconstruction.is_finite, found.reconstruction.loss, np.inf)
     return loss.mean(1)
@@ -91,27 +107,31 @@ def successive_halving(
     factor: int = 3,
     score_fn: Callable[[Sweep], Float[np.ndarray, " s"]] = mean_loss,
 ) -> Halving:
-    """Runs all settings for a few steps, the best of them for more, and so on, until one is left.
+    """Runs all settings for a few steps, the best of them for more steps, and so on for every round
+    (Jamieson and Talwalkar, AISTATS 2016).
 
-    Every round starts anew, so that schedules fit its number of steps. The truth of the victims that are evaluated
-    later must have no part in it: settings are scored by the attacker's own loss, or on other victims, whose data the
-    attacker made itself and may compare with. Settings of any origin will do, such as those of `grid` or `log_uniform`,
-    or a batch that an optimiser with an ask-and-tell interface proposes.
+    Departures: the paper keeps half of the settings and goes on with their runs. Here one in `factor` is kept, and
+    every round starts its runs anew, so that schedules fit its number of steps.
+
+    The true data of the victims that are evaluated later must have no part in the search. Score the settings by the
+    attacker's own loss, or on other victims, which the attacker simulates with data of its own. The settings may come
+    from `grid`, from `log_uniform`, or from an optimiser with an ask-and-tell interface.
 
     Args:
         sweep_fn: Function `(settings, num_steps) -> sweep` that runs `sweep` on the victims of the search.
         settings: Tree of arrays with a leading axis of s settings.
         num_steps: Number of steps in every round, each at least 1 and larger than the one before.
-        factor: Share of the settings that a round leaves behind it, one in `factor`, at least 2. At least one goes on.
-        score_fn: Function `sweep -> scores` of shape (s,), of which the lowest is the best, and what is not finite the
-            worst.
+        factor: Number of settings of which one goes on to the next round, an integer of at least 2. Of s settings
+            ceil(s / factor) go on.
+        score_fn: Function `sweep -> scores` that scores the s settings of a round, shape (s,). The lowest score is the
+            best, and a score that is not finite counts as infinite.
 
     Returns:
-        The setting that is best in the last round, and what every round ran.
+        The best setting of the last round, and the settings and scores of every round.
 
     Raises:
         ValueError: If `num_steps` is no growing sequence of positive integers, `factor` is no integer of at least 2,
-            the scores have another shape, or none of a round is finite.
+            `score_fn` returns scores of another shape, or no score of a round is finite.
 
     Examples:
         The rate of gradient descent at which an attack on two victims ends with the lowest loss:
@@ -150,7 +170,7 @@ def successive_halving(
             raise ValueError(f"score_fn must return one score for each of {len(index)} settings, got {score.shape}")
         score = np.where(np.isfinite(score), score, np.inf)
         if not np.isfinite(score).any():
-            raise ValueError(f"score_fn must be finite for one setting at least, got none in a round of {count} steps")
+            raise ValueError(f"score_fn must be finite for at least one setting, got none in a round of {count} steps")
         kept.append(index)
         scores.append(score)
         index = index[np.argsort(score, kind="stable")[: math.ceil(len(index) / factor)]]

@@ -21,14 +21,14 @@ MAX_STEPS_PER_CALL = 4_096
 
 
 def over_settings(make_attack: Callable[[Any], Attack], example: PyTree[Any]) -> Attack:
-    """Turns attacks, one for every setting, into a single one that receives the setting with the observation.
+    """Turns a function from settings to attacks into a single attack that receives a setting with the observation.
 
     Args:
         make_attack: Function `setting -> attack`, whose attacks differ in numbers alone.
         example: One of the settings.
 
     Returns:
-        The attack. Where others receive an observation, it receives a pair of a setting and an observation.
+        The attack. In place of an observation its functions receive a pair of a setting and an observation.
     """
     known = make_attack(example)
 

@@ -38,7 +38,7 @@ class Progress(NamedTuple):
 
     Attributes:
         place: How far the run has come.
-        finished: Results of the lanes that are done, batch after batch. It stays empty where they are kept elsewhere.
+        finished: Results of the lanes that are done, batch after batch. It stays empty if they are stored elsewhere.
         curves: Pieces of the loss curves of the lanes under way, each of shape (lanes, steps).
         state: State of the lanes under way, None before their first stage has begun.
     """
@@ -101,7 +101,7 @@ class RunState:
 
         Args:
             states: Shapes of the lanes' state in every stage.
-            finished: Shapes of the results of a batch of lanes, or None where they are kept elsewhere.
+            finished: Shapes of the results of a batch of lanes, or None if they are stored elsewhere.
             limits: Largest values that a place may have: the number of lanes, the number of stages, and the largest
                 number of steps.
 

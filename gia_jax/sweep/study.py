@@ -1,7 +1,7 @@
 """Runs one attack on many victims with many restarts.
 
 The functions here compile the attack, run it in batches, report progress, and can be interrupted and resumed. A lane is
-one restart on one victim, and the lanes of a batch run side by side under one `jax.vmap`.
+one restart on one victim under one setting, and the lanes of a batch run side by side under one `jax.vmap`.
 """
 
 import time
@@ -25,13 +25,19 @@ from gia_jax.sweep.stages import over_settings
 
 
 class Timing(NamedTuple):
-    """How long a study took, by the clock on the wall.
+    """Wall-clock time of a study.
 
     Attributes:
-        compile_seconds: Time to compile the attack in seconds. Of a run that was resumed, it is that of the last part.
-        run_seconds: Time to run the attack in seconds. Of a run that was resumed, it is that of all parts together.
+        compile_seconds: Time to compile the attack in seconds. After a study was resumed, it is the time of the last
+            compilation alone.
+        run_seconds: Time to run the attack in seconds. After a study was resumed, it is the sum over all its parts.
         ms_per_step_per_restart: Time of one step of one restart on one victim in milliseconds: `run_seconds` divided by
             the number of all steps, without those of warm-ups. An analytic attack counts as one step.
+
+    Examples:
+        >>> from gia_jax.sweep import Timing
+        >>> Timing(compile_seconds=1.5, run_seconds=6.0, ms_per_step_per_restart=0.5).run_seconds
+        6.0
     """
 
     compile_seconds: float
@@ -40,7 +46,7 @@ class Timing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a study of s settings, v victims and r restarts is going to run.
+    """Plan of a study of s settings, v victims and r restarts: its lanes and their devices.
 
     Attributes:
         lanes: The lanes of this process.
@@ -60,15 +66,28 @@ class Plan(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What a study of v victims with r restarts found.
+    """Result of a study of v victims with r restarts.
 
     Attributes:
-        reconstruction: Reconstruction of the lowest finite loss of every victim, each leaf an array with a leading axis
-            of length v. Its `restart_losses` have shape (v, r).
+        reconstruction: For every victim the reconstruction with the lowest finite loss, each leaf an array with a
+            leading axis of length v. Its `restart_losses` have shape (v, r).
         losses: Loss at every step of every restart, shape (v, r, num_steps). An analytic attack has no steps.
         timing: Time that the study took.
-        checkpoint: Path of the file that keeps this outcome, so that the same study computes nothing again. Remove it
-            once the outcome is stored elsewhere. None where nothing was kept.
+        checkpoint: Path of the file that keeps this result, so that a study with equal arguments computes nothing
+            again. Remove the file once the result is stored elsewhere. None if the study had no checkpoint.
+
+    Examples:
+        The update of this client is its input, and the attack returns the update:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation, Reconstruction
+        >>> from gia_jax.sweep import study_analytic
+        >>> def reconstruct_fn(key, observation):
+        ...     return Reconstruction(Batch(observation.update[None], jnp.array([0])), jnp.array(0.0), jnp.array(True))
+        >>> observations = Observation(params=jnp.array([1.0, 1.0]), update=jnp.array([[0.5, -1.0], [2.0, 0.0]]))
+        >>> found = study_analytic(reconstruct_fn, jax.random.key(0), observations)
+        >>> found.reconstruction.loss.shape, found.losses.shape, found.checkpoint
+        ((2,), (2, 1, 0), None)
     """
 
     reconstruction: Reconstruction
@@ -93,7 +112,7 @@ def plan(
 
     Args:
         key: Random key of the attacker.
-        observations: Observations of v victims in one.
+        observations: Observations of v victims, stacked by `gia_jax.stack`.
         num_steps: Number of steps of every restart.
         num_restarts: Number r of restarts of every victim.
         lanes: Number of lanes that are to run side by side.
@@ -106,7 +125,9 @@ def plan(
         The plan of this process.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: If a count is no positive integer or too large for memory, the key is no random key, the mesh has no
+            axis "lanes" or devices of another process, the parameters are not finite, or no victim has a finite
+            observation.
     """
     _check.integer(num_restarts=num_restarts, lanes=lanes)
     key, mesh = _typed(key), lane_mesh(mesh)
@@ -126,10 +147,10 @@ def plan(
 
 
 def chosen_of(finished: Finished, planned: Plan) -> tuple[Reconstruction, Float[np.ndarray, "s v r num_steps"]]:
-    """Chooses the restart of the lowest finite loss for every victim under every setting.
+    """Chooses the restart with the lowest finite loss for every victim under every setting.
 
     Args:
-        finished: What was found in all lanes.
+        finished: Results of all lanes.
         planned: Plan of the study.
 
     Returns:
@@ -147,7 +168,7 @@ def timing_of(ran: Ran, planned: Plan, num_steps: int) -> Timing:
 
 
 def state_folder(checkpoint: Path | None, checkpoint_seconds: float) -> Path | None:
-    """Returns the folder for the state of a run; raises ValueError for what is none, and for a negative time."""
+    """Returns the folder for the state of a run. Raises ValueError for a file in its place, and for a negative time."""
     _check.not_negative(checkpoint_seconds=checkpoint_seconds)
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -170,16 +191,16 @@ def study(
 ) -> Study:
     """Runs an attack on several victims that hold the same parameters, with restarts.
 
-    A study can be interrupted and resumed: its result does not depend on where that happened, bit for bit.
+    A study can be interrupted and resumed. Its result is the same bit for bit, wherever it was interrupted.
 
     Args:
         attack: Attack to run.
         key: Random key of the attacker.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
-            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+        observations: Observations of v victims, stacked by `gia_jax.stack`: every leaf of `update` and `extra` has
+            a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
             finite. Their reconstruction has `is_finite` False, and the others are not affected.
-        num_steps: Number of steps of every restart, at least 1. It may be left out where `attack.num_steps` says it.
-        num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
+        num_steps: Number of steps of every restart, at least 1. None takes `attack.num_steps`.
+        num_restarts: Number of restarts of every victim, at least 1. The restart with the lowest finite loss is kept.
         lanes: Number of restarts that run side by side under one `jax.vmap`, at least 1. It is rounded up to a multiple
             of the number of devices.
         mesh: Mesh of devices of this process with an axis "lanes", over which the restarts are spread. None takes all
@@ -245,8 +266,8 @@ def study_analytic(
     Args:
         reconstruct_fn: Attack to run, a function `(key, observation) -> reconstruction`.
         key: Random key of the attacker.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
-            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+        observations: Observations of v victims, stacked by `gia_jax.stack`: every leaf of `update` and `extra` has
+            a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
             finite. Their reconstruction has `is_finite` False, and the others are not affected.
         progress_fn: Function that is called with a `Sign` before compiling, before running and at the end. None reports
             nothing.
@@ -299,8 +320,8 @@ def study_on_host(
         reconstruct_fn: Attack to run, a function `(key, observation) -> reconstruction` of arrays on the host, whose
             shapes are the same for all victims.
         key: Random key of the attacker.
-        observations: Observations of v victims in one, as `gia_jax.stack` makes it: every leaf of `update` and `extra`
-            has a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
+        observations: Observations of v victims, stacked by `gia_jax.stack`: every leaf of `update` and `extra` has
+            a leading axis of victims, and `params` has none. A warning names the victims whose observation is not
             finite. They are not attacked: their reconstruction is NaN and has `is_finite` False.
         progress_fn: Function that is called with a `Sign` before every victim and at the end. None reports nothing.
 

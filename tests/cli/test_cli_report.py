@@ -61,7 +61,7 @@ def test_mistakes_are_one_line_and_no_other_file_is_replaced(
 ) -> None:
     folder, mine = tmp_path / "runs", tmp_path / "thesis.html"
     mine.write_text("<!doctype html>of another year")
-    assert "folder must be a folder that is there" in _refused([str(folder)], capsys)
+    assert "folder must be an existing folder" in _refused([str(folder)], capsys)
     folder.mkdir()
     assert "folder must hold results.json or a store of a sweep, got none" in _refused([str(folder)], capsys)
     (folder / "results.json").write_text("{'a': 1}")
@@ -76,7 +76,7 @@ def test_mistakes_are_one_line_and_no_other_file_is_replaced(
     assert mine.read_text() == "<!doctype html>of another year"
     assert "--output must be a file, got the folder" in _refused([str(folder), "--output", str(folder)], capsys)
     nowhere = str(tmp_path / "nowhere" / "page.html")
-    assert "--output must be in a folder that is there" in _refused([str(folder), "--output", nowhere], capsys)
+    assert "--output must be in an existing folder" in _refused([str(folder), "--output", nowhere], capsys)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert "the report needs the extra 'report': pip install 'gia-jax[report]'" in _refused([str(folder)], capsys)
     assert [path.name for path in folder.iterdir()] == ["results.json"]

@@ -161,13 +161,13 @@ def test_pictures_are_those_of_the_arrays(runs: Path) -> None:
         np.testing.assert_array_equal(pixels, PIXELS[("original", "reconstruction")[i % 2]][i // 2, ..., 0])
     assert "<b>162.6 dB</b>" in html
     assert "age    52" in Page(html).words["result-2"]
-    assert "What was seen, the first" not in html
+    assert "Reconstructions, the first" not in html
 
 
 def test_it_says_that_some_examples_are_left_out(tmp_path: Path) -> None:
     victims = [_image(7.25, -0.5) | {"psnr_per_example": [7.0, 7.5, 7.75, 6.75, 8.0]}]
     html = page(read(_write(tmp_path, _record(victims, shown=IMAGES), {"": PIXELS})))
-    assert "What was seen, the first 3 of 5 examples" in html
+    assert "Reconstructions, the first 3 of 5 examples" in html
 
 
 def test_arrays_of_other_results_are_left_out(runs: Path) -> None:
@@ -224,7 +224,8 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_left_out() -> None:
     html = page([Row("an attack", scores={"psnr": score([7.5], Shown("PSNR", ".1f"))})])
-    for part in ("Command", "Versions", "Hardware", "Settings", "Cost", "What was seen", "Leakage", "Threat model<"):
+    names = ("Command", "Versions", "Hardware", "Settings", "Cost", "Reconstructions", "Leakage", "Threat model<")
+    for part in names:
         assert part not in html
     assert "the same attack on random updates" not in html
     with pytest.raises(ValueError, match="rows must hold at least one result"):
@@ -283,7 +284,7 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results_of_others.json").write_text("{}")
     with pytest.raises(ValueError, match=r"folder must hold results.json or a store of a sweep, got none"):
         read(tmp_path)
-    with pytest.raises(ValueError, match=r"folder must be a folder that is there, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"folder must be an existing folder, got .*nowhere"):
         read(tmp_path / "nowhere")
 
 

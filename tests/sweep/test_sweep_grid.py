@@ -156,7 +156,7 @@ def test_what_may_be_traced_is_traced(name: str) -> None:
         ({"rate": np.zeros(0)}, r"settings\['rate'\] must have a first axis of settings, at least 1, got shape \(0,\)"),
         (
             {"rate": np.ones(2), "weight": np.ones(3)},
-            r"settings must be of one number: settings\['rate'\] has 2 and settings\['weight'\] has 3",
+            r"settings must have leading axes of one length: settings\['rate'\] has 2 and settings\['weight'\] has 3",
         ),
         ({"rate": np.ones(2), "weight": np.array([0.1, -1.0])}, "weight must not be negative, got -1.0"),
         ({"rate": ["a"]}, r"settings\['rate'\]\[0\] must be an array of numbers"),

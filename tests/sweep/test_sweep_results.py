@@ -149,7 +149,7 @@ def test_what_another_sweep_wrote_is_left_alone(tmp_path: Path, whole: Sweep) ->
     [
         ({"process": (2, 2)}, "index_of_process must be .*, got 2"),
         ({"attributes": {"shape": 1}}, "attributes must not have the name 'shape'"),
-        ({"attributes": {"rate": float("nan")}}, "attributes must be of the types of JSON"),
+        ({"attributes": {"rate": float("nan")}}, "attributes must have values that JSON can hold"),
         ({"checkpoint_seconds": -1.0}, "checkpoint_seconds must not be negative, got -1.0"),
     ],
 )

@@ -83,7 +83,7 @@ def test_a_report_shows_what_is_in_the_store(tmp_path: Path) -> None:
     assert [row.title, other.title] == ["descent: rate 0.5", "descent: rate 0"]
     assert row.threat_model == "a server with <labels>"
     assert row.command == "python x.py"
-    assert row.notes == ["2 of 6 lanes ended with what is not finite"]
+    assert row.notes == ["2 of 6 lanes ended with a loss or reconstruction that is not finite"]
     np.testing.assert_allclose(row.scores["psnr"].values, found.psnr.values[0, :, 0])
     assert row.scores["psnr"].value == pytest.approx(np.median(found.psnr.values[0, :2, 0]))
     assert row.cost["running, s"] == found.attrs["run_seconds"] > 0

@@ -475,7 +475,7 @@ def test_one_victim_that_is_not_finite_leaves_the_others_alone() -> None:
         return study_analytic(attacks.linear_inversion(dense("head")), jax.random.key(5), observations)
 
     for run in (lambda seen: study(_lbfgs(), jax.random.key(5), seen, num_steps=5), analytic):
-        with pytest.warns(UserWarning, match="the observations of victims 1 are not finite: they are marked so"):
+        with pytest.warns(UserWarning, match="the observations of victims 1 are not finite: their is_finite is False"):
             found = run(observations)
         np.testing.assert_array_equal(found.reconstruction.is_finite, [True, False, True])
         jax.tree.map(np.testing.assert_array_equal, others(found), others(run(_observations())))
