@@ -25,7 +25,7 @@ def is_concrete(tree: PyTree) -> bool:
 
 
 def is_zero(number: ArrayLike) -> bool:
-    """Tells whether a number is known to be 0, which one that is being traced is not."""
+    """Tells whether a number is known to be 0. The value of a traced number is not known."""
     return is_concrete(number) and not np.any(number)
 
 
@@ -220,7 +220,7 @@ def _no_numbers(name: str, tree: PyTree[Any]) -> None:
 
 
 def graphs(name: str, inputs: Any) -> None:
-    """Raises ValueError for what is no dict of the three parts of graphs, and no other mapping of them."""
+    """Raises ValueError unless `inputs` is a mapping with exactly the three parts of graphs."""
     if not isinstance(inputs, Mapping) or set(inputs) != set(GRAPH_PARTS):
         got = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(f"{name} must be a dict of 'nodes', 'adjacency' and 'mask', got {got}")

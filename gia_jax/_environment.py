@@ -1,4 +1,4 @@
-"""What results depend on beside their settings: the versions of packages, and the devices."""
+"""The environment on which results depend beside their settings: versions of packages, and devices."""
 
 import platform
 from importlib import metadata
@@ -11,7 +11,7 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that results depend on.
 
     Returns:
-        The versions by the name of the package, "python" first.
+        The versions by the names of the packages, "python" first.
 
     Examples:
         >>> from gia_jax.report import versions

@@ -12,7 +12,7 @@ Updates = PyTree[Array]
 """What a client returns: a tree of the shapes of its parameters, with the sign and scale of a gradient."""
 
 Scalar = float | Float[Array, ""]
-"""A number, such as a weight or a rate. It may be traced, so that one program serves many of them."""
+"""A number, such as a weight or a rate. It may be traced, so that one compiled program serves many values."""
 
 Statistics = list[tuple[Float[Array, "_"], Float[Array, "_"]]]
 """Mean and biased variance, each of shape (features,), of the inputs of every call of a batch-normalisation layer."""

@@ -50,13 +50,13 @@ def glg(
     Departures: the weights, rates and the number of steps are this library's, and so is that categories are the softmax
     of their unknowns. Scores of this attack are therefore not to be compared with the paper's.
 
-    The weights were chosen on 8 public graphs of each of four sets of molecules and proteins, whose gradients an
-    attacker computes itself, and none of which is a victim in `benchmarks/graphs.py matching`: of the weights of both
-    priors whose edges have an F1 score that is not told from the highest, those of the lowest node MSE. They trade
-    edges for nodes. At 1e-3 and 1e-3 the features of nodes are better, with half the node MSE on MUTAG, and there are
-    hardly any edges left. At the defaults edges are better than those of a random graph by .05 of AUC on these graphs,
-    by nothing of F1: other graphs have nearly the same gradient. With features that are known, strong priors help.
-    Compare with the guesses of `modalities.graph`.
+    The default weights were chosen on 8 public graphs of each of four sets of molecules and proteins. An attacker can
+    compute the gradients of these graphs, and none of them is a victim in `benchmarks/graphs.py matching`. Among the
+    weights whose F1 score of edges does not differ significantly from the highest one, the defaults have the lowest
+    node MSE. Larger weights trade edges for nodes: at 1e-3 and 1e-3 the node MSE on MUTAG is half as large, and hardly
+    any edges are left. At the defaults the AUC of the edges is .05 above that of a random graph on these graphs, and
+    the F1 score is not above it, because other graphs have nearly the same gradient. If the features are known, larger
+    weights improve the edges. Compare with the guesses of `modalities.graph`.
 
     Args:
         client_fn: Client function `(params, batch) -> update` that the attacker assumes.
@@ -67,7 +67,7 @@ def glg(
             the attack. It has no meaning with an `optimizer` of one's own.
         smoothness_weight: Weight alpha, at least 0 and finite.
         sparsity_weight: Weight beta, at least 0 and finite.
-        binarity_weight: Weight of `graph_priors.binarity`, which is not of the paper, at least 0 and finite.
+        binarity_weight: Weight of `graph_priors.binarity`, a prior beyond the paper, at least 0 and finite.
         label_fn: Function `(observation) -> labels` that the attacker uses to find the labels. By default it takes
             those that the threat model grants.
         init_fn: Function `(key, observation) -> unknowns` that draws the first unknowns. None takes that of

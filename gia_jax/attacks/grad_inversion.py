@@ -167,7 +167,9 @@ def grad_inversion(
     ]
     if statistics_fn is not None:
         weighted.append((statistics_weight, priors.batch_norm_statistics(statistics_fn, known_statistics_fn)))
-    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_warm_up_steps, num_steps)  # of a rate that may be traced
+    share = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, num_warm_up_steps, num_steps
+    )  # share of the rate, which may be traced
     noise = langevin_noise(lambda count: noise_scale * learning_rate * share(count))
     paper = optax.chain(optax.adam(lambda count: learning_rate * share(count)), noise)
     one_seed = gradient_matching(

@@ -1,4 +1,7 @@
-"""An analysis that tells, before any attack, what the gradient of a GCN of two layers says about a known graph.
+"""An analysis that tells, before any attack, what the gradient of a GCN of two layers reveals about a known graph.
+
+A star is the type of a node, its features and degree, with the types of its neighbours. A tree is the star of a node
+with the stars of its neighbours. They are the colours of Weisfeiler and Leman after one and two rounds.
 
 Let Â be the normalised adjacency with loops, H = Pi C the features of the nodes after the first layer, with the q
 different rows C and their places Pi, and D the cotangents of the second layer. Its gradient is
@@ -6,20 +9,21 @@ different rows C and their places Pi, and D the cotangents of the second layer. 
     grad W = H^T Â^T D = C^T (Â Pi)^T D,
 
 so that its columns span the rows of C where (Â Pi)^T D has rank q. Where nodes of different stars always occur in fixed
-proportions around other nodes, Â Pi has a smaller rank, and a span test then loses stars. It keeps everything where
-the network is not wider than the stars are many. GRAIN (Drencheva et al., ICLR 2025, lemma 5.1) asks for Â of full
-rank, which is more than is needed.
+proportions around other nodes, Â Pi has a smaller rank, and a span test then loses stars. Where the width is at most
+the number of stars, the span can be the whole space, and the test cannot tell true stars from others. GRAIN (Drencheva
+et al., ICLR 2025, lemma 5.1) requires Â of full rank, which is more than is needed.
 
 Once the stars are known, the numbers of nodes with each tree solve linear equations (`gia_jax.attacks.graph_spans`).
-The span keeps other stars as well, where their features are combinations of the true ones. The forecast lists the trees
-of all that are kept, and solves for their numbers as the attack does, to see whether the true ones are among them.
+The span also keeps other stars whose features are linear combinations of those of the true stars. The forecast lists
+the trees of all stars that are kept, and solves for their numbers as the attack does, to see whether the true numbers
+are among the solutions.
 
-On molecules that no change was made for, the forecast was right in 83 of 84 attacks, of which 37 failed
-(`benchmarks/graph_spans.py`). It has the test of stars, the solver and the limits in common with the attack, so that
-this is no test of these.
+On molecules that were not used to develop the code, the forecast was right in 83 of 84 attacks, of which 37 failed
+(`benchmarks/graph_spans.py`). The forecast shares the test of stars, the solver and the limits with the attack, so
+these figures do not test those parts.
 
-Two things no network of this kind tells: how Â's null space enters the features, and which of the graphs with the same
-trees of two hops it is.
+The gradient of such a network never reveals two things: the component of the features in the null space of Â, and
+which of the graphs with the same trees of two hops was the client's.
 """
 
 from collections.abc import Sequence
@@ -52,16 +56,17 @@ from gia_jax.base import Params
 # Singular values below this fraction of the largest are rounding errors of float64, with a margin for the products.
 TOLERANCE = 1e-11
 EPSILON = float(np.finfo(float).eps)
-MISS = 1e-3  # as the attack has it
+MISS = 1e-3  # probability to lose a true star, the default of the attack
 
 
 class GraphIdentifiability(NamedTuple):
-    """What the gradient of a graph can tell, by the numbers that decide it.
+    """Result of `graph_identifiability`: whether the gradient of a graph reveals the graph, and the numbers behind it.
 
     Attributes:
-        num_types: Number of different types of nodes: features and degree.
-        num_stars: Number of different stars: a type with the types of the neighbours.
-        num_trees: Number of different trees of two hops, which is all that the network tells apart.
+        num_types: Number of different types of nodes. A type is the features and the degree of a node.
+        num_stars: Number of different stars. A star is the type of a node with the types of its neighbours.
+        num_trees: Number of different trees of two hops. A tree is the star of a node with the stars of its neighbours,
+            and the network gives nodes with equal trees equal embeddings.
         num_nodes: Number of nodes.
         blind_dimension: Dimension of the null space of Â. Continuous features are known up to it alone.
         width: Number of features after the first layer, in which stars are tested.
@@ -72,13 +77,12 @@ class GraphIdentifiability(NamedTuple):
             ReLU and without biases have them, as scales are then lost.
         num_twins: Number of pairs of neighbours with the same neighbours otherwise, whose embeddings are always equal:
             only the sum of their features can be found.
-        num_kept: Number of stars that the span keeps for an attacker who knows the types of nodes, the true ones with
-            others; 0 where it loses a true one.
-        num_candidates: Number of trees of these stars, of which the attack looks for the numbers.
-        num_counts: Number of solutions that are found, at most `limits.counts`. There are more than 1 where others of
-            them explain the update as well as the true numbers of trees.
-        is_recoverable: Whether `graph_spans` can be expected to find the graph's trees, in exact arithmetic.
-        reason: Why, in words.
+        num_kept: Number of stars that the span keeps, true stars and others. It is 0 if the span loses a true star.
+        num_candidates: Number of trees that consist of these stars. The attack solves for their numbers of nodes.
+        num_counts: Number of solutions that are found, at most `limits.counts`. It is above 1 if several numbers of
+            trees explain the update.
+        is_recoverable: Whether `graph_spans` is expected to find the graph's trees, in exact arithmetic.
+        reason: Reason for this verdict in words.
 
     Examples:
         >>> from gia_jax import attacks
@@ -119,32 +123,34 @@ def graph_identifiability(
     readout: Literal["mean", "sum", "nodewise"] = "mean",
     limits: Limits = DEFAULT_LIMITS,
 ) -> GraphIdentifiability:
-    """Computes what the gradient of one graph can tell, for a graph that is known.
+    """Computes whether the gradient of a known graph reveals the graph, up to graphs with the same trees of two hops
+    (its rank condition refines lemma 5.1 of GRAIN, Drencheva et al., ICLR 2025).
 
-    It says whether exact recovery is possible up to graphs with the same trees of two hops. It is a forecast for
-    `graph_spans` in exact arithmetic: rounding and noise come on top.
+    It is a forecast for `graph_spans` in exact arithmetic. Rounding and noise can make an attack fail beyond it.
 
     Args:
         params: Parameters of a GCN of two layers, as `models.GCN` has them.
         nodes: Features of the nodes, shape (n, f), without padding.
         adjacency: 1 for neighbours and else 0, symmetric, without loops, shape (k, k) with k = n.
-        label: Class of the graph, a column of the head.
-        blocks: What the attacker knows of the features, as `graph_spans` has it. None is for one who knows of each node
-            in the graph that its type, of features and degree, occurs: no other one finds more.
-        degree_block: Index of the block that tells the degree, or None.
-        max_degree: Largest number of neighbours that the attacker holds for possible. None takes it from that block.
-        max_nodes: Largest number of nodes that the attacker holds for possible. None is for one who knows the number.
+        label: Class of the graph, at least 0 and below the number of classes.
+        blocks: Blocks of the features that the attacker knows, as for `graph_spans`. None stands for an attacker who
+            knows which types of nodes occur in the graph, which is the strongest knowledge of types.
+        degree_block: Index of the block whose row j says that a node has j neighbours, or None.
+        max_degree: Largest number of neighbours that the attacker considers. None takes it from the degree block.
+        max_nodes: Largest number of nodes that the attacker considers. None stands for an attacker who knows the number
+            of nodes.
         activation: Activation of the network.
-        activate_last: Whether it is applied after the second layer as well.
-        readout: How the network gets from nodes to logits: "mean", "sum" or "nodewise".
-        limits: How much work the attack may do.
+        activate_last: Whether the activation is applied after the second layer as well.
+        readout: How the network computes logits from the nodes: "mean", "sum" or "nodewise".
+        limits: Limits on the work of the attack.
 
     Returns:
-        The numbers and the verdict.
+        The verdict with its reason, and the numbers behind it.
 
     Raises:
-        ValueError: If the parameters are not those of such a network, the graph does not fit them or is none, a node is
-            of no type that the blocks and the largest degree allow, or float64 is not enabled.
+        ValueError: If the parameters are not those of such a network, `nodes` or `adjacency` has another shape or holds
+            invalid values, `label` is no class, the blocks have another number of features than the network, or
+            float64 is not enabled.
 
     Examples:
         A path of two equal nodes has one star and one tree, and Â adds up the two nodes:
@@ -213,14 +219,16 @@ def _judged(
     adjacency: Float[np.ndarray, "n n"],
     limits: Limits,
 ) -> GraphIdentifiability:
-    """Says whether the numbers of trees can be told by the span and the equations, and why."""
+    """Decides whether the span and the equations determine the numbers of trees, and gives the reason."""
     if not numbers.gradient_rank:
         return numbers._replace(reason="the second layer's gradient is 0")
     places = [_places(np.c_[nodes, adjacency.sum(1)], np.c_[one.features, one.degrees]) for one in choices]
     complete = [i for i, place in enumerate(places) if place.min() >= 0]
     if not complete:
         node = int(np.argmin(places[-1]))
-        return numbers._replace(reason=f"node {node} is of no type that the first layer's gradient and blocks allow")
+        return numbers._replace(
+            reason=f"the first layer's gradient and the blocks do not allow the type of node {node}"
+        )
     types, place = choices[complete[0]], places[complete[0]]
     if (number := num_stars(types)) > limits.stars:
         return numbers._replace(reason=f"limits.stars: there are {number} stars, more than {limits.stars}")
@@ -254,7 +262,7 @@ def _judged(
         max_trees=limits.ties,
     )
     numbers = numbers._replace(num_counts=len(counts))
-    # Under a mean, all multiples of numbers of trees explain the update, and the attack goes through them.
+    # Under a mean readout all multiples of the numbers of trees explain the update, and the attack tries them all.
     is_found = any(np.array_equal(one * true.sum(), true * one.sum()) for one in counts)
     if is_found:
         several = "" if len(counts) == 1 else f", as do {len(counts) - 1} others"
@@ -268,7 +276,7 @@ def _judged(
 
 
 def _loss(numbers: GraphIdentifiability, missing: int, limits: Limits) -> str:
-    """Says why the span, which lacks some dimensions, has lost true stars."""
+    """Returns the reason why the span, which lacks some dimensions, has lost true stars."""
     if numbers.num_stars >= numbers.width:
         return f"there are {numbers.num_stars} stars in {numbers.width} dimensions"
     cause = (
@@ -277,11 +285,11 @@ def _loss(numbers: GraphIdentifiability, missing: int, limits: Limits) -> str:
         else "the cotangents of the second layer have too small a rank"
     )
     lost = f"the gradient's span lacks {missing} dimensions of the stars': {cause}"
-    return lost if missing > 1 else f"{lost}, and none of {limits.completions} completions has them all"
+    return lost if missing > 1 else f"{lost}, and none of {limits.completions} completions contains all true stars"
 
 
 def _places(rows: np.ndarray, table: np.ndarray) -> Int[np.ndarray, " n"]:
-    """Returns the index of each row in a table, or -1 where it is not there."""
+    """Returns the index of each row in a table, or -1 for a row that the table lacks."""
     known = {tuple(row): i for i, row in enumerate(table.round(9).tolist())}
     return np.array([known.get(tuple(row), -1) for row in rows.round(9).tolist()], int)
 

@@ -1,4 +1,4 @@
-"""The command line: a demonstration, attacks, a vertical federation, a report on them, and a list of what there is.
+"""The command line: a demonstration, attacks, a vertical federation, a report on results, and a list of names.
 
 Nothing of the library imports it.
 """

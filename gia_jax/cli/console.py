@@ -58,10 +58,10 @@ def write(out: Path, content: Any, outcomes: Iterable[Outcome], since: float) ->
 
 
 def write_arrays(results: Path, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the curves and pictures of results, for a report, to results.npz beside them.
+    """Writes the curves and pictures of results to results.npz beside results.json, for a report.
 
     Args:
-        results: Path of the results.
+        results: Path of results.json.
         rows: Arrays by the name of the row, as `seen` returns them.
 
     Raises:
@@ -73,13 +73,13 @@ def write_arrays(results: Path, rows: Mapping[str, Mapping[str, np.ndarray]]) ->
 
 
 def seen(modality: Modality, truth: Batch | None, outcome: Outcome, drawing: bytes | None) -> dict[str, np.ndarray]:
-    """Returns what a report shows of an outcome beside its numbers.
+    """Returns the curves and pictures of an outcome that a report shows.
 
     Args:
         modality: What an example is.
-        truth: Originals in the model's space, with a leading axis of victims. None where they are not known.
+        truth: Originals as the model sees them, with a leading axis of victims. None if they are not known.
         outcome: What the attack achieved.
-        drawing: Drawing of both, for examples that are no images. None where there is none.
+        drawing: Content of a file that shows both, for examples that are not images. None if there is no such file.
 
     Returns:
         The loss curves, and the pixels of the first examples, in uint8, or the drawing.
@@ -97,7 +97,7 @@ def seen(modality: Modality, truth: Batch | None, outcome: Outcome, drawing: byt
 
 
 def command(args: argparse.Namespace) -> str:
-    """Returns the command that was given, which repeats its results."""
+    """Returns the command line that repeats the results."""
     return shlex.join(["python", "-m", "gia_jax", *args.argv])
 
 
@@ -149,7 +149,7 @@ def picture(
         since: When the run began, as for `write`.
 
     Returns:
-        The content of the picture, or None where there is none.
+        The content of the picture, or None if no picture was drawn.
     """
     shown = modality.shown[modality.main]
     columns, captions = {"original": truth}, {}
@@ -174,7 +174,7 @@ def picture_without_truth(
         since: When the run began, as for `write`.
 
     Returns:
-        The content of the picture, or None where there is none.
+        The content of the picture, or None if no picture was drawn.
     """
     return _draw(path, modality, {name: outcome.study.reconstruction.batch}, {}, title, since)
 

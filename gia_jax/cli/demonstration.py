@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the tables and writes results.json and the pictures to a folder.
 
     Args:
-        args: Options of the command line: the folder, and the seed of the model's weights and of the attacks.
+        args: Options of the command line: the folder `out`, and the `seed` of the model's weights and of the attacks.
 
     Raises:
         OSError: If the folder cannot be written.

@@ -55,8 +55,8 @@ class Kind(NamedTuple):
 
     Attributes:
         name: What the examples are: "images", "rows" or "graphs".
-        load: Function `(name, count) -> Examples` that reads at least the first `count` examples, and `NUM_OTHERS` more
-            where there are so many. It raises ValueError if there are fewer than `count`, before anything else is made.
+        load: Function `(name, count) -> Examples` that reads at least the first `count` examples, and up to
+            `NUM_OTHERS` more. It raises ValueError if there are fewer than `count`, before it reads other data.
         models: Models that take such examples, by name, each a function that `build` calls.
         build: Function `(make, examples, rngs) -> module` that makes a model for such examples.
         model: Name of the model that is attacked by default. None takes that of the attack.
@@ -81,7 +81,7 @@ def build_of_graphs(make: Callable[..., nnx.Module], examples: Examples, rngs: n
 
 
 def _check_enough(name: str, have: int, count: int) -> None:
-    """Raises ValueError for a set of fewer examples than are needed."""
+    """Raises ValueError for a data set with fewer examples than needed."""
     if have < count:
         raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")
 

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.batch_size > args.records:
-        raise ValueError(f"--batch-size must be at most the {args.records} of --records, got {args.batch_size}")
+        raise ValueError(f"--batch-size must be at most --records, {args.records}, got {args.batch_size}")
     _check.fits(args.records * args.rounds, **{"--records": args.records})
     out = console.folder(Path(args.out), [console.RESULTS, console.ARRAYS, "reconstructions.png"])
     images = data.load(args.data, limit=args.records)

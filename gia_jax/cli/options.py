@@ -24,7 +24,7 @@ SIMULATED = ("data", "victims", "aggregation")
 RECORDED = ("update", "params", "input_shape", "classes", "head", "mean", "std", "batch_norm", "truth")
 NEEDED = ("params", "model", "input_shape")  # beside --update
 ALWAYS = ("argv", "attack", "command", "out", "seed", "diagnose")
-NUM_COPIES = 3  # of a batch, at least, while an attack runs: the examples, their gradient, and the best ones so far
+NUM_COPIES = 3  # least number of copies of a batch in memory: the examples, their gradient, and the best so far
 COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "classes")
 
 NEEDS = {"clients": "--aggregation", "clip": "--aggregation", "local_learning_rate": "--local-steps above 1"}

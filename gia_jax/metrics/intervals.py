@@ -1,4 +1,4 @@
-"""Intervals of scores over victims."""
+"""Confidence intervals of scores over victims."""
 
 import warnings
 from collections.abc import Callable
@@ -8,17 +8,19 @@ import numpy as np
 
 
 def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> tuple[float, float]:
-    """Computes the percentile bootstrap interval of 95 % of a statistic over victims.
+    """Computes the percentile bootstrap interval of 95 % of a statistic over victims
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 
-    The victims are drawn anew 2,000 times with replacement. The interval covers the victims that might have been drawn
-    in place of these, and nothing else: no other networks, and no other seeds where all victims share one.
+    The victims are resampled 2,000 times with replacement, with a fixed seed. The interval accounts for the choice of
+    the victims alone, not for the choice of the network, nor for the seed if all victims share one.
 
     Args:
-        values: Values with a leading axis of victims, at least two, which are drawn anew.
-        statistic: Function from values to a number, such as `np.median`.
+        values: Values with a leading axis of victims, at least two, along which they are resampled.
+        statistic: Function `values -> number`, such as `np.median`.
 
     Returns:
-        The lower and the upper end. An end is infinite, or NaN, where the statistic is so in the draws around it.
+        The lower and the upper end. An end is infinite or NaN if the statistic is so in the resamples around that
+        percentile.
 
     Raises:
         ValueError: If there are fewer than two victims.
@@ -29,23 +31,20 @@ def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], Any
         >>> low, high = metrics.bootstrap_interval(np.array([1.0, 2.0, 3.0, 4.0]), np.mean)
         >>> low < 2.5 < high
         True
-
-    References:
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     from scipy import stats  # takes long to import
 
     values = np.asarray(values)
     if len(values) < 2:
-        raise ValueError(f"values must be of at least two victims, got {len(values)}")
-    # The same draws, all at once, which is 50 times as fast.
+        raise ValueError(f"values must have at least two victims, got {len(values)}")
+    # All resamples at once give the same interval 50 times as fast.
     is_vectorized = statistic in (np.mean, np.median) and values.ndim == 1 and len(values) <= 1_000
 
     def of_drawn(chosen: np.ndarray, **axis: int) -> Any:
         return statistic(values[chosen], **axis)
 
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of draws that are NaN
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # for resamples whose statistic is NaN
         found = stats.bootstrap(
             (np.arange(len(values)),),
             of_drawn,

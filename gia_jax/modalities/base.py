@@ -104,7 +104,7 @@ class Modality(NamedTuple):
             each other under their headings. None where there is nothing for a person to see.
         suffix: Ending of the name of such a file, such as ".png".
         pixels_fn: Function `batch -> (pixels, note)` that returns the examples as images in [0, 1], shape (n, h, w, c),
-            and words on what was done to them so that they can be seen, "" for nothing. None where examples are no
+            and a note on how the pixels were changed to fit that range, "" if they were not. None if examples are not
             images.
 
     Examples:

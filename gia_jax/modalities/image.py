@@ -136,7 +136,7 @@ def image(
 
 
 def _rescaled(images: np.ndarray) -> tuple[np.ndarray, str]:
-    """Returns images in [0, 1], and words on it where any had to be rescaled for that."""
+    """Returns images in [0, 1], and a note if they were rescaled to that range."""
     images = np.nan_to_num(images, nan=0.5)
     if images.min() >= 0 and images.max() <= 1:
         return images, ""

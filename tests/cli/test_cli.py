@@ -150,7 +150,7 @@ def test_cafe_reads_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--rounds must be at least 1 and below 2^31, got 0" in capsys.readouterr().err
     large = ["--records", "24", "--batch-size", "1000000000"]
     assert main(["federation", "--data", "no_such_set", *large, "--out", str(tmp_path)]) == 2  # before data are read
-    assert "--batch-size must be at most the 24 of --records, got 1000000000" in capsys.readouterr().err
+    assert "--batch-size must be at most --records, 24, got 1000000000" in capsys.readouterr().err
 
 
 def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(

@@ -33,5 +33,5 @@ def test_an_infinite_score_may_end_an_interval() -> None:
 
 
 def test_one_victim_has_no_interval() -> None:
-    with pytest.raises(ValueError, match="values must be of at least two victims, got 1"):
+    with pytest.raises(ValueError, match="values must have at least two victims, got 1"):
         bootstrap_interval(np.ones(1), np.mean)

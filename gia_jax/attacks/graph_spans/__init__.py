@@ -21,9 +21,10 @@ Departures from GRAIN: the degree is no feature, thresholds follow from the nois
 and counts take the place of its search. Graphs with the same counts have the same gradient for all parameters, so the
 attack returns them all. Under a mean, so do a graph and two copies of it.
 
-Width is what it needs first: with labels and degrees as features, trees of two hops of molecules with at most 30 nodes
-are found for 93 to 100 % at width 128 and for 21 to 64 % at width 32 (`benchmarks/graph_spans.py`). A mean gradient of
-several graphs is refused. Its spans still keep 97 to 100 % of their stars, for two and four graphs at width 300.
+The attack needs wide layers: with labels and degrees as features, it finds the trees of 93 to 100 % of the molecules
+with at most 30 nodes at width 128, and of 21 to 64 % at width 32 (`benchmarks/graph_spans.py`). It refuses the mean
+gradient of several graphs. The spans of such a gradient still keep 97 to 100 % of the true stars of two and four graphs
+at width 300.
 
 `graph_spans` is the attack, and its parts are in the modules named after the stages.
 """

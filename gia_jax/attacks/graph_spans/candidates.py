@@ -60,19 +60,23 @@ class Trees(NamedTuple):
 def known_rows(
     blocks: Sequence[Block], degree_block: int | None, max_degree: int | None
 ) -> tuple[list[Float[np.ndarray, "_ _"]], int]:
-    """Returns the rows that each block of the features may hold, and the largest degree, or raises ValueError.
+    """Returns the possible rows of each block of the features, and the largest degree.
 
     Args:
-        blocks: For each block its rows, or a number k for k rows that are one-hot.
+        blocks: For each block a matrix of its possible rows, or a number k for the k one-hot rows.
         degree_block: Index of the block whose row j says that a node has j neighbours, or None.
-        max_degree: Largest number of neighbours, or None for that of the degree block.
+        max_degree: Largest number of neighbours, at least 1, or None for the largest one of the degree block.
 
     Returns:
-        The rows and the degree.
+        The matrix of rows of each block, and the largest degree.
+
+    Raises:
+        ValueError: If there are no blocks, a block is no matrix with rows and columns, `degree_block` is no index of a
+            block, or both `degree_block` and `max_degree` are None.
     """
     rows = [np.eye(block) if isinstance(block, int | np.integer) else np.asarray(block, float) for block in blocks]
     if not rows or any(block.ndim != 2 or 0 in block.shape for block in rows):
-        raise ValueError(f"blocks must be matrices of a row or more, got shapes {[block.shape for block in rows]}")
+        raise ValueError(f"blocks must be matrices of at least one row, got shapes {[block.shape for block in rows]}")
     if max_degree is not None:
         _check.integer(max_degree=max_degree)
     if degree_block is None:
@@ -218,7 +222,7 @@ def completed_stars(
         miss: Probability with which a true star is lost.
 
     Yields:
-        For every line, those that most stars share first, the stars in the span and on it.
+        For every line the stars in the span and on the line. The lines that most stars share come first.
     """
     others, parts, errors = [], [], []
     for stars in all_stars(types):

@@ -32,8 +32,8 @@ class Limits(NamedTuple):
     Attributes:
         stars: Number of stars that are tested at most, at least 1.
         trees: Number of trees that are counted at most, at least 1.
-        completions: Number of ways in which a span of too few dimensions is completed at most, at least 0. Ways that
-            add no star with stars for all of its neighbours do not count.
+        completions: Largest number of ways to complete a span that lacks a dimension, at least 0. A way counts
+            only if it adds a star whose neighbours all have stars.
         counts: Number of solutions of the equations that are looked for, where they have several, at least 1.
         seconds: Time that the integer programme may take for each of these, in seconds.
         ties: Number of trees above which there is no integer programme: the equations are then solved by least squares

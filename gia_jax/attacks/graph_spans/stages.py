@@ -67,7 +67,7 @@ class Known(NamedTuple):
     tolerance: float | None
 
     def choices(self, every: Types) -> list[Types]:
-        """Returns the types whose features lie in the span of the first layer's gradient, and then all, if more."""
+        """Returns the types in the span of the first layer's gradient, followed by all types if there are more."""
         space = span(self.update.first.kernel, spacing=self.spacing, noise=self.noise, miss=self.miss)
         spanned = spanned_types(space, every, miss=self.miss)
         return [spanned, every] if len(spanned.degrees) < len(every.degrees) else [every]
@@ -93,18 +93,19 @@ class Known(NamedTuple):
 
 
 def counted(known: Known, answers: Sequence[Pooled], choices: Sequence[Types], limits: Limits) -> Iterator[GraphSpans]:
-    """Yields what is found with the stars of the span, and then with those of each way to complete it.
+    """Yields the results with the stars of the span, and then with those of each way to complete the span.
 
-    It ends where weights of many trees explain the update and leave the numbers open: more trees would do so as well.
+    It ends where weights of more than `limits.ties` trees explain the update: with further trees the equations would
+    leave their numbers open as well.
 
     Args:
         known: What the attacker knows.
         answers: What error and features of the last layer may be, at least one.
-        choices: Types of nodes, one set of them after the other.
+        choices: Sets of types of nodes, in the order in which they are tried.
         limits: How much work may be done.
 
     Yields:
-        What was found without graphs, with a reason to stop where there are no counts.
+        The results without graphs, with a reason in `stopped` if there are no counts.
     """
     space = known.space()
     for types in choices:
@@ -133,16 +134,16 @@ def counted(known: Known, answers: Sequence[Pooled], choices: Sequence[Types], l
 
 
 def kept_stars(known: Known, types: Types, space: Subspace, limits: Limits) -> Iterator[Stars]:
-    """Yields the stars of the span that have stars for all neighbours, and then more of them for each completion.
+    """Yields the stars of the span that have stars for all neighbours, and then the larger sets of each completion.
 
     Args:
         known: What the attacker knows.
         types: Types of nodes.
         space: Span of the second layer's gradient.
-        limits: How much work may be done. A completion counts where it leads to stars that were not there before.
+        limits: How much work may be done. A completion counts if it leads to a set of stars that was not yielded yet.
 
     Yields:
-        The stars. The first ones may be none at all.
+        The sets of stars. The first one may be empty.
     """
     first, activation, miss = known.params.first, known.activation, known.miss
     inside = spanned_stars(types, first, activation, space, miss=miss)
@@ -167,12 +168,12 @@ def equations(known: Known, answer: Pooled, found: GraphSpans, space: Subspace) 
 
     Args:
         known: What the attacker knows.
-        answer: What the last layer gives away.
-        found: What was found up to the trees.
+        answer: Error and pooled features of the last layer.
+        found: Results with types, stars and trees.
         space: Span of the second layer's gradient.
 
     Returns:
-        The equations, and their relative mismatch that errors explain.
+        The equations, and the largest relative mismatch that noise and rounding explain.
     """
     types, stars, trees = found.types, found.stars, found.trees
     basis = np.asarray(space.basis)[:, : int(space.rank)]
@@ -190,7 +191,7 @@ def equations(known: Known, answer: Pooled, found: GraphSpans, space: Subspace) 
 def _solved(
     known: Known, answer: Pooled, found: GraphSpans, space: Subspace, limits: Limits
 ) -> tuple[GraphSpans, bool]:
-    """Solves for the counts of trees, and tells whether any weights of them explain the update."""
+    """Solves for the counts of trees, and tells whether real weights of the trees explain the update."""
     linear, tolerance = equations(known, answer, found, space)
     counts, mismatch = solutions(
         linear,
@@ -210,7 +211,7 @@ def _solved(
 def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: GraphSpans, limits: Limits) -> GraphSpans:
     """Draws the graphs of the counts, and of their multiples under a mean, and keeps those of the observed gradient.
 
-    Where several counts have one number of nodes, their graphs are drawn in turn.
+    The graphs of counts with equal numbers of nodes are drawn in turn.
 
     Args:
         client_fn: Client that was attacked.
@@ -250,7 +251,7 @@ def drawn(client_fn: ClientFn, observation: Observation, known: Known, found: Gr
 
 
 def _in_turn(drawings: list[Iterator[Drawn]]) -> Iterator[Drawn]:
-    """Yields one graph of each list in turn, so that numbers with many graphs do not crowd out the others."""
+    """Yields one graph of each list in turn, so that counts with many graphs do not crowd out the others."""
     while drawings:
         for drawing in list(drawings):
             if (one := next(drawing, None)) is None:
