@@ -3,9 +3,9 @@
     python benchmarks/graph_spans.py [exact|batches] [--data NAME ...] [--settings NAME ...] [--graphs N]
         [--first N] [--draws N] [--trees N] [--table NAME] [--forecast NAME]
 
-* exact: the graphs that are found, for each set and each setting of the network; with `--forecast` another table says
-  whether what `graph_identifiability` says beforehand comes true.
-* batches: what the spans of a mean gradient of several graphs keep.
+* exact: the graphs that are found, for each set and each setting of the network. With `--forecast` another table
+  compares the forecasts of `graph_identifiability` with the results.
+* batches: the stars and trees that the spans of a mean gradient of several graphs keep.
 
 The first 40 graphs of MUTAG, PTC_MR and AIDS in the order that is drawn are those that the attack was written on; by
 default others are attacked.
@@ -125,7 +125,7 @@ class Victims(NamedTuple):
 
 
 def victims(name: str, setting: Setting, chosen: slice, draw: int) -> Victims:
-    """Draws graphs and a network, which is trained on the set where the setting says so."""
+    """Draws graphs and a network, and trains the network on the set if `setting.trained`."""
     graphs = data.load_graphs(name, features=setting.features, max_nodes=MAX_NODES)
     module = models.GCN(
         graphs.nodes.shape[-1],
@@ -314,7 +314,7 @@ def exact(args: argparse.Namespace) -> None:
 
 
 def agreements(args: argparse.Namespace, every: list[dict[str, Any]]) -> None:
-    """Compares what is said beforehand with what the attack found, and writes the table."""
+    """Compares the forecasts with the results of the attack, and writes the table."""
     rows = [_agreement(key, [one for one in every if one["setting"] == key]) for key in args.settings]
     record.write(
         args.forecast,
@@ -354,7 +354,7 @@ def names(features: np.ndarray, adjacency: np.ndarray) -> list[set]:
 
 
 def kept(those: Victims, setting: Setting, indices: np.ndarray) -> dict[str, Any]:
-    """Counts what the spans of the mean gradient of some graphs keep, of what is in the graphs and in all."""
+    """Counts the types, stars and trees that the spans of a mean gradient keep, and those of them that are true."""
     inputs = {name: jnp.asarray(array, setting.dtype) for name, array in those.graphs.inputs(indices).items()}
     seen = observe(
         jax.random.key(0),
@@ -414,7 +414,7 @@ def weights_of(known: Known, found: GraphSpans) -> np.ndarray | None:
         return right.T @ goal / lengths
     rows = right[:rank] * lengths
     scale = np.abs(goal).max()
-    # Of the weights that explain the update, those of the least sum of absolute values: few trees occur.
+    # Of the weights that explain the update, take those of the least L1 norm, because few trees occur.
     answer = scipy.optimize.linprog(
         np.ones(2 * len(lengths)), A_eq=np.concatenate([rows, -rows], 1), b_eq=goal / scale, bounds=(0, None)
     )
@@ -422,7 +422,7 @@ def weights_of(known: Known, found: GraphSpans) -> np.ndarray | None:
 
 
 def true_counts(found: GraphSpans, those: Victims, indices: np.ndarray) -> np.ndarray | None:
-    """Counts the trees of every graph, shape (b, r); None where one of them is no candidate."""
+    """Counts the trees of every graph, shape (b, r). Returns None if one of the trees is no candidate."""
     rows = []
     types = _rows(np.c_[found.types.features, found.types.degrees])
     stars = _rows(np.c_[found.stars.centres, found.stars.neighbours])
@@ -450,7 +450,7 @@ def _place(table: dict[tuple, int], rows: np.ndarray) -> list[int]:
 
 
 def compared(weights: np.ndarray | None, counts: np.ndarray | None, labels: np.ndarray) -> dict[str, bool]:
-    """Tells whether the weights name the trees that occur, and whether those of one or two graphs are split rightly."""
+    """Tells whether the weights identify the trees that occur, and whether they split correctly into the graphs."""
     none = {"trees told": False, "graphs told": False}
     if weights is None or counts is None:
         return none

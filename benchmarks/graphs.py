@@ -5,8 +5,8 @@
 
 Needs $GIA_JAX_DATA_DIR/graphs with MUTAG.zip, PTC_MR.zip, AIDS.zip and ENZYMES.zip of TUDataset. `weights` tries GLG's
 priors on graphs that are public, `matching` compares three attacks that search features and edges together with guesses
-whose nodes are matched alike, `lanes` times a step of one of them, and `noise` finds the noise at which the exact
-attack by spans and the features by matching end, that of DP-SGD included. `features` does so with strong priors.
+whose nodes are matched alike, `lanes` times a step of one of them, and `noise` measures the exact attack by spans and
+the features by matching under growing noise, that of DP-SGD included. `features` does so for GLG with strong priors.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def attacks_of(case: Case, num_steps: int) -> dict[str, Attack]:
 
 
 def glg(case: Case, num_steps: int, client_fn: ClientFn | None = None, **settings: Any) -> Attack:
-    """GLG on the graphs of a case, by the client that it assumes; None is the case's own."""
+    """Builds GLG for the graphs of a case. It assumes `client_fn`, or with None the client of the case."""
     return attacks.glg(
         case.client_fn if client_fn is None else client_fn,
         blocks=case.graphs.blocks,
@@ -245,7 +245,7 @@ def difference(values: np.ndarray, form: str) -> str:
 
 
 def weights(args: argparse.Namespace) -> None:
-    """Edges and nodes that GLG finds of public graphs, by the weights of its priors."""
+    """Scores the edges and nodes that GLG finds of public graphs, by the weights of its priors."""
     every = {(name, width): tuned(name, width, args) for name, width in [(n, args.width) for n in PUBLISHED] + WIDE}
     guesses = WITHOUT_TRUTH
     found = {  # a value for each row and each graph of all settings
@@ -283,7 +283,7 @@ def weights(args: argparse.Namespace) -> None:
 
 
 def tuned(name: str, width: int, args: argparse.Namespace) -> list[dict[str, np.ndarray]]:
-    """Scores on the first public graphs of a set: of two guesses from the other ones, and of GLG by its weights."""
+    """Scores two guesses and GLG with all weights on the first public graphs of a set; the guesses use the others."""
     case = case_of(name, args.graphs, width)
     truth, rest = (jax.tree.map(lambda leaf: leaf[part], case.public) for part in (TUNING, REST))  # noqa: B023
     seen = see(case._replace(truth=truth))
@@ -529,7 +529,7 @@ def noise(args: argparse.Namespace) -> None:
 
 
 def features(args: argparse.Namespace) -> None:
-    """The noise at which the features end that GLG finds with strong priors, which leave hardly an edge."""
+    """Scores the features that GLG with strong priors finds under growing noise. Such priors leave hardly any edge."""
     case = case_of("mutag", NUM_NOISY, WIDTH)
     with jax.enable_x64(True):
         gaussian, private, norm = noisy(case)
@@ -565,7 +565,7 @@ def features(args: argparse.Namespace) -> None:
 def by_matching(
     case: Case, attack: Attack, levels: Sequence[Noisy], threat: ThreatModel = THREAT
 ) -> list[dict[str, np.ndarray]]:
-    """Scores of an attack on the victims' updates at each level of noise."""
+    """Scores an attack on the victims' updates at each level of noise."""
     seen = see(case, threat)
     together = joined([seen._replace(update=narrow(one.updates)) for one in levels])
     found = study(attack, jax.random.key(2), together, lanes=LANES_NOISY)
@@ -581,7 +581,7 @@ def scores_of(case: Case, batch: Batch, truth: Batch) -> dict[str, np.ndarray]:
 
 
 def by_degree(case: Case) -> Batch:
-    """The victims' structures, with the mean features of the public nodes of the same degree, or else of all."""
+    """Guesses the features of the victims' nodes: the mean of the public nodes of the same degree, or else of all."""
     public, inputs = case.public.inputs, case.truth.inputs
     there = np.asarray(public["mask"]) > 0
     rows, degrees = np.asarray(public["nodes"])[there], np.asarray(public["adjacency"]).sum(-1)[there].astype(int)

@@ -99,6 +99,8 @@ def test_a_truth_of_other_victims_is_named(tmp_path: Path) -> None:
     _stored(tmp_path)
     with pytest.raises(ValueError, match=r"truth.inputs must have the shape \(3, 1, 4, 4, 1\), got \(2, 1, 4, 4, 1\)"):
         score_sweep(tmp_path, jax.tree.map(lambda leaf: leaf[:2], TRUTH), MODALITY)
-    with pytest.raises(ValueError, match=r"truth.inputs.a must be one of the arrays that were found, \[.*'inputs'"):
+    with pytest.raises(
+        ValueError, match=r"truth.inputs.a must be one of the arrays of the reconstructions, \[.*'inputs'"
+    ):
         score_sweep(tmp_path, Batch({"a": TRUTH.inputs}, TRUTH.labels), MODALITY)
     assert "psnr" not in open_sweep(tmp_path)
