@@ -77,7 +77,8 @@ def stored_sweep(
         num_steps: Number of steps of every restart, at least 1. It may be left out where the attacks' `num_steps` says
             it.
         num_restarts: Number of restarts of every victim under every setting, at least 1.
-        lanes: Number of restarts that run side by side on all devices of a process, at least 1.
+        lanes: Number of restarts that run side by side on all devices of a process, at least 1. They are a batch, and
+            processes share batches: a warning says so where there are fewer batches than processes.
         mesh: Mesh of devices of this process with an axis "lanes". None takes all devices of this process.
         process: Index of this process, from 0, and the number of all processes. None takes those of JAX.
         attributes: What readers of the store are to know, such as the threat model in words, of the types of JSON.
