@@ -5,6 +5,7 @@ one restart on one victim under one setting, and the lanes of a batch run side b
 """
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,12 +136,15 @@ def plan(
     _check.fits(num_settings * victims * num_restarts, num_restarts=num_restarts)
     total = num_settings * victims * num_restarts
     _check.fits(total * num_steps, num_steps=num_steps)
-    index, count = process
-    lanes = min(lanes, -(-total // count))
-    lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike
+    lanes = -(-total // -(-total // lanes))  # as many batches as needed, all alike, whatever the number of processes
     devices = 1 if mesh is None else mesh.shape[AXIS]
     lanes = -(-lanes // devices) * devices
-    batches = -(-total // lanes)
+    batches, (index, count) = -(-total // lanes), process
+    if batches < count:
+        warnings.warn(
+            f"{count - batches} of {count} processes have nothing to do: there are {batches} batches of {lanes} lanes",
+            stacklevel=3,
+        )
     first, last = (min(share * batches // count * lanes, total) for share in (index, index + 1))
     keys = victim_keys(key, victims, num_restarts)
     return Plan(Lanes(keys, num_settings, settings, observations, lanes, first, last), finite, mesh)

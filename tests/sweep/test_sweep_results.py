@@ -77,6 +77,13 @@ def test_processes_write_their_own_shards(tmp_path: Path, whole: Sweep) -> None:
     assert signs[-1].done == 18 * 4
 
 
+def test_processes_without_a_batch_are_told(tmp_path: Path, whole: Sweep) -> None:
+    for index in range(6):
+        with pytest.warns(UserWarning, match="1 of 6 processes have nothing to do: there are 5 batches of 4 lanes"):
+            found = _stored(tmp_path, process=(index, 6))
+    _assert_same(found, whole)
+
+
 class _Stopped(Exception):
     pass
 

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import gia_jax
 from gia_jax import (
@@ -42,20 +41,6 @@ from gia_jax.sweep.study import Sign, Study, study, study_analytic, study_on_hos
 NUM_STEPS, NUM_VICTIMS, NUM_RESTARTS = 20, 3, 2
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Most tests compile the same few programs anew: keep them for the length of this module."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0), strict=True):
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 def _apply(params: Any, inputs: jax.Array) -> jax.Array:
