@@ -76,8 +76,8 @@ def stored_sweep(
         observations: Observations of v victims, stacked by `gia_jax.stack`.
         num_steps: Number of steps of every restart, at least 1. None takes the `num_steps` of the attacks.
         num_restarts: Number of restarts of every victim under every setting, at least 1.
-        lanes: Number of restarts that run side by side on all devices of a process, at least 1. They are a batch, and
-            processes share batches: a warning says so where there are fewer batches than processes.
+        lanes: Number of restarts that run side by side on all devices of a process, at least 1. They form a
+            batch, and every process runs whole batches: a warning tells if there are fewer batches than processes.
         mesh: Mesh of devices of this process with an axis "lanes". None takes all devices of this process.
         process: Pair of the index of this process, from 0, and the number of processes. None takes
             `jax.process_index()` and `jax.process_count()`.
