@@ -28,6 +28,7 @@ from parts import run_parts
 
 from gia_jax import Attack, Batch, Observation, ThreatModel, attacks, clients, models, observe
 from gia_jax.sweep import grid, open_sweep, stored_sweep, study, sweep
+from gia_jax.sweep.store import Place, Progress, RunState
 
 APPLY, PARAMS = models.functional(models.LeNet((32, 32, 3), 10, rngs=nnx.Rngs(0)))
 CLIENT = clients.federated_sgd(clients.cross_entropy(APPLY))
@@ -141,6 +142,52 @@ def big(args: argparse.Namespace) -> None:
     )
 
 
+def state(args: argparse.Namespace) -> None:
+    """Times how the state of 16 lanes is written and read, as one file and by orbax-checkpoint."""
+    import orbax.checkpoint
+
+    seen, made = victims(16), attack(1e-2, 40)
+    keys = jax.random.split(jax.random.key(1), 16)
+    one = jax.jit(jax.vmap(made.init, (0, Observation(None, 0, 0))))(keys, seen)
+    like, checkpointer = jax.eval_shape(lambda: one), orbax.checkpoint.PyTreeCheckpointer()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        saved = RunState(Path(folder) / "file", "0" * 64)
+        progress = Progress(Place(step=1), [], [np.zeros((16, 1))], one)
+        ways = {
+            "one file": (lambda i: saved.save(progress), lambda i: saved.load([like], None, Place(16, 1, 40))),
+            "orbax-checkpoint": (
+                lambda i: checkpointer.save(f"{folder}/orbax/{i}", one),
+                lambda i: checkpointer.restore(f"{folder}/orbax/{i}"),
+            ),
+        }
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for i in range(4 * args.rounds):
+            for name, (write, read) in ways.items():
+                began = time.perf_counter()
+                write(i)
+                written = time.perf_counter()
+                read(i)
+                seconds[name].append((written - began, time.perf_counter() - written))
+        files = {
+            "one file": 1,
+            "orbax-checkpoint": sum(path.is_file() for path in Path(f"{folder}/orbax/0").rglob("*")),
+        }
+        for name, times in seconds.items():
+            writing, reading = 1e3 * np.median(times, 0)
+            rows.append(
+                {"how": name, "ms to write": f"{writing:.0f}", "ms to read": f"{reading:.0f}", "files": files[name]}
+            )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(one)) / 2**20
+    record.write(
+        "state",
+        "The state of a batch of lanes on disk",
+        rows,
+        f"Medians of {4 * args.rounds} saves in turns, of the first state of 16 lanes, {size:.1f} MB. The file is "
+        "flushed to the disk, has a checksum and replaces the one before as a whole.",
+    )
+
+
 CHILD = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -214,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--victims", type=int, default=100, help="of the big sweep, each with 100 lanes")
     parser.add_argument("--kills", type=int, default=50)
-    run_parts(parser, program, big, kills)
+    run_parts(parser, program, big, kills, state)
 
 
 if __name__ == "__main__":
