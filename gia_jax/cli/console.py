@@ -23,6 +23,7 @@ from gia_jax.defenses.protected import Part, Protected
 from gia_jax.modalities import Modality
 from gia_jax.report import arrays
 from gia_jax.report.plots import MAX_ROWS
+from gia_jax.sweep import store
 
 RESULTS, ARRAYS, RECONSTRUCTION = "results.json", "results.npz", "reconstruction.npz"
 
@@ -110,9 +111,7 @@ def forget(out: Path, outcomes: Iterable[Outcome]) -> None:
     """
     for outcome in outcomes:
         if outcome.study.checkpoint is not None:
-            outcome.study.checkpoint.unlink(missing_ok=True)
-            for part in states(out).glob(f"{outcome.study.checkpoint.name}.*.part"):
-                part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            store.forget(outcome.study.checkpoint)
     with contextlib.suppress(OSError):  # there is none, or it keeps the state of another run
         states(out).rmdir()
 

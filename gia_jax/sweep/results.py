@@ -4,8 +4,8 @@ A store is a folder, or any address that fsspec knows. Every process writes one 
 `shard-0`, `shard-1` and so on. The processes do not communicate, and if one dies the others go on.
 """
 
-import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from gia_jax.matching.run import planned_steps
 from gia_jax.sweep.engine import Finished, Ran, run_lanes
 from gia_jax.sweep.grid import checked_settings
 from gia_jax.sweep.progress import ProgressFn
+from gia_jax.sweep.store import forget
 from gia_jax.sweep.study import Plan, plan
 
 if TYPE_CHECKING:
@@ -144,11 +145,11 @@ def stored_sweep(
     )
     shard.note(ran)
     if ran.checkpoint is not None:
-        assert states is not None
-        ran.checkpoint.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it keeps the state of another process
-            states.rmdir()
-    return open_sweep(store)
+        forget(ran.checkpoint)
+    found = open_sweep(store)
+    if states is not None and found.done.all():
+        shutil.rmtree(states, ignore_errors=True)  # of runs with another number of processes, which nobody goes on with
+    return found
 
 
 def open_sweep(store: str | Path) -> "xarray.Dataset":

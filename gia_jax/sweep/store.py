@@ -1,5 +1,6 @@
 """The state of a run, in a file that outlives a killed process."""
 
+import contextlib
 import hashlib
 import warnings
 from pathlib import Path
@@ -141,6 +142,19 @@ class RunState:
             return Progress(place, jax.tree.map(np.asarray, done), list(saved["curves"]), state)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise ValueError(f"checkpoint must be a file that a study wrote, got '{self.path}': {error}") from None
+
+
+def forget(path: Path) -> None:
+    """Removes the state of a run whose outcome is stored elsewhere, and its folder where that is empty then.
+
+    Args:
+        path: Path of the state, as `Study.checkpoint` has it. It may be gone already.
+    """
+    path.unlink(missing_ok=True)
+    for part in path.parent.glob(f"{path.name}.*.part"):
+        part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    with contextlib.suppress(OSError):  # there is none, or it keeps the state of another run
+        path.parent.rmdir()
 
 
 def _packed(tree: PyTree[Any]) -> list[Any]:
