@@ -24,6 +24,12 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def outside_of_jit(what: str, tree: PyTree) -> None:
+    """Raises ValueError where a leaf is traced, or new arrays would be, for what compiles and runs programs itself."""
+    if not is_concrete(tree) or not is_concrete(jnp.zeros(())):
+        raise ValueError(f"{what} must be called outside of jax.jit and the like, for it compiles its own programs")
+
+
 def is_zero(number: ArrayLike) -> bool:
     """Tells whether a number is known to be 0. The value of a traced number is not known."""
     return is_concrete(number) and not np.any(number)

@@ -56,6 +56,29 @@ def write_unclaimed(path: Path, content: bytes, since: float) -> Path:
     return path
 
 
+def claimed(folder: Path) -> int | None:
+    """Claims a folder for this process, until the descriptor is closed or the process ends in whatever way.
+
+    Args:
+        folder: Path of the folder.
+
+    Returns:
+        The descriptor of the folder, for `os.close`, or None on a file system without locks.
+
+    Raises:
+        BlockingIOError: If another process has claimed it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
 def unclaimed(path: Path, since: float) -> Path:
     """Finds a path whose file no other process has written since a moment.
 

@@ -9,10 +9,12 @@ import numpy as np
 from gia_jax.modalities.base import Shown
 from gia_jax.report.plots import png
 from gia_jax.report.rows import Curve, Picture, Row, Score, score
-from gia_jax.sweep.results import SCORES, open_sweep, packages
+from gia_jax.sweep.results import open_sweep
 from gia_jax.sweep.scores import best_restart
+from gia_jax.sweep.shards import SCORES, inside, open_group, whole
 
 MAX_POINTS = 256  # largest number of points of a curve
+MAX_NUMBERS = 8  # largest number of numbers of one setting that are written out
 OWN = ("title", "threat_model", "versions", "hardware", "command", "fingerprint", "compile_seconds", "run_seconds")
 COST = {"compile_seconds": "compiling, s", "run_seconds": "running, s"}
 LOSS = Shown("loss", ".3g")
@@ -40,7 +42,7 @@ def rows_of(store: Path, source: str) -> list[Row]:
         ImportError: If the extra `sweep` is not installed.
     """
     found = open_sweep(store)
-    shown, pictures = _scored(store)
+    shown, pictures = _scored(store, found)
     best, attributes = best_restart(found), found.attrs
     counts = (best.is_finite & best.done).values
     rows = []
@@ -86,15 +88,17 @@ def rows_of(store: Path, source: str) -> list[Row]:
     return rows
 
 
-def _scored(store: Path) -> tuple[dict[str, Shown], dict[str, np.ndarray]]:
+def _scored(store: Path, found: Any) -> tuple[dict[str, Shown], dict[str, np.ndarray]]:
     """Returns how the scores in a store are written, and the pixels of its pictures."""
-    _, zarr, _ = packages()
-    if not (store / SCORES).exists():
+    if not (store / SCORES / "zarr.json").exists():
         return {}, {}
-    group = zarr.open_group(store / SCORES, mode="r")
-    shown = {name: Shown(**one) for name, one in group.attrs.get("shown", {}).items()}
-    pictures = group["pictures"].arrays() if "pictures" in group else ()
-    return shown, {name: np.asarray(array[:]) for name, array in pictures}
+    with whole(inside(str(store), SCORES)):
+        group = open_group(inside(str(store), SCORES), "r")
+        shown = {name: Shown(**one) for name, one in group.attrs.get("shown", {}).items()}
+        if not all(_name(found, name) in found for name in shown):  # they are of fewer lanes than have been run
+            return {}, {}
+        pictures = group["pictures"].arrays() if "pictures" in group else ()
+        return shown, {name: np.asarray(array[:]) for name, array in pictures}
 
 
 def _name(found: Any, name: str) -> str:
@@ -103,8 +107,10 @@ def _name(found: Any, name: str) -> str:
 
 
 def _number(value: Any) -> str:
-    """Formats a number of a setting, or several numbers."""
-    return ", ".join(f"{one:.4g}" for one in np.ravel(value))
+    """Writes a number of a setting, or several; of many only how they lie."""
+    if np.size(value) > MAX_NUMBERS:
+        return f"numbers of shape {np.shape(value)}"
+    return ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in np.ravel(value).tolist())
 
 
 def _curves(losses: np.ndarray) -> list[Curve]:

@@ -127,11 +127,11 @@ def lane_mesh(mesh: Mesh | None) -> Mesh | None:
         The mesh, or None for a single device, which needs none.
 
     Raises:
-        ValueError: If the mesh has no axis "lanes", or devices of another process.
+        ValueError: If the mesh has no axis "lanes", or devices of another process, or `jax.set_mesh` has set another.
     """
     if mesh is None:
         devices, chosen = jax.local_devices(), jax.config.values["jax_default_device"]
-        return None if len(devices) == 1 or chosen is not None else Mesh(np.asarray(devices), (AXIS,))
+        return None if len(devices) == 1 or chosen is not None else _automatic(np.asarray(devices), (AXIS,))
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     if AXIS not in mesh.shape:
@@ -139,4 +139,14 @@ def lane_mesh(mesh: Mesh | None) -> Mesh | None:
     strange = [device for device in mesh.devices.flat if device.process_index != jax.process_index()]
     if strange:
         raise ValueError(f"mesh must have devices of this process alone, got {strange[0]}")
-    return Mesh(mesh.devices, mesh.axis_names)  # its axes are automatic, so that arguments are placed on the way in
+    return _automatic(mesh.devices, mesh.axis_names)
+
+
+def _automatic(devices: np.ndarray, axes: tuple[str, ...]) -> Mesh:
+    """Makes a mesh of automatic axes, so that arguments are placed on the way in; refuses where another one is set."""
+    mesh, known = Mesh(devices, axes), jax.sharding.get_abstract_mesh()
+    if not known.empty and known != mesh.abstract_mesh:
+        raise ValueError(
+            f"mesh must be given as an argument, and not be set by jax.set_mesh, got {known.axis_names} set"
+        )
+    return mesh

@@ -1,6 +1,7 @@
 """The engine of every study: it compiles an attack, runs its lanes batch after batch, and can be interrupted."""
 
 import hashlib
+import re
 import time
 import warnings
 from pathlib import Path
@@ -17,6 +18,9 @@ from gia_jax.sweep.lanes import OF_LANE, Lanes
 from gia_jax.sweep.progress import Pace, ProgressFn
 from gia_jax.sweep.stages import Stage, compile_programs, fingerprint_of, programs_of, stages_of
 from gia_jax.sweep.store import Place, Progress, RunState
+
+# How programs for CPU and GPU, and those for TPU, call back. A function may be named so, and call nothing back.
+CALL_BACK = re.compile(r"custom_call @\w*callback|xla_host_transfer")
 
 
 class Finished(NamedTuple):
@@ -97,7 +101,7 @@ def run_lanes(
     programs, states, found = programs_of(stages, attack, lanes, mesh)
     like = Finished(found, jax.ShapeDtypeStruct((lanes.size, num_steps), found.loss.dtype))
     fingerprint = fingerprint_of(programs, lanes, (num_steps, lanes.size))
-    calls_back = any("callback" in program.as_text() for program in programs)
+    calls_back = any(CALL_BACK.search(program.as_text()) for program in programs)
     if calls_back and (keeper is not None or checkpoint is not None):
         what = "store must not be given for" if keeper is not None else "no state is kept of"
         message = f"{what} an attack that calls back to Python: its fingerprint does not cover the callback"

@@ -76,7 +76,10 @@ def grid(**values: Sequence[float]) -> dict[str, np.ndarray]:
     if not values:
         raise ValueError("values must have at least one name, got none")
     for name, numbers in values.items():
-        found = np.asarray(numbers)
+        try:
+            found = np.asarray(numbers)
+        except ValueError:  # of rows of unequal length
+            found = np.asarray(None)
         if found.ndim != 1 or not found.size or found.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be a sequence of at least one number, got {_check.brief(numbers)}")
     rows = list(itertools.product(*values.values()))
@@ -124,9 +127,10 @@ def sweep(
         The sweep.
 
     Raises:
-        ValueError: If the settings have no leaves, or leaves without a leading axis or with leading axes of unequal
-            length, `make_attack` refuses a setting, branches on its numbers or makes attacks with unequal numbers of
-            steps or warm-ups, the mesh has no axis "lanes", or in the cases in which `study` raises it.
+        ValueError: If the settings have no leaves, leaves without a leading axis, with leading axes of unequal length
+            or with numbers that JAX's types cannot hold, `make_attack` refuses a setting, branches on its numbers or
+            makes attacks with unequal numbers of steps or warm-ups, the mesh has no axis "lanes", or in the cases in
+            which `study` raises it.
 
     Examples:
         Two victims, whose updates are their inputs, are attacked at three learning rates:
@@ -190,22 +194,16 @@ def checked_settings(
     """
     _check.functions(make_attack=make_attack)
     _check.arrays("settings", settings)
-    if any(_check.is_key(leaf) for leaf in jax.tree.leaves(settings)):
+    _check.outside_of_jit("a sweep", settings)
+    if any(
+        _check.is_key(np.asarray(leaf) if isinstance(leaf, float | int) else leaf) for leaf in jax.tree.leaves(settings)
+    ):
         raise ValueError(
             "settings must be numbers, got random keys: pass a seed, and call jax.random.key in make_attack"
         )
-    settings = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), settings)
-    named = [("settings" + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(settings)]
-    first_name, first = named[0]
-    for name, leaf in named:
-        if not leaf.ndim or not len(leaf):
-            raise ValueError(f"{name} must have a first axis of settings, at least 1, got shape {leaf.shape}")
-        if len(leaf) != len(first):
-            raise ValueError(
-                f"settings must have leading axes of one length: {first_name} has {len(first)} and {name} has "
-                f"{len(leaf)}"
-            )
-    each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), settings) for i in range(len(first))]
+    settings = jax.tree_util.tree_map_with_path(_held, settings)
+    num_settings = num_settings_of(settings)
+    each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), settings) for i in range(num_settings)]
     made = [make_attack(setting) for setting in each]
     for i, attack in enumerate(made):
         if not isinstance(attack, Attack):
@@ -215,11 +213,38 @@ def checked_settings(
                 f"make_attack must make attacks of equal steps and warm-ups, got {_structure(attack)} steps for "
                 f"setting {i} and {_structure(made[0])} for setting 0"
             )
-    return (
-        settings,
-        len(first),
-        over_settings(_traceable(make_attack), each[0]),
-    )
+    return settings, num_settings, over_settings(_traceable(make_attack), each[0])
+
+
+def num_settings_of(settings: PyTree[Any]) -> int:
+    """Counts settings; raises ValueError where a leaf has no leading axis, or leading axes have different lengths."""
+    _check.arrays("settings", settings)
+    sizes = {}
+    for path, leaf in jax.tree.leaves_with_path(settings):
+        name, shape = "settings" + jax.tree_util.keystr(path), jnp.shape(leaf)
+        if not shape or not shape[0]:
+            raise ValueError(f"{name} must have a first axis of settings, at least 1, got shape {shape}")
+        sizes[name] = shape[0]
+    first_name, first = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if size != first:
+            raise ValueError(f"settings must be of one number: {first_name} has {first} and {name} has {size}")
+    return first
+
+
+def _held(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+    """Returns a leaf of the settings in the type that JAX gives it; raises ValueError where that loses a number."""
+    given = np.asarray(leaf)
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.asarray(jnp.asarray(leaf))
+    if given.dtype == held.dtype:
+        return held
+    inexact = jnp.issubdtype(held.dtype, jnp.inexact)
+    is_lost = (np.isfinite(given) & ~np.isfinite(held)) | ((given != 0) & (held == 0)) if inexact else given != held
+    if is_lost.any():
+        name = "settings" + jax.tree_util.keystr(path)
+        raise ValueError(f"{name} must be numbers that {held.dtype} can hold, got {given[is_lost].flat[0]}")
+    return held
 
 
 def _structure(attack: Attack) -> tuple[int | None, ...]:
@@ -234,7 +259,11 @@ def _traceable(make_attack: Callable[[Any], Attack]) -> Callable[[Any], Attack]:
     def make(setting: Any) -> Attack:
         try:
             return make_attack(setting)
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        except (
+            jax.errors.ConcretizationTypeError,
+            jax.errors.TracerArrayConversionError,
+            jax.errors.TracerIntegerConversionError,
+        ) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"make_attack must not branch on the numbers of a setting, which are traced, nor convert them: {reason}"

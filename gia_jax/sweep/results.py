@@ -5,7 +5,9 @@ A store is a folder, or any address that fsspec knows. Every process writes one 
 """
 
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,13 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax._environment import hardware, versions
+from gia_jax._files import claimed
 from gia_jax.base import Attack, Observation
 from gia_jax.matching.run import planned_steps
 from gia_jax.sweep.engine import Finished, Ran, run_lanes
 from gia_jax.sweep.grid import checked_settings
 from gia_jax.sweep.progress import ProgressFn
+from gia_jax.sweep.shards import SCORES, inside, open_group, packages, place, shards_of, whole
 from gia_jax.sweep.store import forget
 from gia_jax.sweep.study import Plan, plan
 
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     import xarray
 
 LANE = ("setting", "victim", "restart")
-SCORES = "scores"  # name of the group of scores in a store
+# What a shard says of itself.
+OWN_ATTRIBUTES = ("layout", "fingerprint", "versions", "hardware", "compile_seconds", "run_seconds")
 
 
 def stored_sweep(
@@ -93,9 +98,10 @@ def stored_sweep(
         False.
 
     Raises:
-        ValueError: If the store holds another sweep, `process` is no pair of an index and a larger number, the
-            attributes have values that JSON cannot hold, the attack calls back to Python, or in the cases in which
-            `sweep` raises it.
+        ValueError: If the store holds another sweep or is broken, `process` is no pair of an index and a larger number,
+            another process of that index is running, the attributes have values that JSON cannot hold, two settings
+            have one name in the store or a name that it cannot hold, the attack calls back to Python, or in the cases
+            in which `sweep` raises it.
         ImportError: If the extra `sweep` is not installed.
 
     Examples:
@@ -116,6 +122,7 @@ def stored_sweep(
         ({'setting': 2, 'victim': 2, 'restart': 1, 'step': 9}, [0.10000000149011612, 0.30000001192092896])
     """
     packages()
+    store = place(store)
     settings, num_settings, attack = checked_settings(make_attack, settings)
     num_steps = planned_steps(attack, num_steps)
     process = (jax.process_index(), jax.process_count()) if process is None else _checked(process)
@@ -131,19 +138,20 @@ def stored_sweep(
         settings=settings,
         process=process,
     )
-    shard = _Shard(str(store), process[0], planned, _as_json(attributes))
-    states = None if "://" in str(store) else Path(store) / "states"
-    ran = run_lanes(
-        attack,
-        planned.lanes,
-        num_steps=num_steps,
-        mesh=planned.mesh,
-        progress_fn=progress_fn,
-        checkpoint=states,
-        checkpoint_seconds=checkpoint_seconds,
-        keeper=shard,
-    )
-    shard.note(ran)
+    shard = _Shard(store, process[0], planned, _as_json(attributes))
+    states = None if "://" in store else Path(store) / "states"
+    with shard:
+        ran = run_lanes(
+            attack,
+            planned.lanes,
+            num_steps=num_steps,
+            mesh=planned.mesh,
+            progress_fn=progress_fn,
+            checkpoint=states,
+            checkpoint_seconds=checkpoint_seconds,
+            keeper=shard,
+        )
+        shard.note(ran)
     if ran.checkpoint is not None:
         forget(ran.checkpoint)
     found = open_sweep(store)
@@ -170,11 +178,13 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
         * every score that `score_sweep` wrote (setting, victim, example), such as "psnr";
         * every array of the settings, as a coordinate of the dimension setting.
 
-        Its attributes are those given to `stored_sweep`, "fingerprint", "versions", "hardware", and the sums over all
-        processes of "compile_seconds" and "run_seconds". Its methods `to_netcdf` and `to_zarr` write it as a whole.
+        Its attributes are those that were given, "fingerprint", "versions", "hardware", and the seconds of all
+        processes together, "compile_seconds" and "run_seconds". It is an `xarray.Dataset`, so that `to_zarr` writes it
+        as a single group, and `to_netcdf` as a single file once attributes that are dicts, such as "versions", are
+        dropped.
 
     Raises:
-        ValueError: If there is no such store, or its shards belong to different sweeps.
+        ValueError: If there is no such store, its shards are of different sweeps, or one of its files is broken.
         ImportError: If the extra `sweep` is not installed.
 
     Examples:
@@ -193,30 +203,41 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
         >>> bool(found.done.all()), found.inputs.shape, found.sel(setting=1).losses.dims
         (True, (2, 1, 1, 1, 2), ('victim', 'restart', 'step'))
     """
-    xarray, zarr, fsspec = packages()
-    shards = [zarr.open_group(path, mode="r") for path in _shards(fsspec, str(store))]
-    shards = [shard for shard in shards if "fingerprint" in shard.attrs]
+    found = lanes_of(store)
+    scores = _scores(place(store), int(found.done.sum()))
+    taken = {*found.variables, *found.dims}
+    return found.assign({f"{SCORES}.{name}" if name in taken else name: own for name, own in scores.items()})
+
+
+def lanes_of(store: str | Path) -> "xarray.Dataset":
+    """Reads what a store holds as `open_sweep` does, but for the scores."""
+    xarray = packages()[0]
+    store, found, shape, settings = place(store), {}, (), {}
+    shards = shards_of(store)
     if not shards:
-        raise ValueError(f"store must be one that a sweep has written to, got {str(store)!r}")
-    attributes = [dict(shard.attrs) for shard in shards]
+        raise ValueError(f"store must be one that a sweep has written to, got {store!r}")
+    attributes = [dict(group.attrs) for group in shards.values()]
     for other in attributes[1:]:
         if other["fingerprint"] != attributes[0]["fingerprint"]:
-            raise ValueError(f"store must hold a single sweep, got {str(store)!r} with shards of different sweeps")
-    shape, found = tuple(attributes[0].pop("shape")), {}
-    done = [np.asarray(shard["done"][:]) for shard in shards]
-    for name, first in shards[0].arrays():
-        joined = np.full(first.shape, first.fill_value, first.dtype)
-        for shard, mine in zip(shards, done, strict=True):
-            joined[mine] = np.asarray(shard[name][:])[mine]
-        found[name] = ((*LANE, *first.metadata.dimension_names[1:]), joined.reshape(*shape, *first.shape[1:]))
-    settings = {}
-    for name, array in shards[0]["settings"].arrays():
-        name = f"settings.{name}" if name in found else name
-        settings[name] = (("setting", *(f"{name}_{axis}" for axis in range(1, array.ndim))), np.asarray(array[:]))
-    for name, array in _scores(zarr, fsspec, str(store)).items():
-        name = f"{SCORES}.{name}" if name in found else name
-        found[name] = (array.metadata.dimension_names, np.asarray(array[:]))
-    return xarray.Dataset(found, coords=settings, attrs=_joined(attributes))
+            raise ValueError(f"store must be of one sweep, got {store!r} with shards of different ones")
+    for path, group in shards.items():
+        with whole(path):
+            layout, mine = group.attrs["layout"], np.asarray(group["done"][:])
+            for name in layout["arrays"]:
+                array = group[name]
+                if name not in found:
+                    empty = np.full(array.shape, array.fill_value, array.dtype)
+                    found[name] = ((*LANE, *array.metadata.dimension_names[1:]), empty)
+                found[name][1][mine] = np.asarray(array[:])[mine]
+            settings = {name: np.asarray(group["settings"][name][:]) for name in layout["settings"]}
+            shape = layout["shape"]
+    found = {name: (axes, joined.reshape(*shape, *joined.shape[1:])) for name, (axes, joined) in found.items()}
+    taken, coords = {*found, *(axis for axes, _ in found.values() for axis in axes)}, {}
+    for name, leaf in settings.items():
+        while name in taken or name in coords:
+            name = f"settings.{name}"
+        coords[name] = (("setting", *(f"{name}_{axis}" for axis in range(1, leaf.ndim))), leaf)
+    return xarray.Dataset(found, coords=coords, attrs=_joined(attributes))
 
 
 class _Shard:
@@ -226,53 +247,71 @@ class _Shard:
     """
 
     def __init__(self, store: str, index: int, planned: Plan, attributes: dict[str, Any]) -> None:
-        self._store, self._path, self._planned = store, f"{store.rstrip('/')}/shard-{index}", planned
+        self._store, self._path, self._index, self._planned = store, inside(store, f"shard-{index}"), index, planned
         self._attributes, self._group = attributes, None
+        self._claim: int | None = None
+        self._settings = _by_name("settings", planned.lanes.settings)
+
+    def __enter__(self) -> "_Shard":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
 
     def open(self, fingerprint: str, found: Finished) -> None:
-        """Opens the group, and creates it if it is new."""
-        _, zarr, fsspec = packages()
+        """Opens the group, or makes it."""
+        named = _named(found)
+        self._see(fingerprint)
         if "://" not in self._path:
+            Path(self._path).mkdir(parents=True, exist_ok=True)
+            try:
+                self._claim = claimed(Path(self._path))
+            except BlockingIOError:
+                message = "process must be of another index than those that are running, and another one is running"
+                raise ValueError(f"{message} with index {self._index} on {self._store!r}") from None
             for part in Path(self._path).rglob("*.partial"):
-                part.unlink(missing_ok=True)  # left by a process that was killed while it wrote
-        self._done = np.zeros(int(np.prod(self._planned.shape)), bool)
-        for path in _shards(fsspec, self._store):
-            group = zarr.open_group(path, mode="r")
-            written = group.attrs.get("fingerprint")
-            if written is None:
-                continue  # a process was killed, or is busy, before it had made the arrays
-            if written != fingerprint:
-                raise ValueError(
-                    f"store must be new or hold the same sweep, got {self._store!r}, which was written with other "
-                    "settings, data, devices or versions"
-                )
-            self._done |= np.asarray(group["done"][:])
-        group = zarr.open_group(self._path, mode="a")
-        if "fingerprint" not in group.attrs:
-            self._make(group, found)
-            # The attributes are written last: a group without a fingerprint is created anew.
-            own = {"shape": list(self._planned.shape), "fingerprint": fingerprint}
-            group.attrs.update({"versions": versions(), "hardware": hardware(), **self._attributes, **own})
+                part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        self._see(fingerprint)  # another process may have written until this one had the shard for itself
+        with whole(self._path):
+            group = open_group(self._path, "a")
+            if "fingerprint" not in group.attrs:
+                self._make(group, named)
+                layout = {"shape": self._planned.shape, "arrays": list(named), "settings": list(self._settings)}
+                own = {"versions": versions(), "hardware": hardware(), "layout": layout, "fingerprint": fingerprint}
+                group.attrs.update({**self._attributes, **own})  # last: a group without a fingerprint is made anew
         self._group = group
 
-    def _make(self, group: Any, found: Finished) -> None:
+    def _see(self, fingerprint: str) -> None:
+        """Notes what is done in all shards; raises ValueError where one is of another sweep."""
+        self._done = np.zeros(int(np.prod(self._planned.shape)), bool)
+        for path, group in shards_of(self._store).items():
+            if group.attrs["fingerprint"] != fingerprint:
+                raise ValueError(
+                    f"store must be new or hold the same sweep, got {self._store!r}, which was written with other "
+                    "settings, data, devices or versions, or another number of lanes side by side"
+                )
+            with whole(path):
+                self._done |= np.asarray(group["done"][:])
+
+    def _make(self, group: Any, named: dict[str, tuple[tuple[str, ...], Any]]) -> None:
         """Makes the arrays of all lanes, and those of the settings."""
-        lanes, total = self._planned.lanes, int(np.prod(self._planned.shape))
-        done = jax.ShapeDtypeStruct((lanes.size,), bool)
-        for name, (dimensions, leaf) in {**_named(found), "done": (("lane",), done)}.items():
+        total = int(np.prod(self._planned.shape))
+        _, zarr, _ = packages()
+        for name, (dimensions, leaf) in named.items():
             group.create_array(
                 name,
                 shape=(total, *leaf.shape[1:]),
                 chunks=leaf.shape,
                 dtype=leaf.dtype,
                 fill_value=np.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros((), leaf.dtype).item(),
+                compressors=zarr.codecs.ZstdCodec(checksum=True),
                 dimension_names=dimensions,
                 overwrite=True,
             )
         settings = group.require_group("settings")
-        for path, leaf in jax.tree.leaves_with_path(lanes.settings):
-            name = jax.tree_util.keystr(path, simple=True, separator=".") or "setting_value"
-            settings.create_array(name, data=leaf, overwrite=True)
+        for name, leaf in self._settings.items():
+            settings.create_array(name, data=_storable(leaf), overwrite=True)
 
     def note(self, ran: Ran) -> None:
         """Adds the time of a run to that of the runs before it."""
@@ -287,23 +326,41 @@ class _Shard:
     def keep(self, first: int, found: Finished) -> None:
         """Writes the results of lanes. The lanes count as done when all their results are written."""
         assert self._group is not None
-        for name, (_, leaf) in _named(found).items():
+        _, victims, restarts = self._planned.shape
+        of_lanes = self._planned.finite[np.arange(first, first + len(found.losses)) // restarts % victims]
+        kept = found.reconstruction._replace(is_finite=found.reconstruction.is_finite & of_lanes)
+        for name, (_, leaf) in _named(found._replace(reconstruction=kept)).items():
             self._group[name][first : first + len(leaf)] = leaf
-        self._group["done"][first : first + len(found.losses)] = True
 
 
 def _named(found: Finished) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Returns the arrays of results by name, each with the names of its dimensions."""
+    """Returns the arrays of what was found by their names, each with the names of its dimensions, "done" last."""
     reconstruction, losses = found
+    done: Any = jax.ShapeDtypeStruct(losses.shape[:1], bool)
+    if isinstance(losses, np.ndarray):
+        done = np.ones(done.shape, bool)
     named: dict[str, tuple[tuple[str, ...], Any]] = {
         "loss": (("lane",), reconstruction.loss),
         "is_finite": (("lane",), reconstruction.is_finite),
         "losses": (("lane", "step"), losses),
     }
-    for path, leaf in jax.tree.leaves_with_path(reconstruction.batch._asdict()):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, leaf in _by_name("observations.extra['inputs_like']", reconstruction.batch._asdict()).items():
         named[name] = (("lane", "example", *(f"{name}_{axis}" for axis in range(2, len(leaf.shape)))), leaf)
+    named["done"] = (("lane",), done)
     return {name: (dimensions, _storable(leaf)) for name, (dimensions, leaf) in named.items()}
+
+
+def _by_name(what: str, tree: PyTree[Any]) -> dict[str, Any]:
+    """Returns the leaves of a tree by their names in a store; raises ValueError for names that it cannot hold."""
+    named = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "setting_value"
+        if name in named:
+            raise ValueError(f"{what} must have names that differ in a store, got {name!r} twice")
+        if "/" in name or "\\" in name or name.startswith("__") or name.strip(".") == "" or name == "zarr.json":
+            raise ValueError(f"{what} must have names that a store can hold, without a slash, got {name!r}")
+        named[name] = leaf
+    return named
 
 
 def _storable(leaf: Any) -> Any:
@@ -316,27 +373,23 @@ def _storable(leaf: Any) -> Any:
 def _joined(attributes: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins the attributes of all shards, with the sums of their seconds."""
     seconds = {name: sum(one.get(name, 0.0) for one in attributes) for name in ("compile_seconds", "run_seconds")}
-    return {**attributes[0], **seconds}
+    return {**{name: value for name, value in attributes[0].items() if name != "layout"}, **seconds}
 
 
-def _scores(zarr: Any, fsspec: Any, store: str) -> dict[str, Any]:
-    """Returns the arrays of scores in a store by their names, none where it has no scores."""
-    path = f"{store.rstrip('/')}/{SCORES}"
-    system, root = fsspec.core.url_to_fs(path)
-    if not system.exists(root):
-        return {}
-    group = zarr.open_group(path, mode="r")
-    return dict(group.arrays()) if "shown" in group.attrs else {}
-
-
-def _shards(fsspec: Any, store: str) -> list[str]:
-    """Returns the paths or addresses of the shards of a store, in their order."""
-    system, root = fsspec.core.url_to_fs(store)
-    if not system.exists(root):
-        return []
-    names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(root, detail=False)]
-    names = [name for name in names if name.startswith("shard-") and name[len("shard-") :].isdigit()]
-    return [f"{store.rstrip('/')}/{name}" for name in sorted(names, key=lambda name: int(name[len("shard-") :]))]
+def _scores(store: str, num_done: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Returns the scores in a store by their names, with their dimensions; none where it has none of what is done."""
+    with whole(inside(store, SCORES)):
+        try:
+            group = open_group(inside(store, SCORES), "r")
+        except FileNotFoundError:
+            return {}
+        if "shown" not in group.attrs:
+            return {}
+        if group.attrs["num_done"] != num_done:
+            of_lanes = f"they are of {group.attrs['num_done']} lanes, and {num_done} have been run"
+            warnings.warn(f"the scores in {store!r} are left out, for {of_lanes}: score it again", stacklevel=3)
+            return {}
+        return {name: (array.metadata.dimension_names, np.asarray(array[:])) for name, array in group.arrays()}
 
 
 def _checked(process: Any) -> tuple[int, int]:
@@ -349,11 +402,14 @@ def _checked(process: Any) -> tuple[int, int]:
 
 
 def _as_json(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns attributes. Raises ValueError for values that JSON cannot hold, and for names that the store uses."""
+    """Returns attributes; raises ValueError where a file of JSON cannot hold them, or they have a name of the store."""
+    if not isinstance(attributes, Mapping | None):
+        raise ValueError(f"attributes must be a mapping, got {_check.brief(attributes)}")
     given = dict(attributes or {})
-    for name in ("shape", "fingerprint"):
-        if name in given:
-            raise ValueError(f"attributes must not have the name {name!r}, which the store itself uses")
+    for name in given:
+        if not isinstance(name, str) or name in OWN_ATTRIBUTES:
+            why = "which the store uses itself" if isinstance(name, str) else "which is no string"
+            raise ValueError(f"attributes must not have the name {name!r}, {why}")
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -361,14 +417,3 @@ def _as_json(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
             f"attributes must have values that JSON can hold, got {_check.brief(given)}: {error}"
         ) from None
     return given
-
-
-def packages() -> tuple[Any, Any, Any]:
-    """Imports xarray, zarr and fsspec, or raises ImportError that names the extra to install."""
-    try:
-        import fsspec
-        import xarray
-        import zarr
-    except ImportError as error:
-        raise ImportError("a store needs the extra 'sweep': pip install 'gia-jax[sweep]'") from error
-    return xarray, zarr, fsspec

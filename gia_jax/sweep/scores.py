@@ -8,7 +8,8 @@ import numpy as np
 
 from gia_jax.base import Batch
 from gia_jax.modalities import Modality
-from gia_jax.sweep.results import SCORES, open_sweep, packages
+from gia_jax.sweep.results import lanes_of, open_sweep
+from gia_jax.sweep.shards import SCORES, inside, open_group, place
 
 if TYPE_CHECKING:
     import xarray
@@ -80,8 +81,7 @@ def score_sweep(store: str | Path, truth: Batch, modality: Modality) -> "xarray.
         >>> found.psnr.dims, (found.psnr > 60).values.ravel().tolist()
         (('setting', 'victim', 'example'), [True, False])
     """
-    _, zarr, _ = packages()
-    found = open_sweep(store)
+    found = lanes_of(store)
     best = best_restart(found)
     names = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
@@ -104,7 +104,7 @@ def score_sweep(store: str | Path, truth: Batch, modality: Modality) -> "xarray.
             of_found = np.where(is_finite[i].reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
             columns.setdefault(name, []).append(of_found)
         reconstructions.append(scored.batch)
-    group = zarr.open_group(f"{str(store).rstrip('/')}/{SCORES}", mode="w")
+    group = open_group(inside(place(store), SCORES), "w")
     for name, values in columns.items():
         group.create_array(name, data=np.stack(values), dimension_names=("setting", "victim", "example"))
     if modality.pixels_fn is not None:
@@ -112,5 +112,6 @@ def score_sweep(store: str | Path, truth: Batch, modality: Modality) -> "xarray.
         pictures = group.require_group("pictures")
         pictures.create_array("original", data=pixels[0].astype(np.float32))
         pictures.create_array("reconstruction", data=np.stack(pixels[1:]).astype(np.float32))
-    group.attrs["shown"] = {name: shown._asdict() for name, shown in modality.shown.items()}
+    shown = {name: one._asdict() for name, one in modality.shown.items()}
+    group.attrs.update({"shown": shown, "num_done": int(found.done.sum())})
     return open_sweep(store)

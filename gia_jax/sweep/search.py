@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from gia_jax import _check
-from gia_jax.sweep.grid import Sweep
+from gia_jax.sweep.grid import Sweep, num_settings_of
 
 
 class Halving(NamedTuple):
@@ -74,7 +74,8 @@ def log_uniform(key: PRNGKeyArray, num_settings: int, **ranges: tuple[float, flo
     if not ranges:
         raise ValueError("ranges must have at least one name, got none")
     for name, pair in ranges.items():
-        if len(pair) != 2 or not 0 < pair[0] < pair[1] < math.inf:
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | float) for n in pair)
+        if not is_pair or not 0 < pair[0] < pair[1] < math.inf:
             raise ValueError(f"{name} must be a pair of a positive number and a larger one, got {_check.brief(pair)}")
     shares = np.asarray(jax.random.uniform(key, (len(ranges), num_settings)), float)
     return {
@@ -131,7 +132,8 @@ def successive_halving(
 
     Raises:
         ValueError: If `num_steps` is no growing sequence of positive integers, `factor` is no integer of at least 2,
-            `score_fn` returns scores of another shape, or no score of a round is finite.
+            the settings have no leading axes of one length, `score_fn` returns scores of another shape, or no score of
+            a round is finite.
 
     Examples:
         The rate of gradient descent at which an attack on two victims ends with the lowest loss:
@@ -153,15 +155,15 @@ def successive_halving(
         ([9, 3, 1], True)
     """
     _check.functions(sweep_fn=sweep_fn, score_fn=score_fn)
+    if not isinstance(num_steps, Sequence) or isinstance(num_steps, str):
+        raise ValueError(f"num_steps must be a sequence of integers, got {_check.brief(num_steps)}")
     steps = list(num_steps)
     for count in steps:
         _check.integer(num_steps=count)
     if not steps or any(after <= before for before, after in itertools.pairwise(steps)):
         raise ValueError(f"num_steps must grow from round to round, got {steps}")
     _check.integer(2, factor=factor)
-    _check.arrays("settings", settings)
-    leaves = jax.tree.leaves(settings)
-    kept, scores, last, index = [], [], None, np.arange(len(np.atleast_1d(leaves[0])))
+    kept, scores, last, index = [], [], None, np.arange(num_settings_of(settings))
     for count in steps:
         chosen = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], settings)
         last = sweep_fn(chosen, count)

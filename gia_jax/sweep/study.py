@@ -131,6 +131,7 @@ def plan(
             observation.
     """
     _check.integer(num_restarts=num_restarts, lanes=lanes)
+    _check.outside_of_jit("a study", (key, observations))
     key, mesh = _typed(key), lane_mesh(mesh)
     victims, finite = finite_victims(observations)
     _check.fits(num_settings * victims * num_restarts, num_restarts=num_restarts)

@@ -47,3 +47,9 @@ def test_a_terminal_has_one_line_with_a_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"\rdlg:  75 % \|\S+ *\|, 50 s, 3 steps/s, about 50 s left", shown)
     progress_fn(SIGNS[-1])
     assert terminal.getvalue().endswith("\n")
+    progress_fn(SIGNS[-1])
+    assert terminal.getvalue().count("\n") == 1
+    for sign in SIGNS:  # of another run
+        progress_fn(sign)
+    assert terminal.getvalue().count("100 % |") == 4
+    assert terminal.getvalue().count("\n") == 2

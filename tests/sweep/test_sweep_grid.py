@@ -161,6 +161,7 @@ def test_what_may_be_traced_is_traced(name: str) -> None:
         ({"rate": np.ones(2), "weight": np.array([0.1, -1.0])}, "weight must not be negative, got -1.0"),
         ({"rate": ["a"]}, r"settings\['rate'\]\[0\] must be an array of numbers"),
         (jax.random.split(jax.random.key(0)), "settings must be numbers, got random keys"),
+        ({"rate": [0.1, 0.2]}, r"settings\['rate'\]\[0\] must have a first axis of settings"),
     ],
 )
 def test_settings_that_are_none_are_named(settings: Any, message: str) -> None:
@@ -180,6 +181,10 @@ def _of_other_steps(setting: Any) -> Attack:
     ("make_attack", "message"),
     [
         (_branching, "make_attack must not branch on the numbers of a setting"),
+        (
+            lambda setting: (2 * [_attack({"rate": 0.1, "weight": 0.0})])[setting["rate"].astype(int) - 2],
+            "must not branch",
+        ),
         (_of_other_steps, r"make_attack must make attacks of equal steps and warm-ups, got \(3,\) steps for setting 1"),
         (lambda setting: "none", "make_attack must return an Attack, got 'none' for setting 0"),
     ],
@@ -205,3 +210,20 @@ def test_a_mesh_without_lanes_is_named() -> None:
 def test_values_that_make_no_grid_are_named(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grid(**values)
+
+
+def test_another_mesh_that_is_set_is_named() -> None:
+    explicit = jax.make_mesh((1,), ("lanes",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="mesh must be given as an argument, and not be set"):
+        sweep(_attack, SETTINGS, jax.random.key(3), _observations(), num_steps=2, mesh=explicit)
+
+
+def test_a_sweep_in_a_trace_is_refused() -> None:
+    with pytest.raises(ValueError, match="a sweep must be called outside of"):
+        jax.jit(lambda rate: sweep(_attack, {"rate": rate, "weight": rate}, jax.random.key(3), _observations()))(
+            jnp.ones(2)
+        )
+    with pytest.raises(ValueError, match="a study must be called outside of"):
+        jax.jit(lambda key: study(_attack({"rate": 0.1, "weight": 0.0}), key, _observations(), num_steps=2).losses)(
+            jax.random.key(3)
+        )

@@ -121,8 +121,9 @@ def test_a_shard_that_was_killed_in_the_making_is_made_anew(tmp_path: Path, whol
 
 def test_half_precision_is_kept_as_float32(tmp_path: Path) -> None:
     seen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, OBSERVATIONS)
-    found = stored_sweep(tmp_path, _attack, SETTINGS, KEY, seen, **OPTIONS)
-    assert found.inputs.dtype == np.float32
+    rates = {"rate": jnp.array([0.1, 0.3, 0.2], jnp.bfloat16)}
+    found = stored_sweep(tmp_path, _attack, rates, KEY, seen, **OPTIONS)
+    assert found.inputs.dtype == found.rate.dtype == np.float32
     assert found.is_finite.all()
 
 
@@ -157,11 +158,14 @@ def test_what_another_sweep_wrote_is_left_alone(tmp_path: Path, whole: Sweep) ->
     ("options", "message"),
     [
         ({"process": (2, 2)}, "index_of_process must be .*, got 2"),
-        ({"attributes": {"shape": 1}}, "attributes must not have the name 'shape'"),
+        ({"attributes": {"versions": 1}}, "attributes must not have the name 'versions'"),
         ({"attributes": {"rate": float("nan")}}, "attributes must have values that JSON can hold"),
+        ({"attributes": [1]}, r"attributes must be a mapping, got \[1\]"),
+        ({"attributes": {1: 2}}, "attributes must not have the name 1, which is no string"),
         ({"checkpoint_seconds": -1.0}, "checkpoint_seconds must not be negative, got -1.0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_that_fit_no_store_are_named(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _stored(tmp_path, **options)
@@ -172,3 +176,113 @@ def test_a_store_that_is_not_there_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match="store must be one that a sweep has written to, got"):
             open_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("file", "store must be a folder, got the file '.*file'"),
+        ("", "store must be the path of a folder or an address"),
+    ],
+)
+def test_a_place_for_no_store_is_named(tmp_path: Path, kind: str, message: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    store = tmp_path / kind / "below" if kind else kind
+    for call in (_stored, open_sweep):
+        with pytest.raises(ValueError, match=message):
+            call(store)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_store_may_have_any_name(tmp_path: Path, whole: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    _assert_same(_stored(tmp_path / "store"), whole)
+    for name, store in {"a b#c": "a b#c", "d::e": "d::e", "home": "~/home", "url": f"file://{tmp_path}/url/"}.items():
+        (tmp_path / "store").rename(name)
+        signs = []
+        _assert_same(_stored(store, progress_fn=signs.append), whole)
+        assert signs[1].done == 16  # it found what is there
+        _assert_same(open_sweep(store), whole)
+        (tmp_path / name).rename("store")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"a/b": np.ones(2)}, {"a.b": np.ones(2), "a": {"b": np.ones(2)}}, {"..": np.ones(2)}]
+)
+def test_settings_that_a_store_cannot_name_are_named(tmp_path: Path, settings: Any) -> None:
+    with pytest.raises(ValueError, match="settings must have names that"):
+        stored_sweep(tmp_path, lambda _: _attack({"rate": 0.1}), settings, KEY, OBSERVATIONS, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_may_have_the_names_of_results(tmp_path: Path) -> None:
+    settings = {name: np.full(2, i) for i, name in enumerate(("loss", "settings.loss", "step", "psnr"))}
+    found = stored_sweep(tmp_path, lambda _: _attack({"rate": 0.1}), settings, KEY, OBSERVATIONS, num_steps=2)
+    kept = {name: int(array[0]) for name, array in found.coords.items()}
+    assert kept == {"settings.loss": 0, "settings.settings.loss": 1, "settings.step": 2, "psnr": 3}
+
+
+def test_what_is_broken_in_a_store_is_named(tmp_path: Path, whole: Sweep) -> None:
+    _stored(tmp_path)
+    shard = tmp_path / "shard-0"
+    chunk = next(path for path in (shard / "losses" / "c").rglob("*") if path.is_file())
+    for path, content in {
+        chunk: bytes([*chunk.read_bytes()[:-5], *(255 - byte for byte in chunk.read_bytes()[-5:])]),
+        shard / "loss" / "zarr.json": b"",
+        shard / "zarr.json": b"{",
+    }.items():
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"store must be whole, got '.*/shard-0', which is broken"):
+            open_sweep(tmp_path)
+        path.write_bytes(before)
+    shutil.rmtree(shard / "settings")
+    with pytest.raises(ValueError, match=r"store must be whole, got '.*/shard-0', which is broken"):
+        _stored(tmp_path)
+    shutil.rmtree(shard)
+    (tmp_path / "shard-1").mkdir()  # another process is just beginning
+    _assert_same(_stored(tmp_path), whole)
+
+
+def test_no_two_processes_write_one_shard(tmp_path: Path, whole: Sweep) -> None:
+    def again(sign: Any) -> None:
+        with pytest.raises(ValueError, match=r"process must be of another index .* is running with index 0 on"):
+            _stored(tmp_path)
+
+    claims = []
+    _stored(tmp_path, progress_fn=lambda sign: again(sign) if claims else claims.append(sign))
+    _assert_same(_stored(tmp_path), whole)
+
+
+def test_victims_that_are_not_finite_are_marked(tmp_path: Path) -> None:
+    extra = {**OBSERVATIONS.extra, "of no use": jnp.array([1.0, jnp.nan])}
+    with pytest.warns(UserWarning, match="victims 1 are not finite"):
+        found = stored_sweep(tmp_path, _attack, SETTINGS, KEY, OBSERVATIONS._replace(extra=extra), **OPTIONS)
+    assert np.array_equal(found.is_finite.all(("setting", "restart")), [True, False])
+    assert np.isfinite(found.loss).all()
+
+
+def test_a_function_may_be_named_a_callback(tmp_path: Path) -> None:
+    @jax.jit
+    def callback(inputs: Any) -> Any:
+        return inputs.mean(0)
+
+    def make_attack(setting: Any) -> Attack:
+        return gradient_matching(lambda _, batch: {"kernel": callback(batch.inputs)}, optimizer=optax.sgd(setting))
+
+    assert stored_sweep(tmp_path, make_attack, np.ones(1), KEY, OBSERVATIONS, num_steps=1).done.all()
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (np.array([0.1, 1e300]), r"settings\['rate'\] must be numbers that float32 can hold, got 1e\+300"),
+        (np.array([1e-60, 0.1]), r"settings\['rate'\] must be numbers that float32 can hold, got 1e-60"),
+        (np.array([1, 2**40]), r"settings\['rate'\] must be numbers that int32 can hold, got 1099511627776"),
+    ],
+)
+def test_numbers_that_would_be_lost_are_named(rate: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(_attack, {"rate": rate}, KEY, OBSERVATIONS, **OPTIONS)

@@ -104,3 +104,31 @@ def test_a_truth_of_other_victims_is_named(tmp_path: Path) -> None:
     ):
         score_sweep(tmp_path, Batch({"a": TRUTH.inputs}, TRUTH.labels), MODALITY)
     assert "psnr" not in open_sweep(tmp_path)
+
+
+def test_scores_of_fewer_lanes_than_have_been_run_are_left_out(tmp_path: Path) -> None:
+    _stored(tmp_path, process=(0, 2))
+    assert "psnr" in score_sweep(tmp_path, TRUTH, MODALITY)
+    with pytest.warns(UserWarning, match="the scores in '.*' are left out, for they are of 4 lanes, and 12 have been"):
+        assert "psnr" not in _stored(tmp_path)
+    with pytest.warns(UserWarning, match="are left out"):
+        rows = read(tmp_path)
+    assert [list(row.scores) for row in rows] == [["loss"], ["loss"]]
+    assert (score_sweep(tmp_path, TRUTH, MODALITY).psnr.values[:1, :2] > 60).all()
+
+
+def test_a_score_may_have_the_name_of_a_setting(tmp_path: Path) -> None:
+    seen = Observation(
+        jnp.zeros((4, 4, 1)), jnp.asarray(TRUTH.inputs[:, 0]), {"inputs_like": TRUTH.inputs, "labels": TRUTH.labels}
+    )
+    settings = {"psnr": np.array([123456, 123457]), "many": np.ones((2, 3, 3))}
+    stored_sweep(tmp_path, lambda _: gradient_matching(_client), settings, jax.random.key(1), seen, num_steps=1)
+    found = score_sweep(tmp_path, TRUTH, MODALITY)
+    assert found["scores.psnr"].shape == (2, 3, 1)
+    rows = read(tmp_path)
+    assert [row.settings["psnr"] for row in rows] == ["123456", "123457"]
+    assert rows[0].settings["many"] == "numbers of shape (3, 3)"
+    np.testing.assert_array_equal(rows[1].scores["psnr"].values, found["scores.psnr"].values[1, :, 0])
+    (tmp_path / "scores" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"store must be whole, got '.*/scores', which is broken"):
+        read(tmp_path)

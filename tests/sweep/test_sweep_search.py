@@ -50,16 +50,25 @@ def test_what_is_not_finite_is_worst_and_no_round_may_have_nothing_else() -> Non
     ("options", "message"),
     [
         ({"num_steps": [3, 3]}, r"num_steps must grow from round to round, got \[3, 3\]"),
+        ({"num_steps": 3}, "num_steps must be a sequence of integers, got 3"),
         ({"num_steps": []}, r"num_steps must grow from round to round, got \[\]"),
         ({"num_steps": [0, 3]}, "num_steps must be .*, got 0"),
         ({"factor": 1}, "factor must be .*, got 1"),
         ({"score_fn": lambda found: np.zeros(3)}, r"score_fn must return one score for each of 2 settings, got \(3,\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_searches_that_are_none_are_named(options: Any, message: str) -> None:
     options = {"num_steps": [1]} | options
     with pytest.raises(ValueError, match=message):
         successive_halving(lambda settings, _: _sweep(settings, settings), np.ones(2), **options)
+
+
+def test_a_search_leaves_out_no_setting_by_their_lengths() -> None:
+    for first, second in ((2, 3), (3, 2)):
+        settings = {"a": np.ones(first), "b": np.ones(second)}
+        with pytest.raises(ValueError, match=r"settings must be of one number: settings\['a'\] has"):
+            successive_halving(lambda settings, _: _sweep(settings, settings), settings, num_steps=[1])
 
 
 def test_numbers_are_uniform_in_their_logarithms() -> None:
@@ -76,9 +85,12 @@ def test_numbers_are_uniform_in_their_logarithms() -> None:
         ((1, {}), "ranges must have at least one name"),
         ((0, {"rate": (0.1, 1.0)}), "num_settings must be .*, got 0"),
         ((1, {"rate": (0.0, 1.0)}), r"rate must be a pair of a positive number and a larger one, got \(0.0, 1.0\)"),
+        ((1, {"rate": 1.0}), "rate must be a pair of a positive number and a larger one, got 1.0"),
+        ((1, {"rate": "ab"}), "rate must be a pair of a positive number and a larger one, got 'ab'"),
         ((1, {"rate": (1.0, 0.1)}), r"rate must be a pair of a positive number and a larger one, got \(1.0, 0.1\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_ranges_that_are_none_are_named(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         log_uniform(jax.random.key(0), arguments[0], **arguments[1])
