@@ -42,7 +42,7 @@ def test_what_is_not_finite_is_worst_and_no_round_may_have_nothing_else() -> Non
     found = successive_halving(sweep_fn, np.array([1.0, 3.0, 2.0]), num_steps=[1], factor=3)
     assert found.best == 2
     np.testing.assert_array_equal(mean_loss(found.last), [np.inf, 3, 2])
-    with pytest.raises(ValueError, match="score_fn must be finite for one setting at least, got none in a round of 7"):
+    with pytest.raises(ValueError, match="score_fn must be finite for at least one setting, got none in a round of 7"):
         successive_halving(sweep_fn, np.ones(2), num_steps=[7], score_fn=lambda found: np.full(2, np.nan))
 
 
