@@ -161,7 +161,7 @@ def fedavg_leakage(
         found = of_all.finalize(candidate, wide(observation))
         return found._replace(batch=averaged(found.batch, local_epochs))
 
-    return Attack(init, step, finalize, num_steps=num_steps)
+    return Attack(init, step, finalize, num_steps=num_steps if optimizer is None else None)
 
 
 def _tiled(leaf: Array, num_epochs: int) -> Array:

@@ -457,8 +457,9 @@ def best_of(reconstruct_fns: Sequence[ReconstructFn]) -> ReconstructFn:
     """
     if not reconstruct_fns:
         raise ValueError(f"reconstruct_fns must hold at least one attack, got {reconstruct_fns!r}")
-    for reconstruct_fn in reconstruct_fns:
-        _check.functions(reconstruct_fns=reconstruct_fn)
+    for i, reconstruct_fn in enumerate(reconstruct_fns):
+        if not callable(reconstruct_fn):
+            raise ValueError(f"reconstruct_fns[{i}] must be a function, got {_check.brief(reconstruct_fn)}")
 
     def best_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
         keys = jax.random.split(key, len(reconstruct_fns))
