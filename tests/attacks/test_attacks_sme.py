@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from local_steps import LOSS, NUM_STEPS, error, seen, solver
 
-from gia_jax import Attack, Batch, Observation, attacks, clients, run
+from gia_jax import Attack, Batch, Observation, attacks, clients, keep_best, labels, modalities, run
+from gia_jax.cli.names import make_attack
+from gia_jax.cli.recipes import Target
 from gia_jax.matching.objectives import euclidean
 
 RATE, EPOCHS, SEEDS = 0.1, 4, range(3)
@@ -154,6 +156,24 @@ def test_alpha_stays_between_0_and_1_and_a_curve_of_no_rate_is_the_line() -> Non
     np.testing.assert_allclose(curve_info.loss, info.loss, rtol=1e-5)
     np.testing.assert_allclose(curve.batch.inputs, line.batch.inputs, atol=1e-4)
     assert 0 <= line.client["alpha"] <= 1
+
+
+def test_the_command_line_builds_it_from_a_client_of_one_step_and_the_scale() -> None:
+    observation = seen(clients.federated_averaging(LOSS, learning_rate=RATE, local_epochs=EPOCHS), 0)
+    target = Target(
+        clients.federated_averaging(LOSS, learning_rate=RATE, local_epochs=EPOCHS),
+        labels.dense("head"),
+        num_classes=4,
+        batch_size=4,
+        modality=modalities.image((3, 3, 1)),
+        bounds=(0.0, 1.0),
+        gradient_fn=clients.federated_sgd(LOSS),
+        scale=SCALE,
+    )
+    named = make_attack("sme", target, labels="known", solver="paper", num_steps=3)
+    attack = keep_best(attacks.sme(clients.federated_sgd(LOSS), scale=SCALE, bounds=(0.0, 1.0), num_steps=3))
+    found, expected = (run(one, jax.random.key(0), observation) for one in (named, attack))
+    np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked")
