@@ -5,7 +5,8 @@
 
 MNIST stands in for FEMNIST, and a fully connected network of one hidden layer of ReLUs for its convolutions. Every
 attacker has the same objective, box, total variation and steps, and all but SME the same optimiser. `tune` tries
-weights of the order-invariant prior on training images, `table` takes that of WEIGHTS. Needs the extra `data`, and MNIST prepared by TFDS (GIA_JAX_DATA_DIR).
+weights of the order-invariant prior on training images, `table` takes that of WEIGHTS. Needs the extra `data`, and
+MNIST prepared by TFDS (GIA_JAX_DATA_DIR).
 """
 
 import argparse
@@ -155,10 +156,11 @@ def table(args: argparse.Namespace) -> None:
         rows,
         f"A fully connected network of width {args.width}, untrained; local learning rate {args.rate:g}; the client "
         f"shuffles in every epoch. Cosine, total variation {WEIGHTS['variation']:g}, order-invariant prior "
-        f"{WEIGHTS['order']:g}, signed Adam {RATE:g} (SME: Adam), {args.steps} steps, 1 restart; the weight of that prior is the best of three in PSNR on "
-        f"{args.tuning_victims} clients of training images (`tune`). Shares and PSNR are means over clients, with 95 % intervals over them. "
-        f"Threat model: {THREAT.describe()}; it also knows the local learning rate, the number of epochs and the size "
-        f"of a minibatch (SME does not), and not the order.",
+        f"{WEIGHTS['order']:g}, signed Adam {RATE:g} (SME: Adam), {args.steps} steps, 1 restart. The weight of that "
+        f"prior is the best of three in PSNR on {args.tuning_victims} clients of training images (`tune`). Shares and "
+        "PSNR are means over clients, with 95 % intervals over them.\n\n"
+        f"Threat model: {THREAT.describe()}. All but SME know the local learning rate, the number of epochs and the "
+        "size of a minibatch, too. None knows the order.",
         victims=victims,
     )
 
