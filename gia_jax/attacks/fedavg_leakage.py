@@ -44,7 +44,7 @@ def fedavg_leakage(
     num_steps: int = NUM_STEPS,
     learning_rate: Scalar = 0.4,
     order_weight: Scalar = 5.0,
-    total_variation_weight: Scalar = 1e-5,
+    total_variation_weight: Scalar = 5e-6,
     aggregate_fn: Callable[[Float[Array, "n *d"]], Float[Array, "..."]] | None = None,
     label_fn: LabelFn = granted_labels,
     init_fn: InitFn | None = None,
@@ -73,9 +73,9 @@ def fedavg_leakage(
     order. The learning rate is known, unless `client_fn` is made by `clients.with_unknown`.
 
     Departures: D is the squared distance of mean gradients, without the authors' weights of layers (which
-    `objectives.weighted` has) and without their factor, which rises from 1 to 2 and multiplies by the number of steps;
-    the other weights are lower by as much as that factor has for 100 steps. Pixels are kept in their range by a
-    projection, not by a penalty.
+    `objectives.weighted` has) and without their factor of the number of steps times a number that rises from 1 to 2.
+    Both weights are 200 times lower than theirs, which is that factor at the end of 100 steps. Pixels are kept in their
+    range by a projection, not by a penalty.
 
     Args:
         client_fn: Client that the attacker assumes for one pass over the examples of all epochs, as above.

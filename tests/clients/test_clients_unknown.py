@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gia_jax import Batch, ClientFn, ThreatModel, box, clients, gradient_matching, matching, observe, solve
+from gia_jax import Batch, ClientFn, ThreatModel, attacks, box, clients, gradient_matching, matching, observe, solve
 from gia_jax.matching.objectives import cosine, euclidean
 from gia_jax.matching.solver import Unknowns
 
@@ -115,6 +115,26 @@ def test_the_derivative_by_the_unknown_is_that_of_finite_differences():
         slope = (first(u + step) - first(u - step)) / (2 * step)
         assert float(jax.grad(first)(u)) == pytest.approx(float(slope), rel=1e-6)
     assert float(first(np.log(2.0))) == pytest.approx(float(client_of(0.2)(params, examples)["head"][0, 0]), rel=1e-12)
+
+
+def test_seeds_that_agree_each_have_unknowns_of_their_own():
+    client_fn, observation = clients.with_unknown(client_of, guess=0.1), seen()
+    attack = matching.group.together(
+        gradient_matching(client_fn, prior_fn=matching.group.consistency, optimizer=optax.sgd(1.0)),
+        3,
+        matching.group.mean,
+    )
+    state, _ = jax.jit(attack.step)(jax.random.key(0), attack.init(jax.random.key(1), observation), observation)
+    assert len(np.unique(state.candidate.variables.client)) == 3
+    found = attack.finalize(state.candidate, observation)
+    rates = 0.1 * np.exp(np.array(state.candidate.variables.client))
+    assert np.min(np.abs(rates - found.client)) < 1e-6
+
+
+def test_gias_has_two_stages_and_refuses_unknowns_of_the_client():
+    generator = {"generator_fn": lambda params, z: z, "generator_params": {}, "latent_shape": (9,)}
+    with pytest.raises(ValueError, match="client_fn must be a client without unknowns"):
+        attacks.gias(clients.with_unknown(client_of, guess=0.1), **generator)
 
 
 @pytest.mark.usefixtures("unchecked")
