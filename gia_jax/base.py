@@ -113,6 +113,8 @@ class Reconstruction(NamedTuple):
         is_finite: Whether the loss and every value of `batch` are finite. It is False where an attack diverged, which
             raises no exception.
         restart_losses: Loss of each of r restarts, shape (r,). It is the empty tuple for a single run.
+        client: What the attack found of the client beside its data, such as a learning rate. It is the empty tuple
+            where nothing of the client was searched for.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -127,6 +129,7 @@ class Reconstruction(NamedTuple):
     loss: Float[Array, ""]
     is_finite: Bool[Array, ""]
     restart_losses: Any = ()
+    client: Any = ()
 
 
 @runtime_checkable

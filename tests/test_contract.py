@@ -117,6 +117,29 @@ def deep_image_prior(target: Target) -> Attack:
     return attacks.gias(target.client_fn, **generator(), num_latent_steps=0, num_latents=1, num_steps=NUM_STEPS)
 
 
+def fedavg_leakage(target: Target) -> Attack:
+    loss_fn = clients.cross_entropy(_apply)
+    one_pass_fn = clients.federated_averaging(loss_fn, learning_rate=0.1, minibatch_size=target.batch_size)
+    settings = {"local_epochs": 2, "bounds": target.bounds, "num_steps": NUM_STEPS}
+    return attacks.fedavg_leakage(one_pass_fn, **settings)
+
+
+def unknown_rate(target: Target) -> Attack:
+    def client_of_fn(rate: Any) -> gia_jax.ClientFn:
+        return clients.federated_averaging(clients.cross_entropy(_apply), learning_rate=rate, local_epochs=2)
+
+    client_fn = clients.with_unknown(client_of_fn, guess=0.1)
+    return attacks.inverting_gradients(client_fn, bounds=target.bounds, num_steps=NUM_STEPS)
+
+
+def sme(target: Target) -> Attack:
+    return attacks.sme(target.client_fn, scale=0.1, bounds=target.bounds, num_steps=NUM_STEPS)
+
+
+def nl_sme(target: Target) -> Attack:
+    return attacks.nl_sme(target.client_fn, scale=0.1, bounds=target.bounds, num_steps=NUM_STEPS)
+
+
 def exact(target: Target) -> Attack:
     return gradient_matching(target.client_fn, init_fn=near_grey(), optimizer=levenberg_marquardt())
 
@@ -169,6 +192,10 @@ CASES = {
     "gias": Case(gias, batch_size=2, labels=True),
     "gias float64": Case(lambda target: keep_best(gias(target)), batch_size=2, labels=True, x64=True),
     "deep image prior": Case(deep_image_prior, batch_size=2, labels=True),
+    "fedavg_leakage": Case(fedavg_leakage, batch_size=2, labels=True),
+    "unknown learning rate": Case(lambda target: keep_best(unknown_rate(target)), batch_size=2, labels=True),
+    "sme": Case(lambda target: keep_best(sme(target)), batch_size=2, labels=True),
+    "nl_sme": Case(nl_sme, labels=True, x64=True),
     "levenberg_marquardt": Case(exact, labels=True, x64=True, first_layer="conv"),
     "continued": Case(continued, x64=True),
     "linear_inversion": Case(linear_inversion, labels=True, is_random=False),

@@ -25,6 +25,7 @@ from gia_jax.base import (
     Scalar,
     WarmUp,
 )
+from gia_jax.clients.unknown import UnknownClient
 from gia_jax.lowering import lowered
 from gia_jax.matching import priors
 from gia_jax.matching.adaptive import supported
@@ -191,7 +192,7 @@ def gias(
 
     Raises:
         ValueError: If a weight is negative or not finite, a number of steps or latents is not an integer in its range,
-            or a learning rate is not positive and finite.
+            a learning rate is not positive and finite, or the client is a `clients.UnknownClient`.
 
     Examples:
         The image found is more than the generator of grey tones could make at first:
@@ -212,6 +213,8 @@ def gias(
         >>> bool(jnp.any(found.batch.inputs != found.batch.inputs[0, 0, 0]))
         True
     """
+    if isinstance(client_fn, UnknownClient):
+        raise ValueError("client_fn must be a client without unknowns, which two stages would search for, got one with")
     _check.integer(num_latents=num_latents)
     _check.integer(0, num_latent_steps=num_latent_steps)
     search = keep_best(

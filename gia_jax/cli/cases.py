@@ -92,6 +92,8 @@ class Case(NamedTuple):
             statistics_fn=None if statistics == "none" else self.statistics_fn,
             known_statistics_fn=self.running_statistics if statistics == "running" else None,
             generator=generator,
+            gradient_fn=clients.federated_sgd(clients.cross_entropy(assumed.apply_fn)),
+            scale=self.local_steps * self.learning_rate,
         )
         return target._replace(adapt_fn=assumed.adapt_fn) if adaptive else target
 

@@ -12,6 +12,7 @@ from gia_jax.attacks.glg import NUM_STEPS as GLG_STEPS
 from gia_jax.attacks.grad_inversion import NUM_STEPS as GRAD_INVERSION_STEPS
 from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
 from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
+from gia_jax.attacks.sme import NUM_STEPS as SME_STEPS
 from gia_jax.base import Attack, InitFn, LabelFn, ReconstructFn
 from gia_jax.cli import recipes
 from gia_jax.cli.protocols import AGGREGATIONS, TARGETS, make_protocol
@@ -153,6 +154,15 @@ ATTACKS = {
         solvers=("paper",),
         data="images",
         needs_range=True,
+    ),
+    "sme": Named(
+        "SME, Zhu et al. 2023: the local steps as one gradient, between the parameters before and after",
+        SME_STEPS,
+        "known",
+        (*STEPWISE, "label_rule"),
+        recipes.build_sme,
+        solvers=("paper",),
+        data="images",
     ),
     "glg": Named(
         "GLG, Sinha et al. 2024: features and edges of graphs by cosine, smooth and sparse",

@@ -16,6 +16,7 @@ from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
 from gia_jax.attacks.r_gap import r_gap
+from gia_jax.attacks.sme import sme
 from gia_jax.base import (
     Attack,
     ClientFn,
@@ -73,6 +74,8 @@ class Target(NamedTuple):
         known_statistics_fn: Function that reads from the observation the statistics to match. None takes those that the
             threat model grants.
         generator: Generator of such images, for GIAS. None for all other attacks.
+        gradient_fn: Client of one step on the whole batch, for SME. None takes `client_fn`.
+        scale: Number that times the update is the change of the parameters, for SME.
     """
 
     client_fn: ClientFn
@@ -87,6 +90,8 @@ class Target(NamedTuple):
     statistics_fn: Callable[..., Statistics] | None = None
     known_statistics_fn: Callable[[Observation], Statistics] | None = None
     generator: Generator | None = None
+    gradient_fn: ClientFn | None = None
+    scale: float = 1.0
 
     def unknowns(self, init_fn: InitFn | None, **of_images: Any) -> dict[str, Any]:
         """Returns what an attack takes of the data: all of a modality, or, for images, what its paper takes.
@@ -184,6 +189,20 @@ def build_gias(target: Target, choices: Choices) -> Attack:
         num_steps=choices.num_steps,
         label_fn=choices.label_fn,
         objective_fn=target.adapt_fn(supported()),
+    )
+
+
+def build_sme(target: Target, choices: Choices) -> Attack:
+    """Builds SME, which takes the local steps of the client for one gradient."""
+    assert choices.label_fn is not None
+    return sme(
+        target.client_fn if target.gradient_fn is None else target.gradient_fn,
+        scale=target.scale,
+        bounds=target.bounds,
+        num_steps=choices.num_steps,
+        label_fn=choices.label_fn,
+        init_fn=choices.init_fn,
+        objective_fn=target.adapt_fn(cosine),
     )
 
 

@@ -172,7 +172,15 @@ def _target(
     if images is not None:
         bounds = images.bounds() if args.mean is not None else (-math.inf, math.inf)
     target = Target(
-        client_fn, made.classifier_fn, num_classes, args.batch_size, modality, bounds=bounds, apply_fn=made.apply_fn
+        client_fn,
+        made.classifier_fn,
+        num_classes,
+        args.batch_size,
+        modality,
+        bounds=bounds,
+        apply_fn=made.apply_fn,
+        gradient_fn=clients.federated_sgd(clients.cross_entropy(made.apply_fn)),
+        scale=args.local_steps * args.local_learning_rate,
     )
     if args.statistics == "running":
         module, like = made.module, jnp.zeros((1, *args.input_shape))

@@ -22,6 +22,7 @@ def federated_averaging(
     minibatch_size: int | None = None,
     order_key: PRNGKeyArray | None = None,
     loss_key: PRNGKeyArray | None = None,
+    divisor: Scalar | None = None,
     lowering: Lowering = "auto",
 ) -> ClientFn:
     """Builds a client that runs `local_epochs` epochs of minibatch SGD and shares the change of its parameters.
@@ -31,7 +32,8 @@ def federated_averaging(
 
     The attacker simulates the same steps on its dummy data. Where it does not know the order of the examples, leave
     `order_key` out of the attacker's client and give the victim's one: the dummy data then stand for the examples in
-    the order of the attacker's own choosing.
+    the order of the attacker's own choosing. One epoch over E copies of the batch, one after the other, is the same as
+    E epochs. So a client of one epoch takes examples that differ from epoch to epoch, as `attacks.fedavg_leakage` does.
 
     The steps run in `lax.scan` with rematerialisation: memory grows with the number of steps only by one copy of the
     parameters each. The weights are trained in float32 or wider, because half precision loses a small step. The model
@@ -48,6 +50,9 @@ def federated_averaging(
         loss_key: Key of a loss that draws, such as one of `models.stochastic`: every local step gets a key of its own,
             split off this one. It belongs to this client and this round, and the attacker never has it. With None the
             loss draws nothing.
+        divisor: Number that the change of the parameters is divided by, above 0 and finite. None divides by
+            S * learning_rate. A server that does not know these divides by a number of its own, such as 1, and assumes
+            the same one of every client that it simulates.
         lowering: How convolutions are computed: "matmul" as matrix products, "native" as they are, "auto" chooses the
             first on CPU and the second elsewhere.
 
@@ -55,9 +60,9 @@ def federated_averaging(
         The client, a function `(params, batch) -> pseudo-gradient`.
 
     Raises:
-        ValueError: If a count is no positive integer, a concrete learning rate is not positive and finite, `lowering`
-            is unknown, or `order_key` and `loss_key` are the same. The client raises it if the batch's size is not a
-            multiple of `minibatch_size`.
+        ValueError: If a count is no positive integer, a concrete learning rate or `divisor` is not positive and finite,
+            `lowering` is unknown, or `order_key` and `loss_key` are the same. The client raises it if the batch's size
+            is not a multiple of `minibatch_size`.
 
     Examples:
         Two steps move the parameter from 0 to 0.5 and to 0.75. The local gradients are -1 and -0.5:
@@ -75,6 +80,10 @@ def federated_averaging(
     _check.scalar(learning_rate=learning_rate)
     _check.positive(learning_rate=learning_rate)
     _check.finite("learning_rate", learning_rate)
+    if divisor is not None:
+        _check.scalar(divisor=divisor)
+        _check.positive(divisor=divisor)
+        _check.finite("divisor", divisor)
     lowers_to_matmul(lowering)  # refuses an unknown one here
     _check.different(order_key=order_key, loss_key=loss_key)
     loss = Draws(loss_fn, loss_key)
@@ -102,7 +111,7 @@ def federated_averaging(
 
         start = widened_tree(params)
         trained, _ = jax.lax.scan(local_step, start, (indices, loss.keys(len(indices))))
-        total = indices.shape[0] * learning_rate
+        total = indices.shape[0] * learning_rate if divisor is None else divisor
         change = jax.tree.map(lambda before, after: (before - after) / jnp.asarray(total, before.dtype), start, trained)
         return cast_like(change, params)
 

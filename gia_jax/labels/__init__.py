@@ -7,7 +7,7 @@ that is too short: at a hundredth of the scale they return wrong labels without 
 """
 
 from gia_jax.labels.classifier import ClassifierFn, Dense, dense
-from gia_jax.labels.counts import bias_counts, greedy_bias
+from gia_jax.labels.counts import bias_counts, greedy_bias, interpolated_counts
 from gia_jax.labels.ilrg import ilrg, ilrg_system
 from gia_jax.labels.llg import llg, llg_plus
 from gia_jax.labels.signs import column_minimum, idlg
@@ -22,6 +22,7 @@ __all__ = [
     "idlg",
     "ilrg",
     "ilrg_system",
+    "interpolated_counts",
     "llg",
     "llg_plus",
 ]

@@ -2,12 +2,13 @@
 
 from gia_jax.matching import adaptive, graph_priors, group, initializations, objectives, optimizers, priors
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
-from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run
+from gia_jax.matching.run import advance, best_of, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
 
 __all__ = [
     "adaptive",
     "advance",
+    "best_of",
     "box",
     "choose",
     "continued",

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from gia_jax import _check
 from gia_jax.base import Attack, AttackInfo, AttackState, Batch, Observation, Reconstruction
 from gia_jax.matching.run import choose
+from gia_jax.matching.solver import Unknowns
 from gia_jax.precision import widened
 from gia_jax.threat import granted
 
@@ -62,7 +63,9 @@ def together(attack: Attack, num_seeds: int, consensus_fn: ConsensusFn) -> Attac
     _check.integer(num_seeds=num_seeds)
 
     def told(candidate: Any, observation: Observation) -> Observation:
-        consensus = jax.lax.stop_gradient(consensus_fn(candidate.variables))
+        variables = candidate.variables
+        data = variables.data if isinstance(variables, Unknowns) else variables
+        consensus = jax.lax.stop_gradient(consensus_fn(data))
         return observation._replace(extra={**observation.extra, "consensus": consensus})
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:

@@ -181,6 +181,71 @@ def orthogonality(batch: Batch, observation: Observation) -> Float[Array, ""]:
     return jnp.sum(pairs) - jnp.trace(pairs)
 
 
+def order_invariant(
+    num_epochs: int,
+    *,
+    aggregate_fn: Callable[[Float[Array, "n *d"]], Float[Array, "..."]] | None = None,
+    exponent: float = 2.0,
+) -> PriorFn:
+    """Builds the distance of what the epochs of a client hold, whatever the order of the examples in each
+    (Dimitrov et al., Data Leakage in Federated Averaging, TMLR 2022, the epoch order-invariant prior).
+
+    The batch has the examples of one epoch after the other, X_1, ..., X_E, and the prior is
+
+        1 / E^2 * sum over e, f of  mean |g(X_e) - g(X_f)|^p
+
+    for an aggregate g that does not depend on the order of the examples. The mean is over the entries of g.
+
+    Args:
+        num_epochs: Number E of epochs, at least 1, a divisor of the batch's size.
+        aggregate_fn: Aggregate g, a function `examples -> features` of the examples of one epoch, shape (n, *d), or of
+            one array of a tree of inputs. By default it is the mean over the examples. `lambda x: jnp.max(x, 0)` is
+            another one of the paper.
+        exponent: Exponent p, at least 1 and finite. The paper has 2 and 1.
+
+    Returns:
+        The prior. It raises ValueError if the batch's size is not a multiple of `num_epochs`.
+
+    Raises:
+        ValueError: If `num_epochs` is no positive integer, `aggregate_fn` no function, or `exponent` below 1 or not
+            finite.
+
+    Examples:
+        The second epoch has the examples of the first in another order, and the third has others:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> examples = jnp.array([[1.0], [3.0], [3.0], [1.0]])
+        >>> print(f"{priors.order_invariant(2)(Batch(examples, jnp.zeros(4)), Observation({}, {})):.2f}")
+        0.00
+        >>> examples = jnp.concatenate([examples, jnp.array([[5.0], [5.0]])])
+        >>> print(f"{priors.order_invariant(3)(Batch(examples, jnp.zeros(6)), Observation({}, {})):.2f}")
+        4.00
+    """
+    _check.integer(num_epochs=num_epochs)
+    _check.functions(aggregate_fn=aggregate_fn)
+    _check.finite("exponent", exponent)
+    if exponent < 1:
+        raise ValueError(f"exponent must be at least 1, got {exponent}")
+    of_epoch_fn = (lambda examples: jnp.mean(examples, 0)) if aggregate_fn is None else aggregate_fn
+
+    def of_one(leaf: Float[Array, "b *d"]) -> Float[Array, ""]:
+        epochs = widened(leaf).reshape(num_epochs, -1, *leaf.shape[1:])
+        features = jax.vmap(of_epoch_fn)(epochs)
+        apart = jnp.abs(features[:, None] - features)
+        return jnp.mean(jnp.square(apart) if exponent == 2 else apart**exponent)
+
+    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
+        del observation
+        size = _check.examples(batch.inputs)
+        if size % num_epochs:
+            raise ValueError(f"num_epochs must divide the batch's size {size}, got {num_epochs}")
+        return sum(map(of_one, jax.tree.leaves(batch.inputs)), jnp.zeros((), _wide(batch)))
+
+    return prior_fn
+
+
 def batch_norm_statistics(
     statistics_fn: Callable[[Params, Any], Statistics],
     target_fn: Callable[[Observation], Statistics] | None = None,

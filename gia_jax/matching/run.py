@@ -1,6 +1,7 @@
 """Functions that run attacks: many steps, several restarts, and the choice among what was found, for any attack."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -417,3 +418,56 @@ def choose(found: Reconstruction) -> Reconstruction:
     """
     chosen = _lowest(found, jnp.where(found.is_finite, found.loss, jnp.inf))
     return chosen._replace(restart_losses=found.loss)
+
+
+def best_of(reconstruct_fns: Sequence[ReconstructFn]) -> ReconstructFn:
+    """Attacks under several assumptions and keeps the reconstruction of the lowest finite loss.
+
+    It is for what an attacker does not know of a client and cannot search for by a derivative, such as the number of
+    local steps. The losses must be comparable: one objective, and one `divisor` of all clients that are simulated. An
+    assumption with more freedom has a lower loss without being nearer to the truth.
+
+    Args:
+        reconstruct_fns: Attacks `(key, observation) -> reconstruction`, one for each assumption, at least one. They run
+            one after the other, each with a key of its own.
+
+    Returns:
+        The attack, a function `(key, observation) -> reconstruction`. Its `restart_losses` are those of the
+        assumptions, in their order. It raises ValueError where the reconstructions have different shapes.
+
+    Raises:
+        ValueError: If there is no attack.
+
+    Examples:
+        Of the clients that take one, two and three steps, the one of two explains the change, because the inputs are
+        known to be near 1:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, box, clients, gradient_matching, matching, observed, solve
+        >>> loss_fn = lambda params, batch: 0.5 * jnp.mean(jnp.square(params - batch.inputs))
+        >>> def client_of(steps):
+        ...     return clients.federated_averaging(loss_fn, learning_rate=0.5, local_epochs=steps, divisor=1.0)
+        >>> change = client_of(2)(jnp.array(0.0), Batch(jnp.ones((1, 1)), jnp.array([0])))
+        >>> seen = observed(jnp.array(0.0), change, inputs_like=jnp.ones((1, 1)), labels=jnp.array([0]))
+        >>> attacks = [gradient_matching(client_of(steps), project_fn=box(0.9, 1.1)) for steps in (1, 2, 3)]
+        >>> attack_fn = jax.jit(matching.best_of([solve(attack, num_steps=50) for attack in attacks]))
+        >>> found = attack_fn(jax.random.key(0), seen)
+        >>> int(found.restart_losses.argmin()), bool(found.loss == found.restart_losses[1])
+        (1, True)
+    """
+    if not reconstruct_fns:
+        raise ValueError(f"reconstruct_fns must hold at least one attack, got {reconstruct_fns!r}")
+    for i, reconstruct_fn in enumerate(reconstruct_fns):
+        if not callable(reconstruct_fn):
+            raise ValueError(f"reconstruct_fns[{i}] must be a function, got {_check.brief(reconstruct_fn)}")
+
+    def best_fn(key: PRNGKeyArray, observation: Observation) -> Reconstruction:
+        keys = jax.random.split(key, len(reconstruct_fns))
+        found = [
+            fn(own, observation)._replace(restart_losses=()) for fn, own in zip(reconstruct_fns, keys, strict=True)
+        ]
+        for i, other in enumerate(found):
+            _check.same_structure(f"reconstruct_fns[{i}](...)", other, "reconstruct_fns[0](...)", found[0])
+        return choose(jax.tree.map(lambda *leaves: jnp.stack(leaves), *found))
+
+    return best_fn

@@ -1,5 +1,7 @@
 """Gradient matching: the search for data whose simulated update is close to the observed one."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,10 +29,23 @@ from gia_jax.base import (
     Reconstruction,
     Updates,
 )
+from gia_jax.clients.unknown import UnknownClient
 from gia_jax.matching.initializations import as_granted, granted_dtype, normal
 from gia_jax.matching.objectives import euclidean, euclidean_residuals
 from gia_jax.precision import widened_tree, widening
 from gia_jax.threat import granted_labels
+
+
+class Unknowns(NamedTuple):
+    """The unknowns of an attack that searches for something of the client as well, by an `UnknownClient`.
+
+    Attributes:
+        data: Unknowns of the data, a tree of arrays.
+        client: Unknowns of the client, a tree of arrays.
+    """
+
+    data: PyTree[Array]
+    client: PyTree[Array]
 
 
 class Candidate(NamedTuple):
@@ -68,7 +83,9 @@ def gradient_matching(
 
     Args:
         client_fn: Client that the attacker assumes, a function `(params, batch) -> update`. To attack a defended
-            client with knowledge of its defense, pass the defended one.
+            client with knowledge of its defense, pass the defended one. With a `clients.UnknownClient` the attack also
+            searches for what is unknown of the client: the unknowns are then `Unknowns(data, client)`, of which all
+            arguments below but the optimizer see those of the data.
         init_fn: Function `(key, observation) -> z` that returns the first unknowns. By default every input is drawn
             from the standard normal distribution.
         objective_fn: Objective D, a function `(simulated, observed) -> distance` of two updates that returns a scalar.
@@ -112,20 +129,28 @@ def gradient_matching(
     """
     _check.functions(init_fn=init_fn, prior_fn=prior_fn, label_fn=label_fn, decode_fn=decode_fn, project_fn=project_fn)
     init_fn = normal() if init_fn is None else init_fn
+    unknown = client_fn if isinstance(client_fn, UnknownClient) else None
+    if unknown is not None:
+        init_fn, decode_fn, project_fn = _of_both(unknown, init_fn, decode_fn, project_fn)
     optimizer = optax.with_extra_args_support(optax.adam(0.1) if optimizer is None else optimizer)
     objective_fn, residual_fn = widening(objective_fn), widening(residual_fn)
 
-    def simulated(batch: Batch, observation: Observation) -> Updates:
-        return client_fn(observation.params, batch._replace(inputs=as_granted(batch.inputs, observation)))
+    def simulated(variables: PyTree[Array], batch: Batch, observation: Observation) -> Updates:
+        own_fn = client_fn if unknown is None else unknown.client_fn(variables.client, observation)
+        return own_fn(observation.params, batch._replace(inputs=as_granted(batch.inputs, observation)))
 
     def losses(variables: PyTree[Array], labels: Any, observation: Observation) -> tuple[Array, Array]:
         batch = decode_fn(variables, labels)
-        match = objective_fn(simulated(batch, observation), observation.update)
-        penalty = 0.0 if prior_fn is None else prior_fn(batch, observation)
-        for name, value in (("objective_fn", match), ("prior_fn", penalty)):
+        match = objective_fn(simulated(variables, batch, observation), observation.update)
+        terms = {"objective_fn": match}
+        if prior_fn is not None:
+            terms["prior_fn"] = prior_fn(batch, observation)
+        if unknown is not None and unknown.penalty_fn is not None:
+            terms["penalty_fn"] = unknown.penalty_fn(variables.client)
+        for name, value in terms.items():
             if jnp.shape(value) != ():
                 raise ValueError(f"{name} must return a scalar, got an array of shape {jnp.shape(value)}")
-        return match if prior_fn is None else match + penalty, match
+        return functools.reduce(operator.add, terms.values()), match
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
         _check.same_structure("update", observation.update, "params", observation.params)
@@ -162,7 +187,7 @@ def gradient_matching(
             return loss_fn(z)[0]
 
         def residuals(z: PyTree[Array]) -> Updates:
-            return residual_fn(simulated(decode_fn(z, labels), observation), observation.update)
+            return residual_fn(simulated(z, decode_fn(z, labels), observation), observation.update)
 
         (loss, match), grad = jax.value_and_grad(loss_fn, has_aux=True)(variables)
         updates, opt_state = optimizer.update(
@@ -185,9 +210,25 @@ def gradient_matching(
         batch = decode_fn(*candidate)
         batch = batch._replace(inputs=as_granted(batch.inputs, observation))
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(batch)]
-        return Reconstruction(batch, loss, jnp.isfinite(loss) & jnp.all(jnp.stack(finite)))
+        found = () if unknown is None else unknown.report_fn(candidate.variables.client)
+        return Reconstruction(batch, loss, jnp.isfinite(loss) & jnp.all(jnp.stack(finite)), client=found)
 
     return Attack(init, step, finalize)
+
+
+def _of_both(
+    unknown: UnknownClient, init_fn: InitFn, decode_fn: DecodeFn, project_fn: ProjectFn | None
+) -> tuple[InitFn, DecodeFn, ProjectFn]:
+    """Returns the functions of the unknowns of the data as functions of those of the data and the client."""
+
+    def init_both(key: PRNGKeyArray, observation: Observation) -> Unknowns:
+        return Unknowns(init_fn(key, observation), unknown.init_fn(jax.random.fold_in(key, 1), observation))
+
+    def project_both(variables: Unknowns) -> Unknowns:
+        pairs = zip((project_fn, unknown.project_fn), variables, strict=True)
+        return Unknowns(*(part if project is None else project(part) for project, part in pairs))
+
+    return init_both, lambda variables, labels: decode_fn(variables.data, labels), project_both
 
 
 def box(low: Float[ArrayLike, "..."], high: Float[ArrayLike, "..."]) -> ProjectFn:

@@ -95,6 +95,30 @@ def test_scale_and_sign_on_a_quadratic(x64):
     close(jax.jit(client_fn)(params, batch), {"w": params["w"] * (1 - 0.9**4) / (4 * 0.1)})
 
 
+def test_epochs_over_copies_are_one_epoch_over_all_of_them(problem):
+    loss_fn, params, batch = problem
+    orders = [np.random.default_rng(seed).permutation(6) for seed in range(3)]
+    copies = jax.tree.map(lambda leaf: jnp.concatenate([leaf[order] for order in orders]), batch)
+    client_fn = federated_averaging(loss_fn, learning_rate=RATE, minibatch_size=2)
+    close(jax.jit(client_fn)(params, copies), loop(*problem, orders, 2))
+    same = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), batch)
+    client_fn, epochs_fn = (
+        jax.jit(federated_averaging(loss_fn, learning_rate=RATE, minibatch_size=6, local_epochs=epochs))
+        for epochs in (1, 3)
+    )
+    close(client_fn(params, same), epochs_fn(params, batch))
+
+
+def test_a_divisor_stands_for_the_steps_and_the_rate(problem):
+    loss_fn, params, batch = problem
+    update, change = (
+        jax.jit(federated_averaging(loss_fn, learning_rate=RATE, local_epochs=2, minibatch_size=3, divisor=divisor))
+        for divisor in (None, 0.5)
+    )
+    expected = jax.tree.map(lambda leaf: leaf * 4 * RATE / 0.5, update(params, batch))
+    close(change(params, batch), expected)
+
+
 @pytest.mark.parametrize("lowering", ["matmul", "native"])
 def test_gradient_through_the_local_steps(problem, lowering):
     loss_fn, params, batch = problem
@@ -133,6 +157,8 @@ def test_traced_learning_rate_and_keys(problem):
         ({"learning_rate": 0.0}, "learning_rate.*0"),
         ({"learning_rate": -0.1}, "learning_rate.*-0.1"),
         ({"learning_rate": float("nan")}, "learning_rate.*nan"),
+        ({"divisor": 0.0}, "divisor.*0"),
+        ({"divisor": float("inf")}, "divisor.*inf"),
         ({"minibatch_size": 4}, "minibatch_size.*6.*4"),
         ({"minibatch_size": 12}, "minibatch_size.*6.*12"),
     ],

@@ -1,5 +1,6 @@
 """Counts from the last bias: exact where the softmax is known, nearly so in an untrained network."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from untrained import APPLY, HEAD, draws_of, mean_overlaps, overlap
 
-from gia_jax import Observation, labels
+from gia_jax import Batch, Observation, ThreatModel, clients, labels, observe
 
 
 def from_probabilities(probabilities, truth):
@@ -110,3 +111,50 @@ def test_refusals_by_name():
         unsized = Observation({}, {"head": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}, {})
         with pytest.raises(ValueError, match="does not grant 'inputs_like'"):
             getattr(labels, name)(HEAD)(unsized)
+
+
+STEPS = {"learning_rate": 0.3, "local_epochs": 6}
+
+
+def linear(params, inputs):
+    return inputs @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def trained(inputs, truth, **steps):
+    """What a client of a linear model shares after its local steps, from zeros."""
+    params = {"head": {"kernel": jnp.zeros((2, 5)), "bias": jnp.zeros(5)}}
+    client_fn = jax.jit(clients.federated_averaging(clients.cross_entropy(linear), **steps))
+    return observe(jax.random.key(0), ThreatModel(), client_fn, params, Batch(inputs, jnp.asarray(truth)))
+
+
+@pytest.mark.parametrize("truth", [[0, 0, 0, 1, 2, 2, 4, 4], [3] * 7 + [1]])
+def test_interpolated_counts_follow_the_predictions_over_the_steps(truth):
+    # All examples are alike, so that the public one is predicted as they are. Before the steps p is 1 / 5.
+    inputs = jnp.ones((8, 2))
+    observation = trained(inputs, truth, **STEPS)
+    setting = {"apply_fn": linear, "learning_rate": 0.3, "num_steps": 6, "public_inputs": inputs[:1]}
+    assert sorted(labels.interpolated_counts(HEAD, **setting)(observation).tolist()) == sorted(truth)
+    assert sorted(labels.bias_counts(HEAD)(observation).tolist()) != sorted(truth)
+
+
+def test_interpolated_counts_of_one_step_are_bias_counts():
+    truth = [0, 1, 1, 4]
+    observation = trained(
+        jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32), truth, learning_rate=5.0
+    )
+    rule = labels.interpolated_counts(HEAD, apply_fn=linear, learning_rate=5.0, num_steps=1)
+    plain = labels.bias_counts(HEAD, apply_fn=linear)
+    np.testing.assert_array_equal(rule(observation), plain(observation))
+    assert sorted(rule(observation).tolist()) == truth
+
+
+def test_interpolated_counts_refuse_what_they_cannot_use():
+    setting = {"apply_fn": linear, "learning_rate": 0.3, "num_steps": 6}
+    for wrong, message in (
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"num_dummies": 0}, "num_dummies must be an integer of at least 1, got 0"),
+        ({"public_inputs": jnp.zeros((0, 2))}, "num_public_inputs must be an integer of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            labels.interpolated_counts(HEAD, **(setting | wrong))

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -210,3 +211,62 @@ def test_combine_adds_weighted_priors():
 def test_refusals_name_argument_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+AGGREGATES = {"mean": None, "max": lambda x: jnp.max(x, 0), "features": lambda x: jnp.sum(jnp.sin(3 * x), (0, 1))}
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0])
+def test_order_invariant_equals_a_loop_over_pairs_of_epochs(aggregate, exponent):
+    epochs = photos(3, 4, 5, 2)
+    aggregate_fn = AGGREGATES[aggregate] or (lambda x: jnp.mean(x, 0))
+    features = [np.asarray(aggregate_fn(epoch)) for epoch in epochs]
+    pairs = [np.mean(np.abs(one - two) ** exponent) for one, two in itertools.product(features, repeat=2)]
+    prior_fn = priors.order_invariant(3, aggregate_fn=AGGREGATES[aggregate], exponent=exponent)
+    np.testing.assert_allclose(value(prior_fn, epochs.reshape(12, 5, 2)), np.mean(pairs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_order_invariant_knows_no_order_within_an_epoch(aggregate):
+    rng, epochs = np.random.default_rng(0), photos(3, 4, 5, 2)
+    prior_fn = priors.order_invariant(3, aggregate_fn=AGGREGATES[aggregate])
+    shuffled = np.stack([rng.permutation(epoch) for epoch in epochs]).reshape(12, 5, 2)
+    np.testing.assert_allclose(value(prior_fn, shuffled), value(prior_fn, epochs.reshape(12, 5, 2)), rtol=1e-5)
+    copies = np.concatenate([rng.permutation(epochs[0]) for _ in range(3)])
+    assert value(prior_fn, copies) < 1e-10
+    np.testing.assert_allclose(gradient(prior_fn, copies), 0, atol=1e-6)
+    assert value(prior_fn, epochs.reshape(12, 5, 2)) > 1e-2
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_order_invariant_has_the_slope_of_finite_differences(exponent):
+    inputs = jnp.asarray(photos(6, 3), float)
+    prior_fn = priors.order_invariant(2, exponent=exponent)
+
+    def loss(x):
+        return prior_fn(Batch(jnp.asarray(x), jnp.zeros(6)), NOTHING_SEEN)
+
+    jax.test_util.check_grads(loss, (inputs,), 1, modes=["rev"], eps=1e-5, rtol=1e-5)
+
+
+def test_order_invariant_adds_the_arrays_of_a_tree():
+    inputs = {"a": jnp.asarray(photos(4, 3)), "b": jnp.asarray(photos(4, 2, seed=1))}
+    prior_fn = priors.order_invariant(2)
+    total = prior_fn(Batch(inputs, jnp.zeros(4)), NOTHING_SEEN)
+    np.testing.assert_allclose(total, value(prior_fn, inputs["a"]) + value(prior_fn, inputs["b"]), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_order_invariant_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="num_epochs must be an integer of at least 1, got 0"):
+        priors.order_invariant(0)
+    with pytest.raises(ValueError, match=r"exponent must be at least 1, got 0\.5"):
+        priors.order_invariant(2, exponent=0.5)
+    with pytest.raises(ValueError, match="exponent must be finite, got nan"):
+        priors.order_invariant(2, exponent=float("nan"))
+    with pytest.raises(ValueError, match="aggregate_fn must be a function, got 'mean'"):
+        priors.order_invariant(2, aggregate_fn="mean")
+    with pytest.raises(ValueError, match="num_epochs must divide the batch's size 4, got 3"):
+        value(priors.order_invariant(3), photos(4, 2))

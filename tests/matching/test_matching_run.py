@@ -24,7 +24,7 @@ from gia_jax import (
     run,
     solve,
 )
-from gia_jax.matching import initializations, optimizers
+from gia_jax.matching import best_of, initializations, optimizers
 
 LABELS = jnp.array([0, 1])
 WANTED = jnp.array([[1.0, -2.0, 0.5], [0.0, 1.0, 3.0]])
@@ -295,3 +295,41 @@ def test_choose_takes_the_lowest_finite_loss(losses, is_finite, index):
 
 def test_choose_among_failures_is_a_failure():
     assert not choose(stacked([jnp.nan, 2.0], [False, False])).is_finite
+
+
+def test_best_of_takes_the_assumption_of_the_lowest_finite_loss():
+    def assumed(loss, pixel):
+        def reconstruct(key, observation):
+            del key, observation
+            found = Batch(jnp.full((1, 2), pixel), jnp.array([0]))
+            return Reconstruction(found, jnp.asarray(loss), jnp.isfinite(loss), restart_losses=jnp.ones(int(pixel)))
+
+        return reconstruct
+
+    losses = [0.5, jnp.nan, 0.1, 0.3]
+    attack_fn = best_of([assumed(loss, pixel) for loss, pixel in zip(losses, (1.0, 2.0, 3.0, 4.0))])
+    found = jax.jit(attack_fn)(jax.random.key(0), OBSERVATION)
+    assert float(found.batch.inputs[0, 0]) == 3.0
+    np.testing.assert_allclose(found.restart_losses, losses)
+
+
+def test_best_of_gives_each_assumption_a_key_of_its_own():
+    found = best_of([reconstruct_fn] * 3)(jax.random.key(0), OBSERVATION)
+    alone = [reconstruct_fn(key, OBSERVATION).loss for key in jax.random.split(jax.random.key(0), 3)]
+    np.testing.assert_array_equal(found.restart_losses, alone)
+    assert len(set(np.array(alone).tolist())) == 3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_best_of_refuses_nothing_and_reconstructions_of_other_shapes():
+    with pytest.raises(ValueError, match=r"reconstruct_fns must hold at least one attack, got \[\]"):
+        best_of([])
+    with pytest.raises(ValueError, match=r"reconstruct_fns\[0\] must be a function, got None"):
+        best_of([None])
+
+    def larger_fn(key, observation):
+        found = reconstruct_fn(key, observation)
+        return found._replace(batch=jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), found.batch))
+
+    with pytest.raises(ValueError, match=r"reconstruct_fns\[1\].* does not fit reconstruct_fns\[0\]"):
+        best_of([reconstruct_fn, larger_fn])(jax.random.key(0), OBSERVATION)
