@@ -135,10 +135,11 @@ def _over_settings(found: Any, best: Any, shown: Mapping[str, Shown], counts: np
     sums = np.asarray([average(v[c]) if c.any() else np.nan for v, c in zip(values, counts, strict=True)])
     for setting, array in found.coords.items():
         numbers = np.asarray(array.values, float)
-        if numbers.ndim == 1 and len(np.unique(numbers)) > 1:
-            each = np.unique(numbers)
-            line = each, np.asarray([np.nanmean(sums[numbers == number]) for number in each])
-            several = len(each) < len(numbers)
+        is_known = np.isfinite(numbers) & ~np.isnan(sums) if numbers.ndim == 1 else np.zeros(0, bool)
+        each = np.unique(numbers[is_known]) if is_known.any() else np.zeros(0)
+        if len(each) > 1:
+            line = each, np.asarray([sums[is_known & (numbers == number)].mean() for number in each])
+            several = len(each) < is_known.sum()
             title = f"{one.heading} over {setting}" + (", mean over the other settings" if several else "")
             decades = each[0] > 0 and each[-1] >= 10 * each[0]
             scales = ("log" if decades else "linear", "linear")

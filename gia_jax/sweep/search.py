@@ -74,7 +74,7 @@ def log_uniform(key: PRNGKeyArray, num_settings: int, **ranges: tuple[float, flo
     if not ranges:
         raise ValueError("ranges must have at least one name, got none")
     for name, pair in ranges.items():
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | float) for n in pair)
+        is_pair = np.shape(pair) == (2,) and np.asarray(pair).dtype.kind in "fiu"
         if not is_pair or not 0 < pair[0] < pair[1] < math.inf:
             raise ValueError(f"{name} must be a pair of a positive number and a larger one, got {_check.brief(pair)}")
     shares = np.asarray(jax.random.uniform(key, (len(ranges), num_settings)), float)
@@ -155,7 +155,7 @@ def successive_halving(
         ([9, 3, 1], True)
     """
     _check.functions(sweep_fn=sweep_fn, score_fn=score_fn)
-    if not isinstance(num_steps, Sequence) or isinstance(num_steps, str):
+    if not isinstance(num_steps, Sequence | np.ndarray) or isinstance(num_steps, str):
         raise ValueError(f"num_steps must be a sequence of integers, got {_check.brief(num_steps)}")
     steps = list(num_steps)
     for count in steps:

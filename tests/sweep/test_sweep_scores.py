@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from gia_jax import Batch, Observation, gradient_matching, modalities
+from gia_jax.report.page import page
 from gia_jax.report.runs import read
 from gia_jax.sweep import best_restart, grid, open_sweep, score_sweep, stored_sweep
 
@@ -132,3 +133,18 @@ def test_a_score_may_have_the_name_of_a_setting(tmp_path: Path) -> None:
     (tmp_path / "scores" / "zarr.json").write_text("{")
     with pytest.raises(ValueError, match=r"store must be whole, got '.*/scores', which is broken"):
         read(tmp_path)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_report_of_nothing_finite_says_so(tmp_path: Path) -> None:
+    seen = Observation(jnp.zeros((4, 4, 1)), TRUTH.inputs[:, 0], {"inputs_like": TRUTH.inputs, "labels": TRUTH.labels})
+    settings = {"<script>alert": np.array([1.0, np.nan, 2.0])}
+    stored_sweep(
+        tmp_path, lambda setting: gradient_matching(_client, optimizer=optax.sgd(jnp.nan * setting["<script>alert"])),
+        settings, jax.random.key(1), seen, num_steps=1,
+    )  # fmt: skip
+    score_sweep(tmp_path, TRUTH, MODALITY)
+    rows = read(tmp_path)
+    assert [list(row.notes) for row in rows] == [["3 of 3 lanes ended with what is not finite"]] * 3
+    assert not any("alert" in curve.title for row in rows for curve in row.curves)
+    assert "<script>alert" not in page(rows)
