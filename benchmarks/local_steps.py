@@ -158,9 +158,9 @@ def table(args: argparse.Namespace) -> None:
         f"A fully connected network of width {args.width}, untrained; local learning rate {args.rate:g}; the client "
         f"shuffles in every epoch. Cosine, total variation {WEIGHTS['variation']:g}, order-invariant prior "
         f"{WEIGHTS['order']:g}, signed Adam {RATE:g} (SME: Adam), {args.steps} steps, 1 restart. The weight of that "
-        f"prior is the best of three in PSNR on {args.tuning_victims} clients of training images (`tune`). Network, rate "
-        "and optimiser were chosen among several on the first two clients of the test images, so that attackers found "
-        f"anything, and client {args.first} is the first one here; signed Adam suits the simulation of one order better "
+        f"prior is the best of three in PSNR on {args.tuning_victims} clients of training images (`tune`). Network, "
+        "rate and optimiser were chosen among several on the first two clients of the test images, so that attackers "
+        f"found anything, and client {args.first} is the first one here; signed Adam suits simulating one order better "
         "than the other attacks. Shares and PSNR are means over clients, with 95 % intervals over them.\n\n"
         f"Threat model: {THREAT.describe()}. All but SME know the local learning rate, the number of epochs and the "
         "size of a minibatch, too. None knows the order.",

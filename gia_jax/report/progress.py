@@ -8,7 +8,6 @@ from tqdm import tqdm
 from gia_jax.sweep.progress import ProgressFn, Sign
 
 QUIET_SECONDS = 10.0  # least time between two lines where standard error is no terminal
-WIDTH = 80  # columns of a terminal that does not know its own width
 BAR = "{desc}: {percentage:3.0f} % |{bar:30}|{postfix}"
 
 
@@ -42,7 +41,6 @@ def _bar(name: str) -> ProgressFn:
             return  # the end was shown
         if not bars:
             bars.append(tqdm(desc=name, bar_format=BAR, mininterval=0, delay=1e-9))
-            bars[0].ncols = bars[0].ncols or WIDTH
         bars[0].total, bars[0].n = sign.total, sign.done
         bars[0].set_postfix_str(_said(sign))
         if sign.done == sign.total:
