@@ -226,7 +226,8 @@ def _head(path: str) -> ClassifierFn:
         layer = tree
         for key in keys:
             if not isinstance(layer, Mapping) or key not in layer:
-                raise ValueError(f"--head must lead to the last layer, got {path!r}: there is no {key!r}")
+                known = ", ".join(map(str, layer)) if isinstance(layer, Mapping) else "no layers"
+                raise ValueError(f"--head must lead to the last layer, got {path!r}: there is no {key!r} among {known}")
             layer = layer[key]
         if not isinstance(layer, Mapping):
             raise ValueError(f"--head must lead to a layer of several arrays, got {path!r}, which is one array")

@@ -203,7 +203,10 @@ def _leaves(like: PyTree[Struct], layout: Layout, transposed: Collection[str]) -
         role = ROLES.get(own, own)
         kind = _kind(own, len(struct.shape), layout, layer in transposed)
         if layout == "auto" and own == "w" and len(struct.shape) > 1:
-            raise ValueError(f"layout must be 'flax' or 'torch' where a kernel is called w, got 'auto' for {name!r}")
+            raise ValueError(
+                f"layout must be 'flax' or 'torch' where a kernel is called w, got 'auto' for {name!r}; tensors with "
+                "the names and shapes of like take interop.unflatten"
+            )
         leaves.append(_Leaf(name, layer, role, kind, struct))
     for path in transposed:
         if not any(leaf.layer == path and leaf.kind == "transposed" for leaf in leaves):
