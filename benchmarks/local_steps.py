@@ -22,10 +22,10 @@ from flax import nnx
 from parts import run_parts
 
 from gia_jax import Attack, Batch, ThreatModel, attacks, box, clients, data, gradient_matching, metrics, models, observe
-from gia_jax.cli.console import progress
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
+from gia_jax.report import progress
 from gia_jax.sweep.study import Study, study
 
 THREAT = ThreatModel(labels=True)

@@ -23,6 +23,20 @@ import pytest
 gc.set_threshold(50_000, 20, 50)
 
 
+LONGEST = ("test_notebooks.py", "test_cli.py", "test_readme.py")  # files that take minutes, with few tests
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let processes take files in the order of the tests, and not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: at the end one process would wait for the other."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     """Let Python never look again through what the imports made."""
     gc.collect()

@@ -228,7 +228,9 @@ def num_settings_of(settings: PyTree[Any]) -> int:
     first_name, first = next(iter(sizes.items()))
     for name, size in sizes.items():
         if size != first:
-            raise ValueError(f"settings must be of one number: {first_name} has {first} and {name} has {size}")
+            raise ValueError(
+                f"settings must have leading axes of one length: {first_name} has {first} and {name} has {size}"
+            )
     return first
 
 

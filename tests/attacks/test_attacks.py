@@ -331,7 +331,7 @@ TARGET = Target(CLIENT, HEAD, NUM_CLASSES, 1, modalities.image((8, 8, 1)), bound
 
 @pytest.mark.parametrize("name", ["linear", "nonesuch"])
 def test_unknown_attacks_list_the_known_ones(name: str) -> None:
-    known = "dlg, idlg, inverting_gradients, grad_inversion, gias, glg"
+    known = "dlg, idlg, inverting_gradients, grad_inversion, gias, sme, glg"
     with pytest.raises(ValueError, match=f"name must be one of {known}, got '{name}'"):
         make_attack(name, TARGET, labels="known", solver="paper", num_steps=1)
 

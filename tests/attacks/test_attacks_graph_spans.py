@@ -246,7 +246,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="max_nodes must be given where the shape of the inputs is not granted"):
         attack(net, observation._replace(extra={}))
     for settings, message in (
-        ({"blocks": []}, "blocks must be matrices of a row or more"),
+        ({"blocks": []}, "blocks must be matrices of at least one row"),
         ({"degree_block": None}, "max_degree must be given where no block of features tells the degree"),
         ({"degree_block": 2}, "degree_block must be an integer from 0 to 1, got 2"),
         ({"readout": "max"}, "readout must be 'mean', 'sum' or 'nodewise', got 'max'"),

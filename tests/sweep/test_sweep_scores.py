@@ -145,6 +145,8 @@ def test_a_report_of_nothing_finite_says_so(tmp_path: Path) -> None:
     )  # fmt: skip
     score_sweep(tmp_path, TRUTH, MODALITY)
     rows = read(tmp_path)
-    assert [list(row.notes) for row in rows] == [["3 of 3 lanes ended with what is not finite"]] * 3
+    assert [list(row.notes) for row in rows] == [
+        ["3 of 3 lanes ended with a loss or reconstruction that is not finite"]
+    ] * 3
     assert not any("alert" in curve.title for row in rows for curve in row.curves)
     assert "<script>alert" not in page(rows)

@@ -67,7 +67,7 @@ def test_searches_that_are_none_are_named(options: Any, message: str) -> None:
 def test_a_search_leaves_out_no_setting_by_their_lengths() -> None:
     for first, second in ((2, 3), (3, 2)):
         settings = {"a": np.ones(first), "b": np.ones(second)}
-        with pytest.raises(ValueError, match=r"settings must be of one number: settings\['a'\] has"):
+        with pytest.raises(ValueError, match=r"settings must have leading axes of one length: settings\['a'\] has"):
             successive_halving(lambda settings, _: _sweep(settings, settings), settings, num_steps=[1])
 
 

@@ -176,6 +176,14 @@ def _judge_gias(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
     return _worst(*_matching(facts), _with_labels(facts), ("possible", "it needs a generator of such images"))
 
 
+def _judge_sme(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
+    """Judges SME, which takes the change of several local steps for one gradient, at a model in between."""
+    # That the update is of several steps is what it is for, and no mismatch.
+    own = facts._replace(mismatches=()) if (facts.num_gradients or 0) > 1 else facts
+    reasons = [*_matching(own, by_direction=True), _with_labels(facts)]
+    return _worst(*reasons, ("possible", "it is for several local steps, and needs the scale of their change"))
+
+
 # Attacks with the same verdict are reported in this order.
 JUDGES: dict[str, Callable[[Diagnosis, Setting], tuple[str, str]]] = {
     "linear": _judge_linear,
@@ -186,6 +194,7 @@ JUDGES: dict[str, Callable[[Diagnosis, Setting], tuple[str, str]]] = {
     "dlg": _judge_dlg,
     "grad_inversion": _judge_grad_inversion,
     "gias": _judge_gias,
+    "sme": _judge_sme,
 }
 JUDGED = tuple(JUDGES)  # the attacks, and idlg with the solver levenberg_marquardt
 
