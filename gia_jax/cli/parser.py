@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     federation = commands.add_parser("federation", help="CAFE on a vertical federation of several rounds")
     _add_federation(federation)
     report = commands.add_parser("report", help="one HTML page about the results in a folder and its subfolders")
-    report.add_argument("folder", metavar="FOLDER", help="folder with the files results.json that attacks wrote")
+    report.add_argument(
+        "folder", metavar="FOLDER", help="folder with files results.json that attacks wrote, or with stores of sweeps"
+    )
     report.add_argument("--output", metavar="FILE", help="path of the page; default: report.html in FOLDER")
     for command in (attack, federation):
         # The same options after the command; without a default here, those before it are kept.

@@ -61,7 +61,10 @@ def adult(*, split: str = "test", limit: int | None = None, folder: str | Path |
     if folder is None:
         root = os.environ.get("GIA_JAX_DATA_DIR")
         if not root:
-            raise ValueError("data adult needs a folder in the environment variable GIA_JAX_DATA_DIR, got none")
+            raise ValueError(
+                f"GIA_JAX_DATA_DIR must be a folder with tabular/{FILES[split]}, a file of Adult from the UCI repository "
+                "compressed by gzip, got none"
+            )
         folder = Path(root) / "tabular"
     path = Path(folder) / FILES[split]
     try:

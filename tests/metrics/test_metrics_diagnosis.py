@@ -349,6 +349,8 @@ def test_noise_shows_without_a_last_layer_in_zeros_that_are_gone(scale):
     )
     assert found.readings == ()
     assert any("classifier_fn is not given" in note for note in found.notes)
+    assert verdict(found, "inverting_gradients").verdict == "possible"  # labels that nobody looked for are no reason
+    assert "that takes classifier_fn" in verdict(found, "inverting_gradients").reason
 
 
 def test_the_rank_counts_what_the_network_lets_through():

@@ -70,6 +70,8 @@ def _with_labels(facts: Diagnosis) -> tuple[str, str]:
         return "likely", "the labels are known"
     if facts.labels is not None:
         return "likely" if _size(facts) == 1 else "possible", "labels that fit are read, others may fit as well"
+    if not facts.readings:
+        return "possible", "the labels were not looked for: that takes classifier_fn"
     return "unlikely", "no rule reads labels that fit"
 
 
