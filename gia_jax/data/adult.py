@@ -62,8 +62,8 @@ def adult(*, split: str = "test", limit: int | None = None, folder: str | Path |
         root = os.environ.get("GIA_JAX_DATA_DIR")
         if not root:
             raise ValueError(
-                f"GIA_JAX_DATA_DIR must be a folder with tabular/{FILES[split]}, a file of Adult from the UCI repository "
-                "compressed by gzip, got none"
+                f"GIA_JAX_DATA_DIR must be a folder with tabular/{FILES[split]}, a file of Adult from the UCI "
+                "repository compressed by gzip, got none"
             )
         folder = Path(root) / "tabular"
     path = Path(folder) / FILES[split]

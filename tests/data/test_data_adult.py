@@ -40,7 +40,7 @@ def test_files_are_where_the_environment_says(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("GIA_JAX_DATA_DIR", str(tmp_path))
     assert data.adult(split="train").labels.tolist() == [0, 1]
     monkeypatch.delenv("GIA_JAX_DATA_DIR")
-    with pytest.raises(ValueError, match="GIA_JAX_DATA_DIR must be a folder with tabular/adult.data.gz, .* got none"):
+    with pytest.raises(ValueError, match=r"GIA_JAX_DATA_DIR must be a folder with tabular/adult.data.gz, .* got none"):
         data.adult(split="train")
 
 
