@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from gia_jax import _check
-from gia_jax.attacks.sme import NUM_STEPS, Bounds, surrogate_attack, update_dtype
+from gia_jax.attacks.sme import NUM_STEPS, Bounds, check_alpha, surrogate_attack, update_dtype
 from gia_jax.base import Attack, ClientFn, InitFn, LabelFn, ObjectiveFn, Observation, Params, Scalar, Updates
 from gia_jax.matching.objectives import cosine
 from gia_jax.threat import granted_labels
@@ -87,9 +87,7 @@ def nl_sme(
         ((1, 2, 2, 1), ['alpha'])
     """
     _check.weight(control_weight=control_weight)
-    _check.weight(alpha=alpha)
-    if _check.is_concrete(alpha) and alpha > 1:
-        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    check_alpha(alpha)
 
     def surrogate_fn(unknowns: PyTree[Array], params: Params, change: Updates) -> Params:
         t = unknowns["alpha"]

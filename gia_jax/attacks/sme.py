@@ -108,9 +108,7 @@ def sme(
         >>> found.batch.inputs.shape, bool(0 <= found.client["alpha"] <= 1)
         ((1, 2, 2, 1), True)
     """
-    _check.weight(alpha=alpha)
-    if _check.is_concrete(alpha) and alpha > 1:
-        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    check_alpha(alpha)
 
     def surrogate_fn(unknowns: PyTree[Array], params: Params, change: Updates) -> Params:
         return jax.tree.map(lambda p, c: p - unknowns["alpha"] * c, params, change)
@@ -217,6 +215,13 @@ def surrogate_attack(
         residual_fn=cosine_residuals,
     )
     return attack._replace(num_steps=num_steps)
+
+
+def check_alpha(alpha: Scalar) -> None:
+    """Raises ValueError for a place of the surrogate that is known not to be from 0 to 1."""
+    _check.weight(alpha=alpha)
+    if _check.is_concrete(alpha) and alpha > 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
 
 
 def _adam(rate: Scalar, num_steps: int) -> optax.GradientTransformation:

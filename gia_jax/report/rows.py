@@ -110,7 +110,7 @@ def score(values: Sequence[float], shown: Shown, counts: Sequence[bool] | None =
     Args:
         values: Values of the score, one for each victim, at least one.
         shown: Heading, unit and number format of the score, and its average: "median" or "mean".
-        counts: For each victim whether it counts, for example because its reconstruction is finite. All victims count
+        counts: Whether each victim counts, for example because its reconstruction is finite. All victims count
             if it is None or has no True.
 
     Returns:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from gia_jax.modalities.base import Shown
+from gia_jax.report.arrays import thinned
 from gia_jax.report.plots import png
 from gia_jax.report.rows import Curve, Picture, Row, Score, score
 from gia_jax.sweep.results import open_sweep
 from gia_jax.sweep.scores import best_restart
 from gia_jax.sweep.shards import SCORES, inside, open_group, whole
 
-MAX_POINTS = 256  # largest number of points of a curve
 MAX_NUMBERS = 8  # largest number of numbers of one setting that are written out
 OWN = ("title", "threat_model", "versions", "hardware", "command", "fingerprint", "compile_seconds", "run_seconds")
 COST = {"compile_seconds": "compiling, s", "run_seconds": "running, s"}
@@ -115,12 +115,12 @@ def _number(value: Any) -> str:
 
 def _curves(losses: np.ndarray) -> list[Curve]:
     """Plots the losses of the best restarts over steps: their minimum, median and maximum over victims at each step."""
-    whole = losses[np.isfinite(losses).all(1)]
-    if not len(whole):
+    finite = losses[np.isfinite(losses).all(1)]
+    if not len(finite):
         return []
-    steps = np.unique(np.linspace(0, losses.shape[1] - 1, MAX_POINTS).round().astype(int))
-    names = {"best victim": 0.0, "median victim": 0.5, "worst victim": 1.0} if len(whole) > 1 else {"victim": 0.5}
-    lines = {name: (steps + 1.0, np.quantile(whole, share, 0)[steps]) for name, share in names.items()}
+    steps = thinned(losses)["steps"]
+    names = {"best victim": 0.0, "median victim": 0.5, "worst victim": 1.0} if len(finite) > 1 else {"victim": 0.5}
+    lines = {name: (steps, np.quantile(finite, share, 0)[steps - 1]) for name, share in names.items()}
     return [Curve("The attacker's loss over steps, best restart", ("step", "loss"), lines, ("linear", "log"))]
 
 

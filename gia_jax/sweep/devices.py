@@ -71,7 +71,7 @@ def spread(mapped: Callable[..., Any], mesh: Mesh, axis: str, in_axes: Any) -> C
         mapped: Function of the lanes of one device, whose results have a leading axis of lanes.
         mesh: Mesh of the devices.
         axis: Name of the mesh's axis.
-        in_axes: For every argument, or tree of arguments, 0 if it has a leading axis of lanes, and None if it is
+        in_axes: Axis of every argument, or tree of arguments: 0 if it has a leading axis of lanes, and None if it is
             replicated on all devices.
 
     Returns:

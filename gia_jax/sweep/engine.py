@@ -100,18 +100,20 @@ def run_lanes(
     began = time.perf_counter()
     programs, states, found = programs_of(stages, attack, lanes, mesh)
     like = Finished(found, jax.ShapeDtypeStruct((lanes.size, num_steps), found.loss.dtype))
-    fingerprint = fingerprint_of(programs, lanes, (num_steps, lanes.size))
-    calls_back = any(CALL_BACK.search(program.as_text()) for program in programs)
-    if calls_back and (keeper is not None or checkpoint is not None):
+    texts = [] if keeper is None and checkpoint is None else [program.as_text() for program in programs]
+    if any(CALL_BACK.search(text) for text in texts):
         what = "store must not be given for" if keeper is not None else "no state is kept of"
         message = f"{what} an attack that calls back to Python: its fingerprint does not cover the callback"
         if keeper is not None:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
         checkpoint = None
+    fingerprint = of_part = ""
+    if keeper is not None or checkpoint is not None:
+        fingerprint = fingerprint_of(texts, lanes, (num_steps, lanes.size))
+        of_part = hashlib.sha256(f"{fingerprint} {lanes.first} {lanes.last}".encode()).hexdigest()
     if keeper is not None:
         keeper.open(fingerprint, like)
-    of_part = hashlib.sha256(f"{fingerprint} {lanes.first} {lanes.last}".encode()).hexdigest()
     saved = RunState(checkpoint, of_part)
     most = max(stage.num_steps for stage in stages)
     begun = saved.load(states, None if keeper is not None else like, Place(lanes.num_lanes, len(stages), most))

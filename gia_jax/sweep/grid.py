@@ -25,7 +25,7 @@ class Sweep(NamedTuple):
 
     Attributes:
         settings: The settings, a tree of arrays with a leading axis of length s.
-        reconstruction: For every setting and victim the reconstruction with the lowest finite loss, each leaf an array
+        reconstruction: Reconstruction with the lowest finite loss for every setting and victim, each leaf an array
             with leading axes (s, v). Its `restart_losses` have shape (s, v, r).
         losses: Loss at every step of every restart, shape (s, v, r, num_steps).
         timing: Time that the sweep took.
@@ -58,7 +58,7 @@ def grid(**values: Sequence[float]) -> dict[str, np.ndarray]:
     """Makes one setting for every combination of the given values.
 
     Args:
-        **values: For every name a sequence of its values, at least one number.
+        **values: Values that every name takes, each a sequence of at least one number.
 
     Returns:
         For every name an array of shape (s,), where s is the product of the lengths of the sequences. The last name

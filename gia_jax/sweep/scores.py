@@ -9,7 +9,7 @@ import numpy as np
 from gia_jax.base import Batch
 from gia_jax.modalities import Modality
 from gia_jax.sweep.results import lanes_of, open_sweep
-from gia_jax.sweep.shards import SCORES, inside, open_group, place
+from gia_jax.sweep.shards import SCORES, by_name, inside, open_group, place
 
 if TYPE_CHECKING:
     import xarray
@@ -83,17 +83,14 @@ def score_sweep(store: str | Path, truth: Batch, modality: Modality) -> "xarray.
     """
     found = lanes_of(store)
     best = best_restart(found)
-    names = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(truth._asdict())
-    }
+    names = by_name("truth", truth._asdict())
     for name, leaf in names.items():
         if name not in best:
             raise ValueError(
                 f"truth.{name} must be one of the arrays of the reconstructions, {sorted(map(str, best.data_vars))}"
             )
-        if name != "labels" and leaf.shape != best[name].shape[1:]:
-            raise ValueError(f"truth.{name} must have the shape {best[name].shape[1:]}, got {leaf.shape}")
+        if name != "labels" and np.shape(leaf) != best[name].shape[1:]:
+            raise ValueError(f"truth.{name} must have the shape {best[name].shape[1:]}, got {np.shape(leaf)}")
     is_finite = (best.is_finite & best.done).values
     columns, reconstructions = {}, []
     for i in range(found.sizes["setting"]):

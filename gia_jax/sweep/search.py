@@ -21,8 +21,8 @@ class Halving(NamedTuple):
 
     Attributes:
         best: Setting with the lowest score in the last round, a tree of numbers.
-        kept: For every round, the indices of the settings that took part, as positions in the settings of the search.
-        scores: For every round, the scores of these settings, lower is better. Infinite where the score is not finite.
+        kept: Indices of the settings that took part in each round, as positions in the settings of the search.
+        scores: Scores of these settings in each round, lower is better. They are infinite where they were not finite.
         last: Sweep of the last round.
 
     Examples:
@@ -54,7 +54,7 @@ def log_uniform(key: PRNGKeyArray, num_settings: int, **ranges: tuple[float, flo
     Args:
         key: Random key.
         num_settings: Number s of settings, at least 1.
-        **ranges: For every name a pair of the smallest and the largest value, both above 0 and finite.
+        **ranges: Range of every name, a pair of its smallest and its largest value, both above 0 and finite.
 
     Returns:
         For every name an array of shape (s,) in float64.

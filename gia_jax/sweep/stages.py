@@ -182,11 +182,11 @@ def compile_programs(programs: list[Any]) -> list[Any]:
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for a compiler
 
 
-def fingerprint_of(programs: list[Any], lanes: Lanes, settings: tuple) -> str:
+def fingerprint_of(texts: list[str], lanes: Lanes, settings: tuple) -> str:
     """Returns a hash of all that a result depends on. The attack and its settings are part of its programs.
 
     Args:
-        programs: Programs, as `programs_of` returns them.
+        texts: Texts of the programs that `programs_of` returns.
         lanes: Lanes of the run. Which of them this process runs makes no difference.
         settings: Other numbers that the result depends on.
 
@@ -194,8 +194,8 @@ def fingerprint_of(programs: list[Any], lanes: Lanes, settings: tuple) -> str:
         The hash in hexadecimal.
     """
     digest = hashlib.sha256(repr((settings, lanes.num_settings, lanes.size)).encode())
-    for program in programs:
-        digest.update(program.as_text().encode())
+    for text in texts:
+        digest.update(text.encode())
     for leaf in jax.tree.leaves((lanes.keys, lanes.settings, lanes.observations)):
         digest.update(np.asarray(jax.random.key_data(leaf) if _check.is_key(leaf) else leaf).tobytes())
     return digest.hexdigest()

@@ -63,7 +63,7 @@ def known_rows(
     """Returns the possible rows of each block of the features, and the largest degree.
 
     Args:
-        blocks: For each block a matrix of its possible rows, or a number k for the k one-hot rows.
+        blocks: Possible rows of every block, as a matrix of them, or as a number k for the k one-hot rows.
         degree_block: Index of the block whose row j says that a node has j neighbours, or None.
         max_degree: Largest number of neighbours, at least 1, or None for the largest one of the degree block.
 
