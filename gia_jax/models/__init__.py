@@ -42,6 +42,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "linear": functools.partial(MLP, hidden=()),
     "mlp": MLP,
     "resnet18": ResNet,
+    "resnet20": functools.partial(ResNet, blocks=(3, 3, 3), width=16),
     "resnet20_4": functools.partial(ResNet, blocks=(3, 3, 3)),
     "resnet32_10": functools.partial(ResNet, blocks=(5, 5, 5), width=160),
 }

@@ -20,6 +20,7 @@ PARAMETERS = {
     "linear": 32 * 32 * 3 * 10 + 10,
     "mlp": 5_256_202,
     "resnet18": 11_173_962,
+    "resnet20": 272_474,
     "resnet20_4": 4_327_754,
     "resnet32_10": None,
 }
