@@ -45,8 +45,9 @@ class BasicBlock(nnx.Module):
 class ResNet(nnx.Module):
     """A residual network of basic blocks, with an average over all pixels before the dense layer.
 
-    `blocks=(2, 2, 2, 2), width=64` is ResNet-18 (11,173,962 parameters for 10 classes), `(3, 3, 3), width=64` the
-XX the ResNet32-10 of Inverting Gradients.
+    `blocks=(2, 2, 2, 2), width=64` is ResNet-18 (11,173,962 parameters for 10 classes), `(3, 3, 3), width=16` is
+    ResNet-20 with projections for shortcuts (272,474), `(3, 3, 3), width=64` the ResNet20-4 and `(5, 5, 5), width=160`
+    the ResNet32-10 of Inverting Gradients.
 
     Args:
         input_shape: Shape (h, w, c) of an image.
