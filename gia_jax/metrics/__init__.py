@@ -1,5 +1,6 @@
 """What an attack achieved, measured with the truth that the attack never saw, and what noise promises against any."""
 
+from gia_jax.metrics.cost import ExpectedCost, expected_cost
 from gia_jax.metrics.diagnosis import diagnose
 from gia_jax.metrics.explained import Explained, explained
 from gia_jax.metrics.graphs import GraphScores, graph_scores, graph_similarity
@@ -19,6 +20,7 @@ from gia_jax.metrics.privacy import (
 from gia_jax.metrics.scores import Scores, baselines, score
 
 __all__ = [
+    "ExpectedCost",
     "Explained",
     "GraphScores",
     "ImageScores",
@@ -27,6 +29,7 @@ __all__ = [
     "bootstrap_interval",
     "diagnose",
     "epsilon",
+    "expected_cost",
     "explained",
     "fisher_bound",
     "fisher_information",
