@@ -18,6 +18,7 @@ from gia_jax.base import (
     Reconstruction,
     Updates,
 )
+from gia_jax.matching.path import keep_path
 from gia_jax.matching.run import advance, choose, continued, keep_best, restarts, run, solve
 from gia_jax.matching.solver import box, gradient_matching
 from gia_jax.sweep.devices import map_sharded
@@ -58,6 +59,7 @@ __all__ = [
     "grants",
     "interop",
     "keep_best",
+    "keep_path",
     "labels",
     "map_sharded",
     "matching",

@@ -115,6 +115,8 @@ class Reconstruction(NamedTuple):
         restart_losses: Loss of each of r restarts, shape (r,). It is the empty tuple for a single run.
         client: What the attack found of the client beside its data, such as a learning rate. It is the empty tuple
             where nothing of the client was searched for.
+        path: Batches that the attack would have returned after fewer steps, a `Batch` whose leaves have a leading axis
+            of points. It is the empty tuple without `gia_jax.keep_path`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -130,6 +132,7 @@ class Reconstruction(NamedTuple):
     is_finite: Bool[Array, ""]
     restart_losses: Any = ()
     client: Any = ()
+    path: Any = ()
 
 
 @runtime_checkable

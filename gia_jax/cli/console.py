@@ -83,9 +83,12 @@ def seen(modality: Modality, truth: Batch | None, outcome: Outcome, drawing: byt
         drawing: Content of a file that shows both, for examples that are not images. None if there is no such file.
 
     Returns:
-        The loss curves, and the pixels of the first examples, in uint8, or the drawing.
+        The loss curves, the first score after some steps, such as "path_psnr" after "path_steps", where it is known,
+        and the pixels of the first examples, in uint8, or the drawing.
     """
     found = arrays.thinned(outcome.study.losses)
+    if outcome.path is not None:
+        found |= {"path_steps": outcome.path[0], f"path_{modality.main}": outcome.path[1]}
     if modality.pixels_fn is None:
         return found if drawing is None else found | {"drawing": np.frombuffer(drawing, np.uint8)}
     batch = outcome.study.reconstruction.batch if outcome.scored is None else outcome.scored.batch

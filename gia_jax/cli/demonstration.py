@@ -100,6 +100,7 @@ def _attacked(out: Path, seed: int) -> Found:
             num_steps=steps,
             num_restarts=restarts,
             prior_only="none",
+            with_path=True,
             progress_fn=report.progress(name),
             checkpoint=console.states(out),
         )

@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from gia_jax import metrics
 from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, ClientFn, Observation, Updates
 from gia_jax.cli.names import ATTACKS, INVERTIBLE, Target, make_analytic, make_attack
+from gia_jax.matching.path import keep_path, path_steps
 from gia_jax.metrics.labels import are_classes
 from gia_jax.modalities import Modality, Scored
 from gia_jax.sweep.study import ProgressFn, Study, study, study_analytic, study_on_host
 from gia_jax.threat import control
 
 PRIOR_ONLY = "prior only"
+# Points of the path of every restart, and the largest number of entries of all of them, for which memory suffices.
+PATH_POINTS, MAX_PATH_ENTRIES = 20, 2**24
 
 
 class Outcome(NamedTuple):
@@ -31,12 +34,15 @@ class Outcome(NamedTuple):
         label_correct: Share of the labels of each victim that were recovered, shape (victims,), which is NaN where
             labels are not compared. None where there is no truth.
         explained: How much of each victim's update its reconstruction explains, arrays of shape (victims,).
+        path: Numbers p of steps, shape (p,), and the first score of each victim after them, the mean over its examples,
+            shape (victims, p). None where no path was kept, or there is no truth.
     """
 
     study: Study
     explained: metrics.Explained
     scored: Scored | None = None
     label_correct: np.ndarray | None = None
+    path: tuple[np.ndarray, np.ndarray] | None = None
 
     def scores(self, name: str) -> np.ndarray:
         """Returns the scores of one name, one for every example, shape (victims, b); there are none without a truth."""
@@ -58,6 +64,7 @@ def attack_target(
     num_restarts: int = 1,
     lanes: int = 16,
     prior_only: str | None = None,
+    with_path: bool = False,
     progress_fn: ProgressFn | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Outcome]:
@@ -76,6 +83,8 @@ def attack_target(
         num_restarts: Number of restarts of every victim, at least 1. The one of the lowest finite loss is kept.
         lanes: Number of restarts under one `vmap`, at least 1.
         prior_only: Name of the observations that random updates imitate. None leaves them out.
+        with_path: Whether an iterative attack keeps its path, `PATH_POINTS` reconstructions or as many as there are
+            steps. There are fewer where those of all restarts would have more than `MAX_PATH_ENTRIES` entries.
         progress_fn: Function that is called with signs of life, as by `study`.
         checkpoint: Folder for the state of the run, as for `study`. None keeps nothing.
 
@@ -95,8 +104,11 @@ def attack_target(
         runner = study_on_host if ATTACKS[name].on_host else study_analytic
         found = runner(inversion, key_attack, together, progress_fn=progress_fn)
     else:
+        attack = make_attack(name, target, labels=labels, solver=solver, num_steps=num_steps, rule=label_rule)
+        entries = num_restarts * sum(leaf.size for leaf in jax.tree.leaves(together.extra["inputs_like"]))
+        points = min(PATH_POINTS, num_steps, MAX_PATH_ENTRIES // entries)
         found = study(
-            make_attack(name, target, labels=labels, solver=solver, num_steps=num_steps, rule=label_rule),
+            keep_path(attack, num_points=points, num_steps=num_steps) if with_path and points > 1 else attack,
             key_attack,
             together,
             num_steps=num_steps,
@@ -129,17 +141,37 @@ def with_scores(outcomes: Mapping[str, Outcome], truth: Batch, modality: Modalit
     Raises:
         ValueError: If the truth is not of such examples.
     """
-    found = [outcome.study.reconstruction.batch for outcome in outcomes.values()]
-    every = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *found)
-    repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(found)), truth)
-    scored, overlap = modality.score_fn(every, repeated), _label_overlap(every.labels, repeated.labels)
-    victims = len(jax.tree.leaves(truth)[0])
+    found = [outcome.study.reconstruction for outcome in outcomes.values()]
+    every = _concatenated([one.batch for one in found])
+    repeated = _concatenated([truth] * len(found))
+    overlap = _label_overlap(every.labels, repeated.labels)
+    points = jax.tree.leaves(found[0].path)[0].shape[1] if found[0].path else 0
+    if points:  # scored in the same call, for it compiles a program
+        paths = _concatenated([one.path for one in found])
+        every = jax.tree.map(lambda one, path: _flat(jnp.concatenate([one[:, None], path], 1)), every, paths)
+        repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, 1 + points, 0), repeated)
+    scored = modality.score_fn(every, repeated)
+    last = scored.of(slice(None, None, 1 + points))
+    score = scored.scores[modality.main]
+    over_path = score.reshape(len(found), -1, 1 + points, score.shape[-1]).mean(-1)[..., 1:]
 
     def of(i: int, outcome: Outcome) -> Outcome:
+        victims = over_path.shape[1]
         own = slice(i * victims, (i + 1) * victims)
-        return outcome._replace(scored=scored.of(own), label_correct=overlap[own])
+        path = (path_steps(points, outcome.study.losses.shape[-1]), over_path[i]) if points else None
+        return outcome._replace(scored=last.of(own), label_correct=overlap[own], path=path)
 
     return {name: of(i, outcome) for i, (name, outcome) in enumerate(outcomes.items())}
+
+
+def _concatenated(batches: Sequence[Batch]) -> Batch:
+    """Returns the victims of several batches as those of one."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
+
+
+def _flat(leaf: Array) -> Array:
+    """Returns an array whose first two axes are one."""
+    return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def _label_overlap(found: Any, true: Any) -> np.ndarray:

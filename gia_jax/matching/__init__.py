@@ -2,6 +2,7 @@
 
 from gia_jax.matching import adaptive, graph_priors, group, initializations, objectives, optimizers, priors
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
+from gia_jax.matching.path import keep_path, path_steps
 from gia_jax.matching.run import advance, best_of, choose, continued, keep_best, restarts, run
 from gia_jax.matching.solver import box, gradient_matching
 
@@ -17,9 +18,11 @@ __all__ = [
     "group",
     "initializations",
     "keep_best",
+    "keep_path",
     "levenberg_marquardt",
     "objectives",
     "optimizers",
+    "path_steps",
     "priors",
     "restarts",
     "run",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import Attack, AttackInfo, AttackState, Observation, ReconstructFn, Reconstruction, WarmUp
@@ -172,6 +172,20 @@ class Best(NamedTuple):
     last: Any
 
 
+class Kept(NamedTuple):
+    """The candidate of an attack under `gia_jax.keep_path`.
+
+    Attributes:
+        points: Candidates that are kept, every leaf with a leading axis of points.
+        done: Number of steps that are done.
+        last: Latest candidate, from which the attack goes on.
+    """
+
+    points: Any
+    done: Int[Array, ""]
+    last: Any
+
+
 def keep_best(attack: Attack) -> Attack:
     """Makes an attack return the candidate of its lowest loss, instead of its last candidate.
 
@@ -201,9 +215,13 @@ def keep_best(attack: Attack) -> Attack:
         True
     """
 
+    def compared(candidate: Any) -> Any:
+        return candidate.last if isinstance(candidate, Kept) else candidate  # a path goes on, whichever is the best
+
     def watched(state: AttackState, observation: Observation) -> AttackState:
         dtype = wide_dtype(jnp.result_type(*jax.tree.leaves(observation.update)))
-        return AttackState(Best(state.candidate, jnp.asarray(jnp.inf, dtype), state.candidate), state.memory)
+        best = Best(compared(state.candidate), jnp.asarray(jnp.inf, dtype), state.candidate)
+        return AttackState(best, state.memory)
 
     def init(key: PRNGKeyArray, observation: Observation) -> AttackState:
         return watched(attack.init(key, observation), observation)
@@ -213,15 +231,17 @@ def keep_best(attack: Attack) -> Attack:
         (new, memory), info = attack.step(key, AttackState(last, state.memory), observation)
         loss = info.loss.astype(best_loss.dtype)
         better = loss < best_loss  # never true for NaN
-        best = optax.tree.where(better, last, best)
+        best = optax.tree.where(better, compared(last), best)
         return AttackState(Best(best, jnp.where(better, loss, best_loss), new), memory), info
 
     def finalize(candidate: Best, observation: Observation) -> Reconstruction:
-        last, best = attack.finalize(candidate.last, observation), attack.finalize(candidate.best, observation)
+        last, best = candidate.last, candidate.best
+        best = last._replace(last=best) if isinstance(last, Kept) else best
+        last, best = attack.finalize(last, observation), attack.finalize(best, observation)
         use_last = last.is_finite & (last.loss <= candidate.best_loss)
         best_loss = candidate.best_loss.astype(best.loss.dtype)
         best = best._replace(loss=best_loss, is_finite=best.is_finite & jnp.isfinite(best_loss))
-        return optax.tree.where(use_last, last, best)
+        return optax.tree.where(use_last, last, best)._replace(path=last.path)
 
     kept, warm_up = Attack(init, step, finalize, num_steps=attack.num_steps), attack.warm_up
     if warm_up is None:

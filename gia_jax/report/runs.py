@@ -118,7 +118,7 @@ def _row(record: Mapping[str, Any], name: str, source: str, arrays: Mapping[str,
         scores=scores,
         details={key: Score(DETAILS[key], tuple(values), float(np.median(values))) for key, values in details.items()},
         compared=_compared(record, scores),
-        curves=_curves(arrays, victims),
+        curves=_curves(arrays, victims) + _quality(arrays, victims, record, next(iter(shown.items()), None)),
         examples=_examples(arrays, settings["attack"], victims, next(iter(shown.items()), None)),
         num_examples=sum(np.size(victim.get(f"{next(iter(shown), '')}_per_example", ())) for victim in victims),
         accuracy=None if record.get("accuracy") is None else float(record["accuracy"]),
@@ -181,8 +181,44 @@ def _curves(arrays: Mapping[str, np.ndarray], victims: Sequence[Mapping[str, Any
         ends = np.nan_to_num(np.asarray(victim["restart_losses"], float), nan=np.inf)
         chosen = int(ends.argmin()) if len(ends) == len(arrays["losses"][v]) else 0
         lines[f"victim {v + 1}"] = arrays["steps"], arrays["losses"][v, chosen]
-    some = f", first {MAX_LINES} of {len(victims)} victims" if len(victims) > MAX_LINES else ""
-    return [Curve(f"The attacker's loss over steps, best restart{some}", ("step", "loss"), lines, ("linear", "log"))]
+    title = f"The attacker's loss over steps, best restart{_some(victims)}"
+    return [Curve(title, ("step", "loss"), lines, ("linear", "log"))]
+
+
+def _quality(
+    arrays: Mapping[str, np.ndarray],
+    victims: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+    first: tuple[str, Shown] | None,
+) -> list[Curve]:
+    """Returns the first score of the first victims over steps and over seconds, where it is known."""
+    name = f"path_{first[0]}" if first is not None else ""
+    if first is None or name not in arrays or len(arrays[name]) != len(victims):
+        return []
+    heading, unit = first[1].heading, f", {first[1].unit.strip()}" if first[1].unit.strip() == "dB" else ""
+    steps, scores = arrays["path_steps"], arrays[name][:MAX_LINES]
+    # The time of all restarts of a victim, where that of the run is shared equally among all lanes.
+    seconds = steps * float(record["ms_per_step_per_restart"]) * len(victims[0]["restart_losses"]) / 1e3
+    return [
+        Curve(
+            f"{heading} over {over}, the best so far by the attacker's loss{_some(victims)}",
+            (label, heading + unit),
+            {f"victim {v + 1}": (x, own) for v, own in enumerate(scores)},
+        )
+        for over, x, label in (
+            ("steps", steps, "step"),
+            (
+                "seconds",
+                seconds,
+                "seconds, one victim's share of the run",
+            ),
+        )
+    ]
+
+
+def _some(victims: Sequence[Any]) -> str:
+    """Returns words for the first victims, where there are more than lines of a plot."""
+    return f", first {MAX_LINES} of {len(victims)} victims" if len(victims) > MAX_LINES else ""
 
 
 def _examples(

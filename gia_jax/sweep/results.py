@@ -171,6 +171,8 @@ def open_sweep(store: str | Path) -> "xarray.Dataset":
         * "losses" (setting, victim, restart, step): the loss at every step;
         * "inputs" and "labels" (setting, victim, restart, example, ...): the reconstructions. Inputs that are a tree
           become several arrays, such as "inputs.nodes";
+        * "path.inputs" and "path.labels" (setting, victim, restart, point, example, ...) of attacks that
+          `gia_jax.keep_path` wraps: what they would have returned after fewer steps;
         * every score that `score_sweep` wrote (setting, victim, example), such as "psnr";
         * every array of the settings, as a coordinate of the dimension setting.
 

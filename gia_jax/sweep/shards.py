@@ -197,6 +197,8 @@ def _named(found: Finished) -> dict[str, tuple[tuple[str, ...], Any]]:
     }
     for name, leaf in by_name("observations.extra['inputs_like']", reconstruction.batch._asdict()).items():
         named[name] = (("lane", "example", *(f"{name}_{axis}" for axis in range(2, len(leaf.shape)))), leaf)
+    for name, leaf in by_name("observations.extra['inputs_like']", {"path": reconstruction.path}).items():
+        named[name] = (("lane", "point", "example", *(f"{name}_{axis}" for axis in range(3, len(leaf.shape)))), leaf)
     named["done"] = (("lane",), done)
     return {name: (dimensions, _storable(leaf)) for name, (dimensions, leaf) in named.items()}
 

@@ -29,6 +29,11 @@ def test_what_an_attack_wrote_becomes_a_page(tmp_path: Path, capsys: pytest.Capt
     assert record["shown"]["psnr"] == {"heading": "PSNR", "form": ".1f", "unit": " dB", "average": "median"}
     arrays = unpack(out / "results.npz", content)[""]
     assert arrays["losses"].shape == (2, 2, 20)
+    assert arrays["path_steps"].tolist() == list(range(1, 21))
+    psnr = [victim["psnr"] for victim in record["victims"]]
+    np.testing.assert_array_equal(arrays["path_psnr"][:, -1], psnr)
+    assert arrays["path_psnr"].shape == (2, 20)
+    assert (arrays["path_psnr"][:, 0] < np.array(psnr) - 3).all()  # it starts far from there
     errors = (arrays["original"] / 255.0 - arrays["reconstruction"] / 255.0) ** 2
     recorded = [victim["mse"] for victim in record["victims"]]
     np.testing.assert_allclose(errors.mean((1, 2, 3)), recorded, atol=4e-3)
@@ -36,6 +41,8 @@ def test_what_an_attack_wrote_becomes_a_page(tmp_path: Path, capsys: pytest.Capt
     (row,) = read(tmp_path)
     assert list(row.scores["psnr"].values) == [victim["psnr"] for victim in record["victims"]]
     assert row.threat_model == record["threat_model"]
+    np.testing.assert_array_equal(row.curves[1].lines["victim 2"], [arrays["path_steps"], arrays["path_psnr"][1]])
+    assert row.curves[2].lines["victim 2"][0][-1] == pytest.approx(record["run_seconds"] / 2)
     capsys.readouterr()
     assert main(["report", str(tmp_path)]) == 0
     page = tmp_path / "report.html"

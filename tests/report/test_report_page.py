@@ -197,6 +197,30 @@ def test_curves_of_a_folder_are_of_the_chosen_restart(runs: Path) -> None:
         np.testing.assert_array_equal(curve.lines[f"victim {i + 1}"][1], arrays["losses"][i, 1])
 
 
+def test_scores_over_steps_and_seconds_are_the_files(tmp_path: Path) -> None:
+    steps, scores = np.array([3, 5, 8]), RNG.normal(size=(2, 3))
+    arrays = thinned(np.ones((2, 2, 8))) | {"path_steps": steps, "path_psnr": scores}
+    victims = [_image(scores[0, -1], -0.5), _image(scores[1, -1], 1.0)]
+    (row,) = read(_write(tmp_path, _record(victims, shown=IMAGES), {"": arrays}))
+    _, over_steps, over_seconds = row.curves
+    assert over_steps.labels == ("step", "PSNR, dB")
+    assert over_seconds.labels == ("seconds, one victim's share of the run", "PSNR, dB")
+    for i in range(2):  # a step of a restart takes 0.4453125 ms, and each victim has two restarts
+        for curve, x in ((over_steps, steps), (over_seconds, steps * 2 * 0.4453125e-3)):
+            np.testing.assert_allclose(curve.lines[f"victim {i + 1}"][0], x, rtol=1e-15)
+            np.testing.assert_array_equal(curve.lines[f"victim {i + 1}"][1], scores[i])
+    words = Page(page([row])).words["result-1"]
+    assert "PSNR over steps" in words
+    assert "PSNR over seconds" in words
+    # Scores of another number of victims, or of another score than the first, are not shown.
+    for other in ({"path_psnr": scores[:1]}, {"path_psnr": scores[:0]}):
+        (row,) = read(_write(tmp_path, _record(victims, shown=IMAGES), {"": arrays | other}))
+        assert len(row.curves) == 1
+    del arrays["path_psnr"]
+    (row,) = read(_write(tmp_path, _record(victims, shown=IMAGES), {"": arrays | {"path_ssim": scores}}))
+    assert len(row.curves) == 1
+
+
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>"
     record = _record([_image(9.5, 0.5)], shown=IMAGES | {"psnr": Shown(f"{name}$\\frac$", ".1f")._asdict()})

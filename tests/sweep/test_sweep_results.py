@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gia_jax import Attack, Observation, gradient_matching
+from gia_jax import Attack, Observation, gradient_matching, keep_path
 from gia_jax.sweep import Sweep, grid, open_sweep, stored_sweep, sweep
 
 SETTINGS, KEY = grid(rate=[0.1, 0.3, 0.2]), jax.random.key(0)
@@ -62,6 +62,22 @@ def test_a_store_holds_what_a_sweep_finds(tmp_path: Path, whole: Sweep, kind: st
     assert [sign.done for sign in signs[1:]] == [16, 32, 48, 64, 72] + [72]  # nothing is computed again
     if kind == "folder":
         assert [path.name for path in tmp_path.glob("store/*")] == ["shard-0"]
+
+
+def test_a_store_holds_paths(tmp_path: Path, whole: Sweep) -> None:
+    def attack(setting: Any) -> Attack:
+        return keep_path(_attack(setting), num_points=2, num_steps=4)
+
+    found = stored_sweep(tmp_path, attack, SETTINGS, KEY, OBSERVATIONS, **OPTIONS)
+    _assert_same(found, whole)
+    names = {"path.inputs", "path.labels"}
+    assert {name for name in map(str, found.data_vars) if name.startswith("path")} == names
+    assert found["path.inputs"].dims[:5] == ("setting", "victim", "restart", "point", "example")
+    np.testing.assert_array_equal(found["path.inputs"][:, :, :, -1], found.inputs)
+    best = found.isel(restart=found.loss.argmin("restart"))
+    in_memory = sweep(attack, SETTINGS, KEY, OBSERVATIONS, **OPTIONS).reconstruction.path
+    np.testing.assert_array_equal(best["path.inputs"], in_memory.inputs)
+    assert (best["path.inputs"][:, :, 0] != best.inputs).any()
 
 
 def test_processes_write_their_own_shards(tmp_path: Path, whole: Sweep) -> None:

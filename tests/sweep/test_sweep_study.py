@@ -29,6 +29,7 @@ from gia_jax import (
     clients,
     gradient_matching,
     keep_best,
+    keep_path,
     observe,
 )
 from gia_jax.labels import dense
@@ -91,6 +92,10 @@ def _walk(learning_rate: float = 0.1) -> Attack:
 
 def _lbfgs() -> Attack:
     return gradient_matching(CLIENT, optimizer=fixed_step_lbfgs(memory_size=5))
+
+
+def _path() -> Attack:
+    return keep_path(_walk(), num_points=6, num_steps=NUM_STEPS)
 
 
 def _study(attack: Attack, **options: Any) -> Study:
@@ -194,7 +199,7 @@ def _interrupted(attack: Attack, path: Path, call: int) -> Path:
 @pytest.mark.parametrize(
     ("build", "call"),
     # Calls do 1, 8, 8 and 3 steps of the first lanes, then 8, 8 and 4 of the second.
-    [(_walk, 2), (_walk, 5), (_walk, 7), (_walk, 8), (_lbfgs, 7)],
+    [(_walk, 2), (_walk, 5), (_walk, 7), (_walk, 8), (_lbfgs, 7), (_path, 4), (_path, 7)],
 )
 def test_an_interrupted_study_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Callable[[], Attack], call: int
@@ -210,6 +215,15 @@ def test_an_interrupted_study_goes_on_where_it_was(
     again = _study(build(), lanes=4, checkpoint=tmp_path)  # nothing is lost before the caller says so
     _assert_same(again, desired)
     assert again.timing.run_seconds == resumed.timing.run_seconds
+
+
+def test_a_path_is_kept_beside_an_unchanged_result() -> None:
+    found = _whole(_path, 4)
+    path = found.reconstruction.path
+    _assert_same(found._replace(reconstruction=found.reconstruction._replace(path=())), _whole(_walk, 4))
+    assert path.inputs.shape == (NUM_VICTIMS, 6, 2, 6)
+    np.testing.assert_array_equal(path.inputs[:, -1], found.reconstruction.batch.inputs)
+    assert (path.inputs[:, 0] != path.inputs[:, -1]).all()
 
 
 def test_the_seconds_of_all_parts_count(tmp_path: Path) -> None:
