@@ -31,7 +31,8 @@ def differences(path: Path) -> dict[tuple[str, str, str, str], np.ndarray]:
             name, _, who = column.rpartition(", ")
             if who not in ("blind", "adaptive") or name.startswith(("prior only", "random search")):
                 continue
-            other = differs(name) or table.endswith("_likelihood")
+            # Tables of utility have a second attacker only where it is another.
+            other = differs(name) or table.endswith("_likelihood") or table.startswith("utility/")
             if who == "blind" or other:
                 found[table, split, name, f"{who} - class"] = psnr - guess
             if who == "adaptive" and other and f"{name}, blind" in figures:
@@ -76,9 +77,9 @@ def main() -> None:
         f"{len(found)} mean differences of every victim's figure (PSNR of images, fields of rows), tested by turning "
         f"their signs at random, corrected by Holm (1979) at {LEVEL:.0%} over all rows of this table. Knowing: the "
         "attacker that knows the defense beside the one that does not, where they are different attacks. The class: "
-        "the mean image, or the commonest values, of public examples of the victim's class. Tables of accuracy "
-        "(utility) have one attacker for each defense, that which knows it. Tables without a file of victims are not "
-        "in it.",
+        "the mean image, or the commonest values, of public examples of the victim's class. The first tables of "
+        "accuracy (utility) have one attacker for each defense, that which knows it. Tables without a file of victims "
+        "are not in it.",
     )
 
 

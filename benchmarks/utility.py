@@ -1,11 +1,12 @@
 """What each defense costs and what it saves: test accuracy and leakage of the same network at the same strength.
 
-    python benchmarks/utility.py [PART ...] [--steps N] [--seeds N] [--victims N] [--attack-steps N] [--workers N]
-        [--defenses NAME ...]
+    python benchmarks/utility.py [PART ...] [--network NAME] [--steps N] [--seeds N] [--stages NAME ...] [--victims N]
+        [--attack-steps N] [--no-control] [--workers N] [--defenses NAME ...]
 
 The parts are `digits` and `cifar10`. Needs the extras `demo`, `data` and `privacy`, and CIFAR-10 prepared by TFDS
 (GIA_JAX_DATA_DIR). A defense is one row of `DEFENSES`, by its name on the command line. On CIFAR-10 Soteria estimates
-its scores: those of 2,048 features take 1.7 processor seconds for an example, a day for this training.
+its scores: those of the GroupNormNet's 2,048 features take 1.7 processor seconds for an example, a day for this
+training. Each defense meets an attacker that does not know it and, where that is another attack, one that does.
 Defenses are independent, and each worker is a process with one at a time: small networks leave a second core idle.
 """
 
@@ -14,7 +15,7 @@ import functools
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from training import SampleFn, accuracy, poisson, train, uniform
 from gia_jax import (
     Attack,
     Batch,
+    ClientFn,
     Observation,
     ThreatModel,
     control,
@@ -45,6 +47,7 @@ from gia_jax._compile import RUN_ONCE
 from gia_jax.base import ObjectiveFn, Params
 from gia_jax.cli.outcomes import joined
 from gia_jax.cli.pixels import pixel_covariance, pixel_information
+from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
@@ -86,11 +89,49 @@ DEFENSES = (
 )
 
 
+class Network(NamedTuple):
+    """A network that learns under every defense: none of its layers mixes examples."""
+
+    make: Callable[..., nnx.Module]  # `(input_shape, num_classes, width=, rngs=) -> module`
+    title: str
+
+
+NETWORKS = {
+    "groupnorm_net": Network(models.GroupNormNet, "a GroupNormNet"),
+    "resnet20": Network(
+        functools.partial(models.ResNet, blocks=(3, 3, 3), norm="group"), "a ResNet-20 with group normalisation"
+    ),
+}
+DEFAULT_NETWORK = "groupnorm_net"  # whose tables have no network in their names
+STAGES = {
+    "untrained": "the network of seed 0 before training",
+    "trained": "the network whose accuracy is in the row, seed 0",
+}
+PRIOR_ONLY = "Prior only: the same attack on random updates of the same norms. "
+
+
+class Attacker(NamedTuple):
+    """What an attacker takes the client for, and compares updates by.
+
+    Attributes:
+        client_fn: Its simulated client.
+        objective_fn: Its comparison.
+        magnitudes: Whether it knows that every pixel's sign is random (in the model's space).
+    """
+
+    client_fn: ClientFn
+    objective_fn: ObjectiveFn
+    magnitudes: bool = False
+
+
 class Defense(NamedTuple):
-    """A client with its defense, on the network of one seed, and what the defense is made of."""
+    """A client with its defense, on the network of one seed, what the defense is made of, and the client that an
+    attacker assumes who sees the network and knows no defense.
+    """
 
     protected: Protected
     parts: tuple[Part, ...]
+    plain_fn: ClientFn
 
     @property
     def private(self) -> Part | None:
@@ -108,9 +149,14 @@ class Defense(NamedTuple):
         return any(part.acts_on == "input" for part in self.parts)
 
     @property
-    def magnitudes(self) -> bool:
-        """Whether the attacker knows that every pixel's sign is random (in the model's space)."""
-        return any(part.name == "instahide" for part in self.parts)
+    def attackers(self) -> dict[str, Attacker]:
+        """One that knows no defense and, where that is another attack, one that knows this one."""
+        found = {"blind": Attacker(self.plain_fn, cosine)}
+        # Here, unlike in the tables of defenses, knowing InstaHide changes the box and the prior.
+        magnitudes = any(part.name == "instahide" for part in self.parts)
+        if magnitudes or any(differs(part.name) for part in self.parts):
+            found["adaptive"] = Attacker(self.protected.assumed_fn, self.protected.adapt_fn(cosine), magnitudes)
+        return found
 
 
 class Task(NamedTuple):
@@ -134,13 +180,15 @@ class Task(NamedTuple):
     gallery_labels: np.ndarray
     smoothness: float
 
-    def defense(self, name: str, seed: int) -> Defense:
-        """On the small ConvNet of this seed."""
+    def defense(self, name: str, network: str, seed: int) -> Defense:
+        """On the network of this seed."""
         shape = self.test.images.shape[1:]
-        module = models.GroupNormNet(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
+        module = NETWORKS[network].make(shape, CLASSES, width=WIDTH, rngs=nnx.Rngs(seed))
         parts = parse(name)
-        protected = protect(parts, module, num_classes=CLASSES, key=jax.random.key(seed))
-        return Defense(protected, parts)
+        # A defense of the model is in the parameters, which every attacker sees.
+        changes = [part for part in parts if part.acts_on == "model"]
+        options = {"num_classes": CLASSES, "key": jax.random.key(seed)}
+        return Defense(protect(parts, module, **options), parts, protect(changes, module, **options).assumed_fn)
 
 
 def first_of_each_class(labels: np.ndarray, number: int) -> np.ndarray:
@@ -159,8 +207,9 @@ def task_of(train_set: data.ImageData, test_set: data.ImageData, victims: int, s
     return Task(batch(train_set.images, train_set.labels), test_set, attacked, index, *gallery, smoothness)
 
 
-def trained(seeds: Sequence[Defense], task: Task, num_steps: int) -> tuple[list[Params], float]:
+def trained(seeds: Sequence[Defense], task: Task, num_steps: int, name: str) -> tuple[list[Params], float]:
     """The network of every seed under the defense, and the seconds that took without compiling."""
+    began = time.perf_counter()
     defense = seeds[0]
     sample_fn: SampleFn = uniform(BATCH)
     if defense.private:
@@ -176,52 +225,67 @@ def trained(seeds: Sequence[Defense], task: Task, num_steps: int) -> tuple[list[
 
     starts = [(each.protected.params, jax.random.key(seed)) for seed, each in enumerate(seeds)]
     compiled = jax.jit(one).lower(*starts[0], task.train).compile()
+    compiling = time.perf_counter() - began
     began = time.perf_counter()
     found = [jax.block_until_ready(compiled(params, key, task.train)) for params, key in starts]
-    return found, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    print(f"{name}: training, compile {compiling:.0f} s, {seconds / len(starts) / num_steps:.3f} s a step", flush=True)
+    return found, seconds
 
 
-def attack_on(defense: Defense, objective_fn: ObjectiveFn, task: Task, num_steps: int) -> Attack:
-    """Inverting Gradients with the client, the objective and the pixel box of one who knows the defense."""
+def attack_of(attacker: Attacker, task: Task, num_steps: int) -> Attack:
+    """Inverting Gradients with the client, the objective and the pixel box of one attacker."""
     low, high = task.test.bounds()
     smooth = priors.total_variation()
-    if defense.magnitudes:
+    if attacker.magnitudes:
         high = np.maximum(-low, high)
         low = -high
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        inputs = jnp.abs(batch.inputs) if defense.magnitudes else batch.inputs
+        inputs = jnp.abs(batch.inputs) if attacker.magnitudes else batch.inputs
         return task.smoothness * smooth(batch._replace(inputs=inputs), observation)
 
     def matching(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
         return gradient_matching(
-            defense.protected.assumed_fn,
+            attacker.client_fn,
             objective_fn=objective_fn,
             prior_fn=prior_fn,
             project_fn=box(low, high),
             optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
         )
 
-    return informed(matching, objective_fn, num_steps)
+    return informed(matching, attacker.objective_fn, num_steps)
 
 
 class Leakage(NamedTuple):
-    """PSNR in dB of every victim, of what was encoded of it, and of what is found where its update is noise; rank of
-    the victim among test images.
+    """What is found of every victim.
+
+    Attributes:
+        psnr: In dB, of each attacker.
+        rank: Of the victim among test images, of the attacker that knows most.
+        encoding: PSNR of its reconstructions against what was encoded of the victims.
+        prior_only: PSNR of what it finds where updates are noise; None without this control.
     """
 
-    private: np.ndarray
-    encoding: np.ndarray
-    prior_only: np.ndarray
+    psnr: dict[str, np.ndarray]
     rank: np.ndarray
+    encoding: np.ndarray
+    prior_only: np.ndarray | None
+
+    @property
+    def informed(self) -> np.ndarray:
+        """PSNR of the attacker that knows the defense; where that changes nothing, the blind one is also this one."""
+        return self.psnr.get("adaptive", self.psnr["blind"])
 
 
-def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str) -> Leakage:
-    """The attack on every victim, alone in its batch."""
+def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: str, *, with_control: bool) -> Leakage:
+    """The attacks on every victim, alone in its batch."""
     truth = task.victims
     key_encoding, key_victims, key_noise, key_attack = jax.random.split(jax.random.key(LEAKAGE_SEED), 4)
     # Victims mix with each other; each then shares the update of its own encoding.
     sent = defense.protected.encode_fn(key_encoding, truth)
+    # Labels of one shape, so that the blind attack is one program whether or not images are mixed.
+    sent = Batch(sent.inputs, as_probabilities(sent, CLASSES))
     sent, truth = jax.tree.map(lambda leaf: leaf[:, None], (sent, truth))
 
     def shared(key: PRNGKeyArray, params: Params, batch: Batch) -> Observation:
@@ -232,22 +296,36 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     keys = jax.random.split(key_victims, len(truth.labels))
     see = jax.jit(jax.vmap(shared, (0, None, 0)), compiler_options=RUN_ONCE)
     seen = see(keys, params, sent)._replace(params=params)
-    noise = jax.jit(control)(key_noise, seen)
 
-    objective_fn = defense.protected.adapt_fn(cosine)
-    attack, counted = attack_on(defense, objective_fn, task, num_steps), counted_steps(objective_fn, num_steps)
-    options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress(name)}
-    inputs = study(attack, key_attack, joined([seen, noise]), **options).reconstruction.batch.inputs
-    found, of_noise = (
-        metrics.score(Batch(each, truth.labels), truth, task.test) for each in jnp.split(inputs, [len(keys)])
-    )
-    error = (inputs[: len(keys)] - np.asarray(sent.inputs)) * np.asarray(task.test.std)
+    def found_by(who: str, observations: Observation) -> np.ndarray:
+        attacker = defense.attackers[who]
+        attack, counted = attack_of(attacker, task, num_steps), counted_steps(attacker.objective_fn, num_steps)
+        called = f"{name}, {who}"
+        options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress(called)}
+        found = study(attack, key_attack, observations, **options)
+        lanes, timing = len(found.losses), found.timing
+        each = timing.run_seconds / lanes / num_steps
+        print(
+            f"{called}: {lanes} lanes, compile {timing.compile_seconds:.0f} s, {each:.4f} s a step and lane", flush=True
+        )
+        return np.asarray(found.reconstruction.batch.inputs)
+
+    def scored(inputs: np.ndarray) -> metrics.Scores:
+        return metrics.score(Batch(inputs, truth.labels), truth, task.test)
+
+    *others, last = defense.attackers
+    psnr = {who: scored(found_by(who, seen)).psnr[:, 0] for who in others}
+    inputs = found_by(last, joined([seen, jax.jit(control)(key_noise, seen)]) if with_control else seen)
+    inputs, of_noise = inputs[: len(keys)], inputs[len(keys) :]
+    found = scored(inputs)
+    psnr[last] = found.psnr[:, 0]
+    error = (inputs - np.asarray(sent.inputs)) * np.asarray(task.test.std)
     encoding = -10 * np.log10(np.mean(error**2, (1, 2, 3, 4)))
     images = jnp.asarray(task.test.images[:GALLERY])
     rank = jax.lax.map(
         lambda one: metrics.retrieval_rank(one[0], images, one[1]), (jnp.asarray(found.images[:, 0]), task.places)
     )
-    return Leakage(found.psnr[:, 0], encoding, of_noise.psnr[:, 0], np.asarray(rank))
+    return Leakage(psnr, np.asarray(rank), encoding, scored(of_noise).psnr[:, 0] if with_control else None)
 
 
 def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps: int) -> dict[str, str]:
@@ -271,30 +349,37 @@ def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps:
 
 
 def columns(name: str, found: Leakage, encoded: bool) -> dict[str, str]:
-    error = found.private.std(ddof=1) / np.sqrt(len(found.private))
-    return {
-        f"PSNR {name}": f"{found.private.mean():.2f} +- {error:.2f}",
-        f">= 20 dB {name}": f"{float(success_share(jnp.asarray(found.private))):.0%}",
-        f"rank {name}": f"{np.median(found.rank):.0f}",
-        f"prior only {name}": f"{found.prior_only.mean():.2f}",
-        f"of the encoding {name}": f"{found.encoding.mean():.2f}" if encoded else "-",
-    }
+    def mean(psnr: np.ndarray) -> str:
+        return f"{psnr.mean():.2f} +- {psnr.std(ddof=1) / np.sqrt(len(psnr)):.2f}"
+
+    def share(psnr: np.ndarray) -> str:
+        return f"{float(success_share(jnp.asarray(psnr))):.0%}"
+
+    informed, blind = found.informed, found.psnr["blind"]
+    row = {f"PSNR {name}": mean(informed), f">= 20 dB {name}": share(informed)}
+    row |= {f"PSNR blind {name}": mean(blind), f">= 20 dB blind {name}": share(blind)}
+    row[f"rank {name}"] = f"{np.median(found.rank):.0f}"
+    if found.prior_only is not None:
+        row[f"prior only {name}"] = f"{found.prior_only.mean():.2f}"
+    return row | {f"of the encoding {name}": f"{found.encoding.mean():.2f}" if encoded else "-"}
 
 
 def measured(task_name: str, args: argparse.Namespace, defense_name: str) -> tuple[dict[str, str], dict[str, Leakage]]:
-    """One defense: trained, tested, attacked before and after; the row, and the victims' figures at both stages."""
+    """One defense: trained, tested, attacked before or after; the row, and the victims' figures at each stage."""
     task = task_named(task_name, args.victims)
     inputs = jnp.asarray(task.test.normalize(task.test.images))
-    seeds = [task.defense(defense_name, seed) for seed in range(args.seeds)]
+    seeds = [task.defense(defense_name, args.network, seed) for seed in range(args.seeds)]
     defense = seeds[0]
-    networks, seconds = trained(seeds, task, args.steps)
+    networks, seconds = trained(seeds, task, args.steps, defense_name)
     apply_fn = defense.protected.apply_fn
     right = 100 * np.asarray([accuracy(apply_fn, params, inputs, task.test.labels) for params in networks])
     deviation = right.std(ddof=1) if len(right) > 1 else np.nan
     row = {"defense": defense_name, "accuracy %": f"{right.mean():.1f} +- {deviation:.1f}", "undefended": "-"}
-    stages, found = {"untrained": defense.protected.params, "trained": networks[0]}, {}
+    both = {"untrained": defense.protected.params, "trained": networks[0]}
+    stages, found = {stage: both[stage] for stage in STAGES if stage in args.stages}, {}
     for stage, params in stages.items():
-        found[stage] = leakage(defense, task, params, args.attack_steps, f"{defense_name}, {stage}")
+        called = f"{defense_name}, {stage}"
+        found[stage] = leakage(defense, task, params, args.attack_steps, called, with_control=args.control)
         row |= columns(stage, found[stage], defense.encodes) | {f"live features pruned {stage}": "-"}
         if defense.prunes_features:
             shares = live_shares(defense.parts, apply_fn, params, task.victims.inputs[:, None])
@@ -328,50 +413,59 @@ def table(name: str, defenses: Sequence[str], args: argparse.Namespace) -> None:
     for stage in leaked[0]:
         found = {defense: of[stage] for defense, of in zip(defenses, leaked)}
         for defense, of in found.items():
-            bars = {"prior only": of.prior_only, "class mean": guesses["class mean"]}
+            bars = {} if of.prior_only is None else {"prior only": of.prior_only}
+            bars["class mean"] = guesses["class mean"]
             if defense != "none" and "none" in found:
-                bars["none"] = found["none"].private
-            differences |= {(defense, f"PSNR - {bar} {stage}"): of.private - psnr for bar, psnr in bars.items()}
-        figures = {f"{own}, {'adaptive' if differs(own) else 'blind'}": of.private for own, of in found.items()}
-        figures |= {f"prior only of {own}": of.prior_only for own, of in found.items()} | guesses
+                bars["none"] = found["none"].informed
+            if "adaptive" in of.psnr:
+                bars["blind"] = of.psnr["blind"]
+            differences |= {(defense, f"PSNR - {bar} {stage}"): of.informed - psnr for bar, psnr in bars.items()}
+        figures = {f"{own}, {who}": psnr for own, of in found.items() for who, psnr in of.psnr.items()}
+        figures |= {f"prior only of {own}": of.prior_only for own, of in found.items() if of.prior_only is not None}
+        figures |= guesses
         for i, place in enumerate(task.places):
             one = {"victims": f"test, {stage}", "id": task.test.ids[place], "label": labels[i]}
             of_victims.append(one | {figure: f"{psnr[i]:.2f}" for figure, psnr in figures.items()})
     gains = record.gains(differences)
     compared = list(dict.fromkeys(column for _, column in differences))
-    rows = [
-        row | {"undefended": plain} | {column: gains.get((row["defense"], column), "-") for column in compared}
-        for row in rows
-    ]
+
+    def gain(defense: str, column: str) -> str:
+        return gains.get((defense, column), "same attack" if column.startswith("PSNR - blind") else "-")
+
+    rows = [row | {"undefended": plain} | {column: gain(row["defense"], column) for column in compared} for row in rows]
+    stages = "; ".join(f"{stage}: {meaning}" for stage, meaning in STAGES.items() if stage in args.stages)
+    network = NETWORKS[args.network]
+    default = args.network == DEFAULT_NETWORK
     record.write(
-        name,
-        f"Utility and leakage under each defense, {name}",
+        name if default else f"{name}_{args.network}",
+        f"Utility and leakage under each defense, {name}{'' if default else f', {args.network}'}",
         rows,
         f"""\
 Accuracy: of {len(task.test.labels):,} test images, mean and standard deviation of {args.seeds} seeds (of the network, \
 the batches and the defense), after {args.steps} steps of Adam at {LEARNING_RATE:g} on batches of {BATCH} of \
-{len(task.train.labels):,} training images, a GroupNormNet of width {WIDTH}; nothing is tuned for a defense, and the \
+{len(task.train.labels):,} training images, {network.title} of width {WIDTH}; nothing is tuned for a defense, and the \
 optimizer rescales whatever the defense scales. MixUp and InstaHide train on encodings and are tested on plain images. \
 Training s: of all seeds, without compiling. Live features pruned: of the victims' features that are not 0, the share \
 that Soteria prunes.
 
 Leakage: mean PSNR in dB and its standard error over {len(task.victims.labels)} test images, the first of every class \
-in turn, each alone in its batch; share of 20 dB or more. Untrained: the network of seed 0 before training; trained: \
-the network whose accuracy is in the row, seed 0. Rank of the victim among {len(task.test.images[:GALLERY]):,} test \
-images (median). The defense has the same strength as in training: noise of the same \
-scale on the update of a single image as on that of a batch, and for `dpsgd` the noise of a batch of one. Top-k has no \
-error feedback. Prior only: the same attack on random updates of the same norms. Guesses without a gradient: {guessed} \
+in turn, each alone in its batch; share of 20 dB or more. {stages[0].upper()}{stages[1:]}. Rank of the victim among \
+{len(task.test.images[:GALLERY]):,} test images (median). The defense has the same strength as in training: noise of \
+the same scale on the update of a single image as on that of a batch, and for `dpsgd` the noise of a batch of one. \
+Top-k has no error feedback. {PRIOR_ONLY if args.control else ""}Guesses without a gradient: {guessed} \
 (the nearest training images are chosen with the truth, those of the class with the label). Differences of PSNR in dB, \
-from the same victims' undefended figure (none) among them, with a paired bootstrap interval of 95 % ('none' where it \
-covers 0) and the p-value of a test that turns their signs at random, corrected by Holm over the {len(differences)} of \
-this table.
+from the same victims' undefended figure (none) and the blind attacker's (blind) among them, with a paired bootstrap \
+interval of 95 % ('none' where it covers 0) and the p-value of a test that turns their signs at random, corrected by \
+Holm over the {len(differences)} of this table.
 
-Attack: Inverting Gradients by one who knows the defense but not its key, {args.attack_steps} steps of signed Adam, \
-1 start, seed {LEAKAGE_SEED}, the best iterate by the attacker's own loss; an objective of its own takes over from the \
-cosine after half of the steps; total variation {task.smoothness:g}, chosen among three weights on 6 to 8 training \
-images, undefended, at width 8, and the same for every defense. MixUp and InstaHide: the victims are mixed with each \
-other, the labels known are those of the encoding, and PSNR is against the private image itself (of the encoding: \
-against what was sent); for InstaHide the attacker's box and total variation are those of magnitudes. Decoding \
+Attack: Inverting Gradients by one who knows the defense but not its key and, in the columns called blind, by one who \
+takes the client for an undefended one of the same network ('same attack': knowing changes nothing, and one attack \
+stands for both). Each has {args.attack_steps} steps of signed Adam, 1 start, seed {LEAKAGE_SEED}, and the best \
+iterate by its own loss; an objective other than the cosine takes over after half of the steps. Total variation \
+{task.smoothness:g}, chosen among three weights on 6 to 8 training images, undefended, on a GroupNormNet of width 8, \
+and the same for every defense and both attackers. MixUp and InstaHide: the victims are mixed with each other, the \
+labels known are those of the encoding, and PSNR is against the private image itself (of the encoding: against what \
+was sent); for InstaHide the box and total variation of the attacker that knows it are those of magnitudes. Decoding \
 encodings of several epochs is not in this table: one encoding is the least that such a client gives away.
 
 Epsilon: of all {args.steps} rounds at delta {DELTA:g}, one example added or removed, for \
@@ -387,8 +481,9 @@ the covariance of {len(task.gallery):,} training images ({BOUND_VICTIMS} victims
 same for unbiased estimators only, no ceiling for these attacks. A mean of PSNRs may be above the PSNR of a mean \
 error.
 
-Threat model: {THREAT.describe()}; the attacker knows the defense, and its strength where it makes use of it. The \
-whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} workers.""",
+Threat model: {THREAT.describe()}; the attacker knows the defense, and its strength where it makes use of it, and the \
+blind one neither. The whole table took {(time.perf_counter() - began) / 60:.0f} minutes with {args.workers} \
+workers.""",
         victims=of_victims,
     )
 
@@ -424,10 +519,15 @@ def cifar10(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(NETWORKS), default=DEFAULT_NETWORK)
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="of training")
+    parser.add_argument(
+        "--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="of the network attacked"
+    )
     parser.add_argument("--victims", type=int, default=16, help="test images attacked")
     parser.add_argument("--attack-steps", type=int, default=500, help="of the attack")
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="attack noise too")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--defenses", nargs="+", help="default: all")
     run_parts(parser, digits, cifar10)

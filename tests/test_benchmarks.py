@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import record
+import utility
 from attackers import averaged, differs, redrawn
 from flax import nnx
 from holm import differences
@@ -21,7 +22,9 @@ from scipy import stats
 from tables import Rows, SentenceNet, Table, words_read
 
 from gia_jax import Batch, Observation, clients, defenses, gradient_matching, keep_best, models, run
+from gia_jax._compile import RUN_ONCE
 from gia_jax.matching.initializations import normal
+from gia_jax.matching.objectives import cosine
 from gia_jax.modalities import Field, Schema
 
 ROOT = Path(__file__).parents[1]
@@ -142,13 +145,45 @@ def test_the_words_of_a_sentence_are_read_off_its_update_and_not_behind_noise(tr
     assert words_read(seen(100.0), fields).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "attackers"),
+    [
+        ("none", ["blind"]),
+        ("clip:norm=0.01", ["blind"]),  # a scale, which the cosine does not see
+        ("mixup:k=2", ["blind"]),
+        ("prune:ratio=0.5", ["blind", "adaptive"]),
+        ("prune_instahide", ["blind", "adaptive"]),
+        ("precode:size=8", ["blind", "adaptive"]),
+    ],
+)
+def test_the_blind_attacker_of_utility_takes_every_client_for_an_undefended_one(name, attackers) -> None:
+    task = utility.task_named("digits", 2)
+    defense = task.defense(name, "groupnorm_net", 0)
+    assert list(defense.attackers) == attackers
+    blind = defense.attackers["blind"]
+    assert blind.objective_fn is cosine
+    assert not blind.magnitudes
+    assert all(attacker.magnitudes == ("instahide" in name) for attacker in list(defense.attackers.values())[1:])
+    # The gradient of the network's own loss; that of PRECODE without its noise, which is its mean code's.
+    protected = defense.protected
+    plain_fn = jax.grad(clients.cross_entropy(protected.apply_fn))
+    if name.startswith("precode"):
+        plain_fn = protected.assumed_fn
+        assert set(protected.params) > {"encoder", "decoder"}
+    both = jax.jit(lambda *seen: (blind.client_fn(*seen), plain_fn(*seen)), compiler_options=RUN_ONCE)
+    found, expected = (jax.tree.leaves(each) for each in both(protected.params, task.victims))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path: Path) -> None:
     columns = ["none, blind", "class mean", "sign, blind", "sign, adaptive", "clip:norm=1, blind"]
     columns += ["clip:norm=1, adaptive", "prior only, blind", "random search, noise, blind", "sign, control"]
     rows = [["test", *range(10, 19)], ["test", *range(20, 29)], ["train", *range(30, 39)]]
     asked = {}
-    (tmp_path / "defenses").mkdir()
-    for table in ("defenses/lenet", "defenses/lenet_likelihood"):
+    for folder in ("defenses", "utility"):
+        (tmp_path / folder).mkdir()
+    for table in ("defenses/lenet", "defenses/lenet_likelihood", "utility/cifar10"):
         path = tmp_path / f"{table}_victims.csv"
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["victims", *columns], *rows])
@@ -168,6 +203,8 @@ def test_holm_asks_of_every_defense_and_attacker_once_and_of_no_control(tmp_path
     }
     np.testing.assert_array_equal(found["defenses/lenet", "test", "sign", "adaptive - class"], [2, 2])
     np.testing.assert_array_equal(found["defenses/lenet", "train", "sign", "adaptive - blind"], [1])
+    # Where only other attacks have a column, all are asked.
+    assert ("utility/cifar10", "test", "clip:norm=1", "adaptive - blind") in asked["utility/cifar10"]
     # Another objective for every defense is another attack.
     assert ("defenses/lenet_likelihood", "test", "clip:norm=1", "adaptive - blind") in asked[
         "defenses/lenet_likelihood"

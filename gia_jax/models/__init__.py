@@ -43,6 +43,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": MLP,
     "resnet18": ResNet,
     "resnet20": functools.partial(ResNet, blocks=(3, 3, 3), width=16),
+    "resnet20_group": functools.partial(ResNet, blocks=(3, 3, 3), width=16, norm="group"),
     "resnet20_4": functools.partial(ResNet, blocks=(3, 3, 3)),
     "resnet32_10": functools.partial(ResNet, blocks=(5, 5, 5), width=160),
 }

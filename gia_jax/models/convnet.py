@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gia_jax.models.layers import batch_norm, conv, flatten, linear, max_pool
+from gia_jax.models.layers import batch_norm, conv, flatten, group_norm, linear, max_pool
 
 
 class ConvNet(nnx.Module):
@@ -121,7 +121,7 @@ class GroupNormNet(nnx.Module):
         height, wide, features = input_shape
         for i, (out, stride) in enumerate(((width, 1), (width, 2), (2 * width, 1), (2 * width, 2))):
             setattr(self, f"conv{i}", conv(features, out, 3, stride=stride, rngs=rngs))
-            setattr(self, f"norm{i}", nnx.GroupNorm(out, num_groups=8, use_fast_variance=False, rngs=rngs))
+            setattr(self, f"norm{i}", group_norm(out, rngs=rngs))
             features = out
         self.head = linear(features * -(-height // 4) * -(-wide // 4), num_classes, rngs=rngs)
 

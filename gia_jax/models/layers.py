@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 fan_in_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # N(0, 2 / fan_out), the initialisation of residual networks.
 fan_out_normal = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
+GROUPS = 8  # of group normalisation: every number of features is a multiple of it
 
 
 def symmetric_uniform(limit: float) -> jax.nn.initializers.Initializer:
@@ -102,6 +103,19 @@ def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
         The layer.
     """
     return nnx.BatchNorm(features, momentum=0.9, use_fast_variance=False, rngs=rngs)
+
+
+def group_norm(features: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Builds a group normalisation with 8 groups and a two-pass variance.
+
+    Args:
+        features: Number of features, a multiple of 8.
+        rngs: Random streams of the initial weights (`nnx.Rngs`).
+
+    Returns:
+        The layer.
+    """
+    return nnx.GroupNorm(features, num_groups=GROUPS, use_fast_variance=False, rngs=rngs)
 
 
 def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:

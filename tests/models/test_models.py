@@ -1,5 +1,6 @@
 """The models, their functional form with three modes of batch normalisation, and models of other libraries."""
 
+import functools
 import inspect
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ PARAMETERS = {
     "mlp": 5_256_202,
     "resnet18": 11_173_962,
     "resnet20": 272_474,
+    "resnet20_group": 272_474,  # a scale and a bias for every feature, as with batch normalisation
     "resnet20_4": 4_327_754,
     "resnet32_10": None,
 }
@@ -53,6 +55,36 @@ def test_output_shape_and_parameter_count(name):
 def test_other_images_and_classes(name):
     outputs, _ = shapes(name, (28, 20, 1), 7, size=3)
     assert outputs.shape == (3, 7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_group_normalisation_leaves_examples_independent():
+    make = functools.partial(models.ResNet, (8, 8, 3), 4, blocks=(1, 1), width=8, norm="group")
+    module = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), make(rngs=nnx.Rngs(0)))
+    names = {type(node) for _, node in nnx.iter_graph(module)}
+    assert nnx.GroupNorm in names
+    assert nnx.BatchNorm not in names
+    # Even in training mode, in which batch normalisation mixes them.
+    apply_fn, params = models.functional(module, batch_norm="training")
+    gradient = jax.jit(jax.grad(clients.cross_entropy(apply_fn)))
+    batch = Batch(jnp.asarray(np.random.default_rng(0).normal(1, 2, (3, 8, 8, 3))), jnp.array([0, 2, 3]))
+    each = [gradient(params, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)) for i in range(3)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *each)
+    whole = gradient(params, batch)
+    assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(whole))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12), whole, mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "layer"}, "norm must be 'batch' or 'group', got 'layer'"),
+        ({"norm": "group", "width": 12}, "width must be a positive multiple of 8 with norm='group', got 12"),
+    ],
+)
+def test_a_residual_network_refuses_a_wrong_normalisation(options, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(models.ResNet.__init__)(object.__new__(models.ResNet), rngs=nnx.Rngs(0), **options)
 
 
 def test_models_are_finite_and_depend_on_their_seed():
