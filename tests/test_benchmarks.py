@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import record
+import resnet20
 import utility
 from attackers import averaged, differs, redrawn
 from flax import nnx
@@ -21,7 +22,7 @@ from record import gains, holm, sign_test
 from scipy import stats
 from tables import Rows, SentenceNet, Table, words_read
 
-from gia_jax import Batch, Observation, clients, defenses, gradient_matching, keep_best, models, run
+from gia_jax import Batch, Observation, clients, defenses, gradient_matching, interop, keep_best, models, run
 from gia_jax._compile import RUN_ONCE
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
@@ -221,3 +222,35 @@ def test_a_table_is_in_the_folder_of_its_script(tmp_path: Path, monkeypatch: pyt
     (row,) = record.read("defenses/bound")
     assert row["dB"] == "11.9"
     assert row["command"] == "python benchmarks/defenses.py table --name defenses_bound"
+
+
+@pytest.mark.parametrize("name", ["one_epoch", "converged"])
+def test_a_trained_network_is_read_back_from_its_file(name: str) -> None:
+    arrays = interop.load_tensors(resnet20.weights_file(name))
+    module = resnet20.network(resnet20.weights_file(name))
+    kernel = arrays["stage0_block0.conv1.kernel"]
+    np.testing.assert_array_equal(module.stage0_block0.conv1.kernel[...], kernel)
+    assert np.abs(kernel - resnet20.network().stage0_block0.conv1.kernel[...]).max() > 0.1
+    # The running statistics are those of training, not 0 and 1.
+    assert np.abs(module.stem_norm.mean[...]).max() > 0.1
+    assert not np.allclose(module.stem_norm.var[...], 1, atol=0.1)
+
+
+def test_arrays_of_another_network_are_refused() -> None:
+    arrays = interop.load_tensors(resnet20.weights_file("converged"))
+    arrays["another"] = arrays.pop("head.bias")
+    with pytest.raises(ValueError, match=r"others: \['another', 'head.bias'\]"):
+        resnet20.restore(resnet20.network(), arrays)
+
+
+def test_crops_are_windows_of_the_padded_image_and_some_are_mirrored() -> None:
+    inputs = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
+    crops = np.asarray(resnet20.augmented(jax.random.key(0), inputs, size=6))
+    padded = np.pad(inputs, ((0, 0), (resnet20.PAD,) * 2, (resnet20.PAD,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded[..., 0], (6, 6), axis=(1, 2))
+    mirrored = []
+    for image, crop in zip(windows, crops[..., 0], strict=True):
+        found = [(image == one).all((-2, -1)).any() for one in (crop, crop[:, ::-1])]
+        assert any(found)
+        mirrored.append(not found[0])
+    assert 0 < sum(mirrored) < 16

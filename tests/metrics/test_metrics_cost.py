@@ -31,7 +31,8 @@ def test_the_interval_is_that_of_clopper_and_pearson(counts, cost):
 
 def test_without_a_success_only_a_lower_end_is_known():
     found = metrics.expected_cost(np.full(32, 2.0), np.zeros(32, bool))
-    assert found.value == np.inf and found.interval[1] == np.inf
+    assert found.value == np.inf
+    assert found.interval[1] == np.inf
     assert found.interval[0] == pytest.approx(2 / (1 - 0.025 ** (1 / 32)))  # "rule of three" of 97.5 %
 
 
