@@ -232,8 +232,9 @@ def test_a_trained_network_is_read_back_from_its_file(name: str) -> None:
     np.testing.assert_array_equal(module.stage0_block0.conv1.kernel[...], kernel)
     assert np.abs(kernel - resnet20.network().stage0_block0.conv1.kernel[...]).max() > 0.1
     # The running statistics are those of training, not 0 and 1.
-    assert np.abs(module.stem_norm.mean[...]).max() > 0.1
-    assert not np.allclose(module.stem_norm.var[...], 1, atol=0.1)
+    norm = module.stage0_block0.norm1
+    assert np.abs(norm.mean[...]).max() > 0.1
+    assert not np.allclose(norm.var[...], 1, atol=0.1)
 
 
 def test_arrays_of_another_network_are_refused() -> None:
