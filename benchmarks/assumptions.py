@@ -218,7 +218,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def tune_at(stage: str, args: argparse.Namespace) -> None:
     """The weights of one stage."""
-    settings, net = grid(smoothness=[1e-1, 1.0], statistics=[1e-3, 1e-2]), Normalised.of(stage)
+    settings, net = grid(smoothness=[1e-2, 1e-1, 1.0], statistics=[1e-3, 1e-2]), Normalised.of(stage)
     case = net.case(4, 1, first=FIRST_TUNING)
 
     def make(setting: Any) -> Attack:
@@ -226,7 +226,9 @@ def tune_at(stage: str, args: argparse.Namespace) -> None:
         return case.attack(net.client_fn, prior_fn, args.steps)
 
     for i, row in enumerate(solve(case, make, settings, args)):
-        print(stage, {name: float(values[i]) for name, values in settings.items()}, f"{row.psnr.mean():.2f} dB")
+        setting = {name: float(values[i]) for name, values in settings.items()}
+        rank = geometric_mean(row.rank)
+        print(f"{stage}, {setting}: rank {rank:.0f} (geometric mean), {row.psnr.mean():.2f} dB", flush=True)
 
 
 def statistics(args: argparse.Namespace) -> None:
@@ -382,30 +384,41 @@ def group_norm_net(input_shape: tuple[int, int, int], num_classes: int, *, rngs:
 
 
 def figure(args: argparse.Namespace) -> None:
-    """Draws PSNR of every rung with its interval, a panel for each table and a colour for each stage."""
+    """Draws PSNR and rank of every rung with their intervals, a line of panels a table and a colour a stage."""
     from matplotlib.figure import Figure
 
     del args
     names = [name for name in ("statistics", "batches") if (record.folder() / f"{name}_victims.csv").exists()]
-    picture = Figure(figsize=(7 * len(names), 7), layout="constrained")
-    for panel, name in zip(np.ravel(picture.subplots(1, len(names))), names, strict=True):
-        found: dict[tuple[str, str], dict[str, list[float]]] = {}
-        for row in record.read(f"assumptions/{name}_victims"):
-            rung = f"{row['attack']}: {row['knowledge']}"
-            found.setdefault((row["network"], rung), {}).setdefault("psnr", []).append(float(row["psnr"]))
-        rungs = list(dict.fromkeys(rung for _, rung in found))
-        for i, stage in enumerate(STAGES):
-            own = {rung: np.asarray(found[stage, rung]["psnr"]) for rung in rungs if (stage, rung) in found}
-            if own:
-                means = np.asarray([values.mean() for values in own.values()])
-                ends = np.asarray([metrics.bootstrap_interval(values, np.mean) for values in own.values()]).T
-                height = -np.asarray([rungs.index(rung) for rung in own]) + 0.2 * (1 - i)
-                panel.errorbar(means, height, xerr=np.abs(ends - means), fmt="o", label=stage, capsize=3)
-        panel.set_yticks(-np.arange(len(rungs)), rungs)
-        panel.set_xlabel("PSNR in dB, mean and 95 % interval")
-        panel.grid(axis="x", alpha=0.3)
-        panel.legend()
+    picture = Figure(figsize=(13, 7 * len(names)), layout="constrained")
+    for panels, name in zip(picture.subplots(len(names), 2, squeeze=False), names, strict=True):
+        rows = record.read(f"assumptions/{name}_victims")
+        rungs = list(dict.fromkeys(f"{row['attack']}: {row['knowledge']}" for row in rows))
+        for panel, score, mean, label in (
+            (panels[0], "psnr", np.mean, "PSNR in dB, mean"),
+            (panels[1], "rank", geometric_mean, f"rank among {GALLERY:,}, geometric mean"),
+        ):
+            found: dict[tuple[str, str], list[float]] = {}
+            for row in rows:
+                key = row["network"], f"{row['attack']}: {row['knowledge']}"
+                found.setdefault(key, []).append(float(row[score]))
+            for i, stage in enumerate(STAGES):
+                own = {rung: np.asarray(found[stage, rung]) for rung in rungs if (stage, rung) in found}
+                if own:
+                    means = np.asarray([mean(values) for values in own.values()])
+                    ends = np.asarray([metrics.bootstrap_interval(values, mean) for values in own.values()]).T
+                    height = 0.2 * (1 - i) - np.asarray([rungs.index(rung) for rung in own])
+                    panel.errorbar(means, height, xerr=np.abs(ends - means), fmt="o", label=stage, capsize=3)
+            panel.set_yticks(-np.arange(len(rungs)), rungs if score == "psnr" else [""] * len(rungs))
+            panel.set_xscale("linear" if score == "psnr" else "log")
+            panel.set_xlabel(f"{label} and 95 % interval")
+            panel.grid(axis="x", alpha=0.3)
+        panels[1].legend()
     picture.savefig(record.folder() / "ladder.png", dpi=110)
+
+
+def geometric_mean(values: np.ndarray) -> float:
+    """The mean of ranks, which differ by factors."""
+    return float(np.exp(np.log(values).mean()))
 
 
 class Table:
@@ -413,7 +426,7 @@ class Table:
 
     def __init__(self, name: str) -> None:
         self.name, self.rows, self.victims = name, [], []
-        self.differences: dict[tuple[str, str, str], np.ndarray] = {}
+        self.differences: dict[tuple[str, ...], np.ndarray] = {}
 
     def fill(self, of_stage: Callable[[str, argparse.Namespace], list[Rung]], args: argparse.Namespace) -> None:
         """Adds the rungs of every stage, each in a process of its own: small networks leave a second core idle."""
@@ -436,7 +449,8 @@ class Table:
             }
             self.rows.append(names | figures)
             if base is not None and row is not base:
-                self.differences[key] = row.psnr - base.psnr
+                self.differences[*key, "PSNR against the first row"] = row.psnr - base.psnr
+                self.differences[*key, "log2 of the rank against it"] = np.log2(row.rank) - np.log2(base.rank)
             self.victims += [
                 names | {"victim": v, "psnr": f"{psnr:.3f}", "rank": f"{rank:.0f}"}
                 for v, (psnr, rank) in enumerate(zip(row.psnr, row.rank, strict=True))
@@ -445,8 +459,13 @@ class Table:
     def write(self, title: str, args: argparse.Namespace, notes: str) -> None:
         """Writes the table."""
         gains = record.gains(self.differences)
-        keys = [tuple(row[name] for name in ("network", "attack", "knowledge")) for row in self.rows]
-        rows = [row | {"against the first row": gains.get(key, "-")} for row, key in zip(self.rows, keys, strict=True)]
+        columns = list(dict.fromkeys(key[-1] for key in self.differences))
+
+        def compared(row: dict[str, str]) -> dict[str, str]:
+            key = tuple(row[name] for name in ("network", "attack", "knowledge"))
+            return row | {column: gains.get((*key, column), "-") for column in columns}
+
+        rows = [compared(row) for row in self.rows]
         record.write(
             self.name,
             title,
