@@ -58,9 +58,9 @@ KINDS = ("exact", "inferred", "running", "proxy")  # statistics by where they co
 PROXY_IMAGES = 256  # of the training set, the attacker's own
 MOMENTUM = 0.9  # of the running statistics
 FIRST_TUNING = 9_000  # place of the first test image of `tune`
-# Chosen by `tune`: weights of the total variation and of the distance of statistics.
-SMOOTHNESS = {"untrained": 1.0, "one epoch": 1.0, "converged": 1.0}
-STATISTICS = {"untrained": 1e-2, "one epoch": 1e-3, "converged": 1e-3}
+# Of least rank by `tune`: weights of the total variation and of the distance of statistics.
+SMOOTHNESS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1.0}
+STATISTICS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1e-2}
 RATE, MINIBATCH, EPOCHS = 0.1, 2, 2  # of the clients of `local`
 PRIVATE = "honest-but-curious server; knows parameters, update, batch size, and what the row does not take away"
 
@@ -239,7 +239,7 @@ def statistics(args: argparse.Namespace) -> None:
         f"ResNet-20 in training mode, {args.victims} CIFAR-10 test images, batch 1",
         args,
         f"Inverting Gradients: total variation {SMOOTHNESS}, distance of statistics {STATISTICS}, chosen with exact "
-        f"statistics among 4 pairs on 4 test images that are no victims (`tune`). GradInversion: 2 seeds, weights "
+        f"statistics among 6 pairs by the rank of 4 test images that are no victims (`tune`). GradInversion: 2 seeds, weights "
         f"{WEIGHTS}, those of another network. Exact: of the client's batch; inferred: from the running statistics "
         f"before and after its step, momentum {MOMENTUM:g}, float32; running: before; proxy: of {PROXY_IMAGES} "
         "training images. All attackers simulate a client in training mode, but the one that takes running statistics "
