@@ -243,8 +243,8 @@ def statistics(args: argparse.Namespace) -> None:
         f"weights {WEIGHTS}, those of another network. Exact: of the client's batch; inferred: from the running "
         f"statistics before and after its step, momentum {MOMENTUM:g}, float32; running: before; proxy: of "
         f"{PROXY_IMAGES} training images. All attackers simulate a client in training mode, but the one that takes "
-        "running statistics for the batch's, and has no distance of statistics. Labels are known, or inferred (all right), unless "
-        "they are searched for.",
+        "running statistics for the batch's, and has no distance of statistics. Labels are known, or inferred (all "
+        "right), unless they are searched for.",
     )
 
 
