@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import record
 import resnet20
-from attackers import of_each
+from attackers import of_each, ranks_among, signed_adam
 from flax import nnx
 from grad_inversion import WEIGHTS
 from parts import run_parts
@@ -47,7 +46,6 @@ from gia_jax import (
 from gia_jax.base import ClientFn, LabelFn, Params, PriorFn
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.optimizers import step_schedule
 from gia_jax.report import progress
 from gia_jax.sweep import grid, sweep
 from gia_jax.threat import granted_labels
@@ -61,7 +59,7 @@ FIRST_TUNING = 9_000  # place of the first test image of `tune`
 # Of least rank by `tune`: weights of the total variation and of the distance of statistics.
 SMOOTHNESS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1.0}
 STATISTICS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1e-2}
-RATE, MINIBATCH, EPOCHS = 0.1, 2, 2  # of the clients of `local`
+RATE, MINIBATCH, EPOCHS = 0.1, 2, 2  # of the clients with local steps in `batches`
 PRIVATE = "honest-but-curious server; knows parameters, update, batch size, and what the row does not take away"
 
 
@@ -70,7 +68,7 @@ class Case(NamedTuple):
 
     Attributes:
         truth: Inputs and labels of the victims.
-        places: Of every image among the test images, shape (v, b).
+        places: Place of every image among the test images, shape (v, b).
         images: The test images.
         seen: What the server sees.
     """
@@ -114,11 +112,6 @@ class Rung(NamedTuple):
     base: Row | None
 
 
-def signed_adam(steps: int) -> optax.GradientTransformation:
-    """The optimiser of Inverting Gradients."""
-    return optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, steps)))
-
-
 def smooth(weight: Any, *others: tuple[Any, PriorFn]) -> PriorFn:
     """Total variation, and other priors with their weights."""
     return priors.combine((weight, priors.total_variation()), *others)
@@ -135,13 +128,12 @@ def case_of(number: int, size: int, first: int, see: Callable[[jax.Array, Batch]
 
 def rows_of(case: Case, found: Reconstruction, seconds: float) -> list[Row]:
     """The figures of every setting, from a reconstruction with leading axes of settings and victims."""
-    gallery, rows = jnp.asarray(case.images.images[:GALLERY]), []
+    rows = []
     for s in range(len(found.loss)):
         scores = metrics.score(jax.tree.map(lambda leaf, s=s: leaf[s], found.batch), case.truth, case.images)
-        flat = scores.images.reshape(-1, *scores.images.shape[2:]), case.places.reshape(-1)
-        rank = jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), jax.tree.map(jnp.asarray, flat))
+        flat = scores.images.reshape(-1, *scores.images.shape[2:])
+        ranks = ranks_among(case.images.images[:GALLERY], flat, case.places.ravel()).reshape(case.places.shape).mean(1)
         share = np.mean(scores.psnr >= 20, 1)
-        ranks = np.asarray(rank).reshape(case.places.shape).mean(1)
         rows.append(Row(scores.psnr.mean(1), share, ranks, scores.label_correct, seconds / len(found.loss)))
     return rows
 

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from gia_jax import Attack, Batch, Observation, ThreatModel, keep_best
+from gia_jax import Attack, Batch, Observation, ThreatModel, box, gradient_matching, keep_best, metrics
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
 from gia_jax.defenses.protected import Protected, parse
+from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
+from gia_jax.matching.optimizers import step_schedule
 from gia_jax.matching.run import continued
 from gia_jax.threat import observe
 
@@ -95,6 +99,58 @@ def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: Objectiv
 def counted_steps(objective_fn: ObjectiveFn, num_steps: int) -> int:
     """Of `informed`, those that are not in its start."""
     return num_steps if objective_fn is cosine else num_steps - num_steps // 2
+
+
+class Attacker(NamedTuple):
+    """What an attacker takes the client for, and compares updates by.
+
+    Attributes:
+        client_fn: The client that it simulates.
+        objective_fn: The distance by which it compares updates.
+        magnitudes: Whether it knows that every pixel's sign is random (in the model's space).
+    """
+
+    client_fn: ClientFn
+    objective_fn: ObjectiveFn
+    magnitudes: bool = False
+
+
+def attack_of(attacker: Attacker, bounds: tuple[Any, Any], smoothness: Any, num_steps: int) -> Attack:
+    """Inverting Gradients with the client and the objective of one attacker.
+
+    Where it knows of random signs, the box and the total variation of weight `smoothness` are those of magnitudes.
+    """
+    low, high = bounds
+    variation = priors.total_variation()
+    if attacker.magnitudes:
+        high = np.maximum(-low, high)
+        low = -high
+
+    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
+        inputs = jnp.abs(batch.inputs) if attacker.magnitudes else batch.inputs
+        return smoothness * variation(batch._replace(inputs=inputs), observation)
+
+    def matching(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
+        return gradient_matching(
+            attacker.client_fn,
+            objective_fn=objective_fn,
+            prior_fn=prior_fn,
+            project_fn=box(low, high),
+            optimizer=signed_adam(num_steps),
+        )
+
+    return informed(matching, attacker.objective_fn, num_steps)
+
+
+def signed_adam(num_steps: int) -> optax.GradientTransformation:
+    """The optimiser of Inverting Gradients."""
+    return optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
+
+
+def ranks_among(gallery: np.ndarray, images: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The ranks of the images of a gallery at `places`, each by one reconstruction, shape (n,)."""
+    shown, pairs = jnp.asarray(gallery), (jnp.asarray(images), jnp.asarray(places))
+    return np.asarray(jax.lax.map(lambda one: metrics.retrieval_rank(one[0], shown, one[1]), pairs))
 
 
 def redrawn(draw_fn: InitFn) -> optax.GradientTransformationExtraArgs:

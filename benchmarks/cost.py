@@ -9,7 +9,6 @@ is read where Linux shows a processor's counters (powercap).
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
-from attackers import counted_steps, informed
+from attackers import Attacker, attack_of, counted_steps, ranks_among
 from decoding import draw_epochs, encode
 from flax import nnx
 from parts import run_parts
 
 from gia_jax import Attack, Batch, Observation, data, decoding, metrics, models, observe
-from gia_jax.attacks import inverting_gradients
-from gia_jax.base import ObjectiveFn
 from gia_jax.defenses.mixing import Mixing
 from gia_jax.defenses.protected import Part, Protected, parse, protect
-from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.solver import box
 from gia_jax.report import progress
 from gia_jax.sweep import grid, sweep
 from gia_jax.sweep.study import study
@@ -59,8 +54,8 @@ class Found(NamedTuple):
         images: Recovered pixels of every victim.
         once: Seconds of compiling and of tuning.
         seconds: Seconds of the attack on all victims, and of decoding.
-        decoding: Of them, those of decoding.
-        weight: Of total variation, as it was chosen.
+        decoding: Seconds of decoding, which are a part of `seconds`.
+        weight: Weight of the total variation that the tuning chose.
     """
 
     images: np.ndarray
@@ -79,39 +74,6 @@ def joules() -> float | None:
         return None
 
 
-def attack_of(
-    protected: Protected, images: data.ImageData, steps: int, *, hidden: bool = False
-) -> tuple[Callable[[Any], Attack], int]:
-    """`(setting) -> attack` of one who knows the defense, and the steps of it that are counted.
-
-    Where the sign of every pixel is hidden, its box and the total variation are those of magnitudes.
-    """
-    objective_fn, variation = protected.adapt_fn(cosine), priors.total_variation()
-    low, high = images.bounds()
-    if hidden:
-        high = np.maximum(-low, high)
-        low = -high
-
-    def make(setting: Any) -> Attack:
-        def prior_fn(batch: Batch, observation: Observation) -> jax.Array:
-            inputs = jnp.abs(batch.inputs) if hidden else batch.inputs
-            return setting["weight"] * variation(batch._replace(inputs=inputs), observation)
-
-        def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
-            return inverting_gradients(
-                protected.assumed_fn,
-                decode_fn=Batch,
-                project_fn=box(low, high),
-                prior_fn=prior_fn,
-                num_steps=num_steps,
-                objective_fn=objective_fn,
-            )
-
-        return informed(stage, objective_fn, steps)
-
-    return make, counted_steps(objective_fn, steps)
-
-
 def recovered(name: str, args: argparse.Namespace) -> Found:
     """Tunes on the attacker's own images, attacks every victim, and decodes where images were mixed."""
     module = models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))
@@ -120,7 +82,12 @@ def recovered(name: str, args: argparse.Namespace) -> Found:
     mixed, hidden = part is not None, part is not None and part.name == "instahide"
     # What is mixed is encoded here, all epochs of a set together, and its client is then an undefended one.
     protected = protect(parse("none" if mixed else name), module, num_classes=CLASSES)
-    make, counted = attack_of(protected, images, args.steps, hidden=hidden)
+    attacker = Attacker(protected.assumed_fn, protected.adapt_fn(cosine), hidden)
+    counted = counted_steps(attacker.objective_fn, args.steps)
+
+    def make(setting: Any) -> Attack:
+        return attack_of(attacker, images.bounds(), setting["weight"], args.steps)
+
     sent, mixings = sets_of(images, part, args.epochs, 0) if part else (batch_of(images), [])
     simulated = sets_of(own, part, 1, 100)[0] if part else batch_of(own)
     simulated = jax.tree.map(lambda leaf: leaf[:TUNING], simulated)
@@ -133,8 +100,9 @@ def recovered(name: str, args: argparse.Namespace) -> Found:
         error = (found - np.asarray(simulated.inputs)) * np.asarray(own.std)
         badness = np.log(np.mean(np.square(error), (2, 3, 4)))
     else:
-        others = jnp.asarray(data.load("cifar10", split="train", limit=GALLERY).images)
-        badness = np.stack([np.log(ranks_among(others, own.denormalize(one))) for one in found])
+        others = data.load("cifar10", split="train", limit=GALLERY).images
+        places = np.arange(TUNING)
+        badness = np.stack([np.log(ranks_among(others, own.denormalize(one), places)) for one in found])
     weight = WEIGHTS[int(np.argmin(badness.mean(1)))]
     ran = study(
         make({"weight": weight}),
@@ -150,13 +118,6 @@ def recovered(name: str, args: argparse.Namespace) -> Found:
     if mixed:
         inputs, seconds = decode(mixings, inputs, np.asarray(ran.reconstruction.loss), hidden, images)
     return Found(images.denormalize(inputs), once, ran.timing.run_seconds + seconds, seconds, weight)
-
-
-def ranks_among(gallery: jax.Array, pixels: np.ndarray) -> np.ndarray:
-    """Ranks of the first images of a gallery by reconstructions of them."""
-    pixels = np.clip(np.nan_to_num(pixels, nan=0.5), 0, 1)
-    pairs = jnp.asarray(pixels), jnp.arange(len(pixels))
-    return np.asarray(jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), pairs))
 
 
 def batch_of(images: data.ImageData) -> Batch:
@@ -217,7 +178,6 @@ def decode(
 def table(args: argparse.Namespace) -> None:
     """A row for each defense."""
     gallery, rows, victims = data.load("cifar10"), [], []
-    shown = jnp.asarray(gallery.images[:GALLERY])
     for name in args.defenses:
         before = joules()
         found = recovered(name, args)
@@ -225,7 +185,7 @@ def table(args: argparse.Namespace) -> None:
         pixels = np.clip(np.nan_to_num(found.images, nan=0.5), 0, 1)
         truth = gallery.images[: args.victims]
         psnr = -10 * np.log10(np.mean(np.square(pixels - truth), (1, 2, 3)))
-        rank = ranks_among(shown, pixels)
+        rank = ranks_among(gallery.images[:GALLERY], pixels, np.arange(args.victims))
         success = (psnr >= 20) | (rank == 1)
         each = np.full(args.victims, found.seconds / args.victims)
         cost = metrics.expected_cost(each, success, once=found.once)

@@ -16,26 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import record
+from attackers import signed_adam
 from flax import nnx
 from parts import run_parts
 
 from gia_jax import Attack, Batch, ThreatModel, attacks, box, clients, data, gradient_matching, metrics, models, observe
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.optimizers import step_schedule
 from gia_jax.report import progress
 from gia_jax.sweep.study import Study, study
 
 THREAT = ThreatModel(labels=True)
-RATE = 0.1  # of the attackers' Adam, which falls tenfold three times
+RATE = 0.1  # of SME's Adam, the first rate of the others
 WEIGHTS = {"variation": 1e-3, "order": 1.0}
-
-
-def signed_adam(steps: int) -> optax.GradientTransformation:
-    """The optimiser of Inverting Gradients."""
-    return optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(RATE, steps)))
 
 
 class Setting:

@@ -24,35 +24,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import counted_steps, differs, informed
+from attackers import Attacker, attack_of, counted_steps, differs, ranks_among
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 from parts import run_parts
 from training import SampleFn, accuracy, poisson, train, uniform
 
 from gia_jax import (
-    Attack,
     Batch,
     ClientFn,
     Observation,
     ThreatModel,
     control,
     data,
-    gradient_matching,
     metrics,
     models,
     observe,
 )
 from gia_jax._compile import RUN_ONCE
-from gia_jax.base import ObjectiveFn, Params
+from gia_jax.base import Params
 from gia_jax.cli.outcomes import joined
 from gia_jax.cli.pixels import pixel_covariance, pixel_information
 from gia_jax.defenses.mixing import as_probabilities
 from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares, parse, protect
-from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.optimizers import step_schedule
-from gia_jax.matching.solver import box
 from gia_jax.metrics import epsilon, fisher_bound, reconstruction_robustness, success_share, van_trees_bound
 from gia_jax.report import progress
 from gia_jax.sweep.study import study
@@ -108,20 +103,6 @@ STAGES = {
     "trained": "the network whose accuracy is in the row, seed 0",
 }
 PRIOR_ONLY = "Prior only: the same attack on random updates of the same norms. "
-
-
-class Attacker(NamedTuple):
-    """What an attacker takes the client for, and compares updates by.
-
-    Attributes:
-        client_fn: Its simulated client.
-        objective_fn: Its comparison.
-        magnitudes: Whether it knows that every pixel's sign is random (in the model's space).
-    """
-
-    client_fn: ClientFn
-    objective_fn: ObjectiveFn
-    magnitudes: bool = False
 
 
 class Defense(NamedTuple):
@@ -233,38 +214,14 @@ def trained(seeds: Sequence[Defense], task: Task, num_steps: int, name: str) -> 
     return found, seconds
 
 
-def attack_of(attacker: Attacker, task: Task, num_steps: int) -> Attack:
-    """Inverting Gradients with the client, the objective and the pixel box of one attacker."""
-    low, high = task.test.bounds()
-    smooth = priors.total_variation()
-    if attacker.magnitudes:
-        high = np.maximum(-low, high)
-        low = -high
-
-    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
-        inputs = jnp.abs(batch.inputs) if attacker.magnitudes else batch.inputs
-        return task.smoothness * smooth(batch._replace(inputs=inputs), observation)
-
-    def matching(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
-        return gradient_matching(
-            attacker.client_fn,
-            objective_fn=objective_fn,
-            prior_fn=prior_fn,
-            project_fn=box(low, high),
-            optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps))),
-        )
-
-    return informed(matching, attacker.objective_fn, num_steps)
-
-
 class Leakage(NamedTuple):
     """What is found of every victim.
 
     Attributes:
-        psnr: In dB, of each attacker.
-        rank: Of the victim among test images, of the attacker that knows most.
-        encoding: PSNR of its reconstructions against what was encoded of the victims.
-        prior_only: PSNR of what it finds where updates are noise; None without this control.
+        psnr: PSNR of every victim in dB, by the name of the attacker.
+        rank: Rank of every victim among test images, by the reconstruction of the attacker that knows most.
+        encoding: PSNR of that attacker's reconstructions against what was encoded of the victims.
+        prior_only: PSNR of what that attacker finds where updates are noise. None without this control.
     """
 
     psnr: dict[str, np.ndarray]
@@ -299,7 +256,8 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
 
     def found_by(who: str, observations: Observation) -> np.ndarray:
         attacker = defense.attackers[who]
-        attack, counted = attack_of(attacker, task, num_steps), counted_steps(attacker.objective_fn, num_steps)
+        attack = attack_of(attacker, task.test.bounds(), task.smoothness, num_steps)
+        counted = counted_steps(attacker.objective_fn, num_steps)
         called = f"{name}, {who}"
         options: dict[str, Any] = {"num_steps": counted, "lanes": 10, "progress_fn": progress(called)}
         found = study(attack, key_attack, observations, **options)
@@ -321,11 +279,8 @@ def leakage(defense: Defense, task: Task, params: Params, num_steps: int, name: 
     psnr[last] = found.psnr[:, 0]
     error = (inputs - np.asarray(sent.inputs)) * np.asarray(task.test.std)
     encoding = -10 * np.log10(np.mean(error**2, (1, 2, 3, 4)))
-    images = jnp.asarray(task.test.images[:GALLERY])
-    rank = jax.lax.map(
-        lambda one: metrics.retrieval_rank(one[0], images, one[1]), (jnp.asarray(found.images[:, 0]), task.places)
-    )
-    return Leakage(psnr, np.asarray(rank), encoding, scored(of_noise).psnr[:, 0] if with_control else None)
+    rank = ranks_among(task.test.images[:GALLERY], found.images[:, 0], task.places)
+    return Leakage(psnr, rank, encoding, scored(of_noise).psnr[:, 0] if with_control else None)
 
 
 def promised(defense: Defense, task: Task, stages: dict[str, Params], num_steps: int) -> dict[str, str]:
