@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gia_jax import Attack, Batch, Observation, ThreatModel, box, gradient_matching, keep_best, metrics
-from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
+from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params, PriorFn
 from gia_jax.defenses.protected import Protected, parse
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
@@ -115,20 +115,22 @@ class Attacker(NamedTuple):
     magnitudes: bool = False
 
 
-def attack_of(attacker: Attacker, bounds: tuple[Any, Any], smoothness: Any, num_steps: int) -> Attack:
-    """Inverting Gradients with the client and the objective of one attacker.
+def attack_of(
+    attacker: Attacker, bounds: tuple[Any, Any], smoothness: Any, num_steps: int, *others: tuple[Any, PriorFn]
+) -> Attack:
+    """Inverting Gradients with the client and the objective of one attacker, and with other priors by their weights.
 
     Where it knows of random signs, the box and the total variation of weight `smoothness` are those of magnitudes.
     """
     low, high = bounds
-    variation = priors.total_variation()
+    variation, further = priors.total_variation(), priors.combine(*others)
     if attacker.magnitudes:
         high = np.maximum(-low, high)
         low = -high
 
     def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
         inputs = jnp.abs(batch.inputs) if attacker.magnitudes else batch.inputs
-        return smoothness * variation(batch._replace(inputs=inputs), observation)
+        return smoothness * variation(batch._replace(inputs=inputs), observation) + further(batch, observation)
 
     def matching(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
         return gradient_matching(

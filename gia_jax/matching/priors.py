@@ -246,6 +246,52 @@ def order_invariant(
     return prior_fn
 
 
+def denoised(denoise_fn: Callable[[Float[Array, "b h w c"]], Float[Array, "b h w c"]]) -> PriorFn:
+    """Builds the distance of images from what a denoiser makes of them, (mean over pixels of (x - D(x))^2) / 2
+    (Romano, Elad and Milanfar, The Little Engine that Could: Regularization by Denoising (RED), SIAM J. Imaging
+    Sciences 2017).
+
+    D(x) counts as a constant, so the derivative is that of RED, (x - D(x)) / pixels: an attack moves towards the
+    denoised images, and never differentiates the denoiser. A denoiser that was trained on images like the victim's
+    knows them better than a total variation does. Departure: the penalty of RED is x (x - D(x)) / 2, which is no
+    distance and can be negative.
+
+    Args:
+        denoise_fn: Function `images -> images` D in the model's own space, which keeps the shape. For `models.FFDNet`
+            on pixels it is `lambda x: normalize(denoiser(denormalize(x), noise))`. The level of the noise that it
+            removes is a setting of the attack, like the weight of the prior.
+
+    Returns:
+        The prior. It raises ValueError for inputs that are no images, and where D changes their shape.
+
+    Raises:
+        ValueError: If `denoise_fn` is no function.
+
+    Examples:
+        A denoiser that halves the contrast moves a pixel of 3 by 3 / 2, and the mean is over four pixels:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> prior_fn, images = priors.denoised(lambda x: x / 2), jnp.full((1, 2, 2, 1), 3.0)
+        >>> slope = jax.grad(lambda x: prior_fn(Batch(x, jnp.array([0])), Observation({}, {})))(images)
+        >>> print(f"{slope[0, 0, 0, 0]:.3f}")
+        0.375
+    """
+    _check.functions(denoise_fn=denoise_fn)
+    fast_fn = lowered(denoise_fn)
+
+    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
+        del observation
+        images = _images(batch)
+        target = jax.lax.stop_gradient(fast_fn(jax.lax.stop_gradient(images)))
+        if target.shape != images.shape:
+            raise ValueError(f"denoise_fn must keep the shape of images, {images.shape}, got {target.shape}")
+        return jnp.mean(jnp.square(images - widened(target))) / 2
+
+    return prior_fn
+
+
 def batch_norm_statistics(
     statistics_fn: Callable[[Params, Any], Statistics],
     target_fn: Callable[[Observation], Statistics] | None = None,

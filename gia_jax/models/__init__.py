@@ -10,6 +10,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from gia_jax.models.convnet import CNN6, ConvNet, GroupNormNet
+from gia_jax.models.denoiser import FFDNet
 from gia_jax.models.functional import (
     batch_norm_inputs,
     functional,
@@ -59,6 +60,7 @@ __all__ = [
     "ConvNet",
     "Convolution",
     "Decoder",
+    "FFDNet",
     "FullyConnected",
     "GraphNetwork",
     "GraphSAGE",

@@ -270,3 +270,28 @@ def test_order_invariant_refuses_what_it_cannot_use():
         priors.order_invariant(2, aggregate_fn="mean")
     with pytest.raises(ValueError, match="num_epochs must divide the batch's size 4, got 3"):
         value(priors.order_invariant(3), photos(4, 2))
+
+
+def test_the_derivative_of_a_denoiser_prior_is_what_the_denoiser_removes():
+    """RED: (x - D(x)) / pixels, also where D is not symmetric; its own derivative must not enter."""
+    images, mixing = photos(2, 3, 2, 1), np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
+
+    def denoise(x):
+        return jnp.einsum("ij,bjkc->bikc", mixing, x) ** 2
+
+    removed = images - np.asarray(denoise(images))
+    prior_fn = priors.denoised(denoise)
+    np.testing.assert_allclose(value(prior_fn, images), np.mean(removed**2) / 2, rtol=1e-5)
+    np.testing.assert_allclose(gradient(prior_fn, images), removed / images.size, rtol=1e-4, atol=1e-6)
+
+
+def test_a_denoiser_prior_of_what_is_clean_already_is_nothing():
+    prior_fn = priors.denoised(lambda x: jnp.clip(x, -1, 1))
+    assert value(prior_fn, photos(1, 4, 4, 3)) == 0
+
+
+def test_a_denoiser_that_changes_the_shape_is_refused():
+    with pytest.raises(
+        ValueError, match=r"denoise_fn must keep the shape of images, \(1, 4, 4, 1\), got \(1, 2, 4, 1\)"
+    ):
+        value(priors.denoised(lambda x: x[:, ::2]), photos(1, 4, 4, 1))
