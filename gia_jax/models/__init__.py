@@ -11,6 +11,7 @@ from flax import nnx
 
 from gia_jax.models.convnet import CNN6, ConvNet, GroupNormNet
 from gia_jax.models.denoiser import FFDNet
+from gia_jax.models.efficientnet import EfficientNetLite0, efficientnet_lite0_names
 from gia_jax.models.functional import (
     batch_norm_inputs,
     functional,
@@ -38,6 +39,7 @@ from gia_jax.models.resnet import ResNet
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "cnn6": CNN6,
     "convnet": ConvNet,
+    "efficientnet_lite0": EfficientNetLite0,
     "groupnorm_net": GroupNormNet,
     "lenet": LeNet,
     "linear": functools.partial(MLP, hidden=()),
@@ -60,6 +62,7 @@ __all__ = [
     "ConvNet",
     "Convolution",
     "Decoder",
+    "EfficientNetLite0",
     "FFDNet",
     "FullyConnected",
     "GraphNetwork",
@@ -72,6 +75,7 @@ __all__ = [
     "VariationalAutoencoder",
     "batch_norm_inputs",
     "cnn6",
+    "efficientnet_lite0_names",
     "functional",
     "headless",
     "inferred_statistics",

@@ -92,17 +92,18 @@ def linear(features_in: int, features: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(features_in, features, kernel_init=fan_in_uniform, bias_init=symmetric_uniform(limit), rngs=rngs)
 
 
-def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(features: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Builds a batch normalisation with PyTorch's momentum 0.1 (0.9 as flax counts it) and a two-pass variance.
 
     Args:
         features: Number of features.
+        epsilon: Number added to the variance, above 0.
         rngs: Random streams of the initial weights (`nnx.Rngs`).
 
     Returns:
         The layer.
     """
-    return nnx.BatchNorm(features, momentum=0.9, use_fast_variance=False, rngs=rngs)
+    return nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
 def group_norm(features: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:

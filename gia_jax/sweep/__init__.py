@@ -2,6 +2,7 @@
 
 from gia_jax.sweep.devices import map_sharded
 from gia_jax.sweep.grid import Sweep, grid, sweep
+from gia_jax.sweep.memory import lanes_within
 from gia_jax.sweep.results import open_sweep, stored_sweep
 from gia_jax.sweep.scores import best_restart, score_sweep
 from gia_jax.sweep.search import Halving, log_uniform, successive_halving
@@ -15,6 +16,7 @@ __all__ = [
     "Timing",
     "best_restart",
     "grid",
+    "lanes_within",
     "log_uniform",
     "map_sharded",
     "open_sweep",

@@ -16,6 +16,7 @@ from gia_jax import Batch, ThreatModel, clients, models, observe
 PARAMETERS = {
     "cnn6": 154_266,
     "convnet": 2_904_970,
+    "efficientnet_lite0": 4_652_008 - 990 * 1_281,  # 1,000 classes in the paper
     "groupnorm_net": None,
     "lenet": 15_826,
     "linear": 32 * 32 * 3 * 10 + 10,
