@@ -162,6 +162,7 @@ def load_case(
     seed: int = 0,
     local_steps: int = 1,
     learning_rate: float = 1e-2,
+    image_size: int | None = None,
 ) -> Case:
     """Makes victims in the order of the data's ids, each with its own examples, and an untrained model.
 
@@ -173,6 +174,7 @@ def load_case(
         seed: Seed of the model's weights.
         local_steps: Number of SGD steps of each client on its whole batch, at least 1.
         learning_rate: Learning rate of the local steps, above 0.
+        image_size: Height and width of photographs in pixels. None is their default, or for other data.
 
     Returns:
         The case, in float64 where that is enabled.
@@ -181,7 +183,7 @@ def load_case(
         ValueError: If the data set has fewer examples.
     """
     count = victims * batch_size
-    examples = load_examples(name, count)
+    examples = load_examples(name, count, image_size=image_size)
     truth = jax.tree.map(lambda leaf: leaf[:count].reshape(victims, batch_size, *leaf.shape[1:]), examples.batch)
     others = jax.tree.map(lambda leaf: leaf[count : count + NUM_OTHERS], examples.batch)
     module = _built(model, examples, kind_of(name), seed)

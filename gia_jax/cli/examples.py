@@ -15,6 +15,7 @@ from gia_jax.models.layers import symmetric_uniform
 
 NUM_OTHERS = 16  # examples of a client beside those of its batch, for defenses that mix examples
 NUM_PUBLIC = 2_000  # examples of the training split that guesses without a gradient may use
+PHOTO_SIZE = 32  # pixels, unless another size is asked for
 MAX_NODES, NUM_PUBLIC_GRAPHS = 30, 100  # of a graph; graphs that guesses may use
 GRAPH_BIAS = 0.3  # biases of graph networks are drawn from U(-0.3, 0.3)
 
@@ -56,14 +57,15 @@ class Kind(NamedTuple):
     Attributes:
         name: What the examples are: "images", "rows" or "graphs".
         load: Function `(name, count) -> Examples` that reads at least the first `count` examples, and up to
-            `NUM_OTHERS` more. It raises ValueError if there are fewer than `count`, before it reads other data.
+            `NUM_OTHERS` more. It raises ValueError if there are fewer than `count`, before it reads other data. That
+            of images also takes the `size` of photographs.
         models: Models that take such examples, by name, each a function that `build` calls.
         build: Function `(make, examples, rngs) -> module` that makes a model for such examples.
         model: Name of the model that is attacked by default. None takes that of the attack.
     """
 
     name: str
-    load: Callable[[str, int], Examples]
+    load: Callable[..., Examples]
     models: Mapping[str, Callable[..., nnx.Module]]
     build: Callable[[Callable[..., nnx.Module], Examples, nnx.Rngs], nnx.Module]
     model: str | None = None
@@ -86,10 +88,13 @@ def _check_enough(name: str, have: int, count: int) -> None:
         raise ValueError(f"--victims times --batch-size must be at most {have} for {name}, got {count}")
 
 
-def load_images(name: str, count: int) -> Examples:
-    """Reads images: "photos", "digits", or a data set of TFDS. `Kind.load` says the rest."""
+def load_images(name: str, count: int, *, size: int = PHOTO_SIZE) -> Examples:
+    """Reads images: "photos" of `size` pixels, "digits", or a data set of TFDS. `Kind.load` says the rest."""
     small = name in ("photos", "digits")
-    images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
+    if name == "photos":
+        images = data.photos(size=size)
+    else:
+        images = data.load(name) if small else data.load(name, limit=count + NUM_OTHERS)
     _check_enough(name, len(images.images), count)
     kept = np.arange(len(images.images)) >= count
     if name == "photos":  # parts of a victim's photograph are no public ones
@@ -153,12 +158,14 @@ def kind_of(name: str) -> Kind:
     return KINDS.get(name, IMAGES)
 
 
-def load_examples(name: str, count: int) -> Examples:
+def load_examples(name: str, count: int, *, image_size: int | None = None) -> Examples:
     """Reads data by their name.
 
     Args:
         name: Key of `KINDS`, or the name of a set of images, for `gia_jax.data.load`.
         count: Number of examples that are needed, at least 1.
+        image_size: Height and width of photographs in pixels, at least 1. None is `PHOTO_SIZE` for photographs, and
+            must be given for all other data, which have their own size.
 
     Returns:
         At least as many examples.
@@ -167,7 +174,8 @@ def load_examples(name: str, count: int) -> Examples:
         ValueError: If the set is unknown, cannot be read, or has fewer examples.
     """
     try:
-        return kind_of(name).load(name, count)
+        options = {} if image_size is None else {"size": image_size}
+        return kind_of(name).load(name, count, **options)
     except ValueError as error:
         if str(error).startswith("data must be"):  # of `data.load`, which knows images only
             raise ValueError(f"--data must be {DATA}, got {name!r}") from None

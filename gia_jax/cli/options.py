@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gia_jax import _check, models
-from gia_jax.cli.examples import DATA, GRAPHS, KINDS, NUM_OTHERS, kind_of
+from gia_jax.cli.examples import DATA, GRAPHS, KINDS, NUM_OTHERS, PHOTO_SIZE, kind_of
 from gia_jax.cli.names import (
     AGGREGATIONS,
     ATTACKS,
@@ -20,12 +20,12 @@ from gia_jax.defenses.protected import Part, check_together, parse
 
 # Options that say what is attacked, for every attack; each attack's own are in its entry of `ATTACKS`.
 CLIENT = ("model", "batch_size", "defense", "local_steps", "no_prior_only")
-SIMULATED = ("data", "victims", "aggregation")
+SIMULATED = ("data", "image_size", "victims", "aggregation")
 RECORDED = ("update", "params", "input_shape", "classes", "head", "mean", "std", "batch_norm", "truth")
 NEEDED = ("params", "model", "input_shape")  # beside --update
 ALWAYS = ("argv", "attack", "command", "out", "seed", "diagnose")
 NUM_COPIES = 3  # least number of copies of a batch in memory: the examples, their gradient, and the best so far
-COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "classes")
+COUNTS = ("victims", "batch_size", "restarts", "local_steps", "lanes", "steps", "clients", "classes", "image_size")
 
 NEEDS = {"clients": "--aggregation", "clip": "--aggregation", "local_learning_rate": "--local-steps above 1"}
 NEEDS |= dict.fromkeys(RECORDED, "--update")
@@ -65,6 +65,8 @@ def taken(args: argparse.Namespace) -> tuple[str, ...]:
         for name in NEEDED:
             if getattr(args, name) is None:
                 raise ValueError(f"--update needs {flag(name)}, got none")
+    if args.image_size is not None and args.data not in (None, "photos"):
+        raise ValueError(f"--image-size needs --data photos, got {args.image_size} with --data {args.data}")
     check_counts(args, COUNTS)
     return taken
 
@@ -105,6 +107,7 @@ def fill(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
     defaults = {
         "model": kind_of(data).model or named.model,
         "data": data,
+        "image_size": PHOTO_SIZE if data == "photos" and not recorded else None,
         "victims": 1 if recorded else 3,
         "batch_size": 1,
         "restarts": 1,

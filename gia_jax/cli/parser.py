@@ -121,6 +121,7 @@ def _add_client(made: argparse._ArgumentGroup) -> None:
 def _add_simulated(made: argparse._ArgumentGroup) -> None:
     """Adds the options of clients that are simulated."""
     made.add_argument("--data", help=f"{DATA}; default: photos")
+    made.add_argument("--image-size", type=int, help="height and width of photos in pixels; default: 32")
     made.add_argument("--victims", type=int, help="clients attacked, in the order of the data's ids; default: 3")
     made.add_argument(
         "--aggregation", help=f"the protocol by which --clients add up their updates: {', '.join(AGGREGATIONS)}"

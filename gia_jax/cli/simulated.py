@@ -44,6 +44,7 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
         seed=args.seed,
         local_steps=args.local_steps,
         learning_rate=args.local_learning_rate,
+        image_size=args.image_size,
     )
     key_clients, key_attack, key_generator = jax.random.split(jax.random.key(args.seed), 3)
     generator = _generator(args, case, key_generator)

@@ -341,6 +341,13 @@ def test_mixed_images_have_soft_labels_all_the_way(tmp_path: Path) -> None:
         assert victim["is_finite"]
 
 
+def test_photographs_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    arguments = [*QUICK, "--attack", "linear", "--data", "photos", "--image-size", "48", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert _read(tmp_path)["settings"]["image_size"] == 48
+    assert np.load(tmp_path / "results.npz")["/original"].shape == (2, 48, 48, 3)
+
+
 @pytest.mark.parametrize("name", ["--out", "--seed"])
 def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -355,6 +362,8 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["--attack", "magic"], f"--attack must be one of {', '.join(ATTACKS)}, got 'magic'"),
         (["--model", "magic"], f"--model must be one of {', '.join(models.MODELS)}, got 'magic'"),
+        (["--image-size", "64", "--data", "digits"], "--image-size needs --data photos, got 64 with --data digits"),
+        (["--image-size", "0", "--data", "photos"], "--image-size must be at least 1 and below 2^31, got 0"),
         (
             ["--aggregation", "magic"],
             "--aggregation must be one of plain, secagg, lightsecagg",
