@@ -1,10 +1,11 @@
 """Which assumptions carry an attack: what the attacker knows is taken away, one thing at a time.
 
     python benchmarks/assumptions.py [tune | statistics | batches | figure] [--stages STAGE ...] [--victims N]
-                                     [--steps N]
+                                     [--steps N] [--keep FOLDER]
 
 `statistics` attacks a ResNet-20 whose clients normalise by the statistics of their own batch, `batches` a network with
-group normalisation, `figure` draws what their tables say. `tune` compares weights on test images that are no victims.
+group normalisation, `figure` draws what their tables say. `tune` compares weights on test images that are no victims. A
+run that was stopped goes on from what it kept in FOLDER.
 Needs the extras `data` and `interop`, and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). The trained
 ResNet-20s are those of `benchmarks/resnet20.py`.
 """
@@ -13,6 +14,7 @@ import argparse
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -142,7 +144,14 @@ def solve(case: Case, make: Callable[[Any], Attack], settings: dict[str, np.ndar
     """One sweep, and the row of every setting."""
     lanes = max(1, 16 // case.places.shape[1])
     ran = sweep(
-        make, settings, jax.random.key(1), case.seen, num_steps=args.steps, lanes=lanes, progress_fn=progress("sweep")
+        make,
+        settings,
+        jax.random.key(1),
+        case.seen,
+        num_steps=args.steps,
+        lanes=lanes,
+        progress_fn=progress("sweep"),
+        checkpoint=args.keep,
     )
     return rows_of(case, ran.reconstruction, ran.timing.run_seconds)
 
@@ -475,6 +484,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--victims", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200, help="of an attack")
+    parser.add_argument("--keep", type=Path, help="folder for the state of a run")
     run_parts(parser, tune, statistics, batches, figure)
 
 

@@ -1,11 +1,12 @@
 """What an attacker gains who knows the noise of a client, where a denoiser stands for what images look like.
 
     python benchmarks/denoiser.py [train | table] [--model NAME] [--epochs N] [--per-class N] [--steps N]
-                                  [--noise NAME ...] [--training-steps N] [--width N] [--depth N]
+                                  [--noise NAME ...] [--training-steps N] [--width N] [--depth N] [--keep FOLDER]
 
 `train` writes results/denoiser/cifar10.safetensors, an FFDNet, in ten minutes on two cores; `table` attacks with it.
 Both need the extras `data` and `interop`, and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). The denoiser learns from
-training images after the first 10,000, among which are the images that attackers tune their weights on.
+training images after the first 10,000, among which are the images that attackers tune their weights on. A table that
+was stopped goes on from what it kept in FOLDER.
 """
 
 import argparse
@@ -129,6 +130,7 @@ class Solver(NamedTuple):
 
     denoiser: models.FFDNet
     steps: int
+    keep: Path | None
 
     def found(
         self, attacker: Attacker, settings: Any, victims: Victims, seen: Observation, name: str
@@ -145,7 +147,8 @@ class Solver(NamedTuple):
             return attack_of(attacker, images.bounds(), setting["smoothness"], self.steps, prior)
 
         counted = counted_steps(attacker.objective_fn, self.steps)
-        ran = sweep(make, settings, jax.random.key(1), seen, num_steps=counted, lanes=20, progress_fn=progress(name))
+        options: dict[str, Any] = {"num_steps": counted, "lanes": 20, "progress_fn": progress(name)}
+        ran = sweep(make, settings, jax.random.key(1), seen, checkpoint=self.keep, **options)
         print(f"{name}: compile {ran.timing.compile_seconds:.0f} s, run {ran.timing.run_seconds:.0f} s", flush=True)
         results = []
         for s in range(len(ran.reconstruction.loss)):
@@ -174,7 +177,7 @@ def table(args: argparse.Namespace) -> None:
         return protected if own is None else protected._replace(params=own)
 
     victims, tuning, plain = Victims.of("test", args.per_class), Victims.of("train", 1), client("none")
-    solver = Solver(network(weights_file(), width=args.width, depth=args.depth), args.steps)
+    solver = Solver(network(weights_file(), width=args.width, depth=args.depth), args.steps, args.keep)
     both = {"total variation": VARIATION, "denoiser": DENOISER}
 
     def tuned(attacker: Attacker, protected: Protected, prior: str, name: str) -> Any:
@@ -251,6 +254,7 @@ def main() -> None:
     parser.add_argument("--training-steps", type=int, default=4_000, help="of the denoiser")
     parser.add_argument("--width", type=int, default=48, help="of the denoiser")
     parser.add_argument("--depth", type=int, default=6, help="of the denoiser")
+    parser.add_argument("--keep", type=Path, help="folder for the state of a table")
     run_parts(parser, train, table)
 
 
