@@ -26,6 +26,7 @@ from attackers import of_each, ranks_among, signed_adam
 from flax import nnx
 from grad_inversion import WEIGHTS
 from parts import run_parts
+from training import train_network
 
 from gia_jax import (
     Attack,
