@@ -214,6 +214,20 @@ ATTACKS = {
         needs_range=True,
         x64=True,
     ),
+    # The features of a transformer's last layer have either sign, so its labels are counted as well.
+    "april": Named(
+        "APRIL, Lu et al. 2022: a vision transformer's patches in closed form",
+        0,
+        "inferred",
+        ("labels", "label_rule"),
+        recipes.build_april,
+        rule="bias_counts",
+        model="vit_april",
+        models=("vit_april",),
+        one_example=True,
+        data="images",
+        x64=True,
+    ),
 }
 INVERTIBLE = {name: named.models for name, named in ATTACKS.items() if named.models}  # models of the analytic attacks
 
@@ -305,7 +319,7 @@ def make_analytic(name: str, target: Target, *, model: str, labels: str, rule: s
     """Makes an analytic attack by its name.
 
     Args:
-        name: Key of `INVERTIBLE`: "linear", on the layer that sees the example, or "r_gap".
+        name: Key of `INVERTIBLE`, such as "linear", on the layer that sees the example.
         target: What is attacked.
         model: Name of the model.
         labels: "known" or "inferred", as for `make_attack`; R-GAP finds its own.
