@@ -228,6 +228,17 @@ def test_the_loss_says_what_rounding_and_noise_leave():
     assert noisy_loss > 1e-2
 
 
+def test_half_precision_is_solved_in_wider_arithmetic():
+    apply_fn, params = vit()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    images = drawn(14, SHAPE).astype(jnp.bfloat16)
+    found = attacked(apply_fn, params, images)
+    assert found.is_finite
+    assert found.batch.inputs.dtype == jnp.bfloat16
+    assert found.loss.dtype == jnp.float32
+    assert 5 < decibels(found.batch.inputs.astype(float), images.astype(float)) < 40
+
+
 @pytest.mark.usefixtures("x64")
 def test_one_block_read_through_its_class_token_tells_too_little():
     shape = (8, 8, 1)
