@@ -101,8 +101,8 @@ def cifar10(args: argparse.Namespace) -> None:
         "cifar10",
         "APRIL's closed form on the first test images of CIFAR-10, 64 patches of 4x4 pixels",
         rows,
-        f"`vit_april`: width 192, depth 4, 3 heads, untrained, seed {args.seed}. The client computes in the type named; "
-        "the attack solves in float64. PSNR is of pixels in [0, 1], not clipped, and its mean over images. "
+        f"`vit_april`: width 192, depth 4, 3 heads, untrained, seed {args.seed}. The client computes in the type "
+        "named; the attack solves in float64. PSNR is of pixels in [0, 1], not clipped, and its mean over images. "
         "The loss (median) is the attacker's own measure: the relative residual, or the rounding of the update times "
         "the condition number, at most 1. Labels are counted from the bias. "
         f"The network as it was published is refused: '{refused(images, args.seed)}.' "

@@ -187,10 +187,11 @@ def april(
     `jit` and the like, where an error comes too late, its reconstruction is NaN, with `is_finite` False.
 
     Conditioning: The system is solved in the widest type that is enabled, but A and b carry the rounding errors of the
-    update, which the condition number of A multiplies. It is about 1e3 for an untrained network of 64 patches. So take
-    float64 for images that are exact to the bit; a float32 update leaves about 100 dB of them and a bfloat16 update
-    about 17. A network of one block that classifies by its class token has an A of rank 2 * heads + 1 at most, and
-    nothing finds its patches; the loss is then 1.
+    update, which the condition number of A multiplies. On an untrained network of 64 patches it is about 1e3 for white
+    noise, and 1e5 for photographs, whose patches are alike. So exact images need float64: of photographs a float32
+    update leaves about 70 dB, and a bfloat16 update nothing (benchmarks/april.py). A network of one block that
+    classifies by its class token has an A of rank 2 * heads + 1 at most, and nothing finds its patches; the loss is
+    then 1.
 
     The patches come in the order of the tokens, which the position embedding tells the server: row by row, as
     `gia_jax.models.vit.patches` cuts them. A network that orders its tokens or pixels in another way is refused like
