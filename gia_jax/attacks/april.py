@@ -103,16 +103,20 @@ class TokenLayers(NamedTuple):
         wanted += [] if class_token is None else [("class_token", class_token)]
 
         def layers_fn(tree: PyTree[Array]) -> TokenLayers:
-            found, missing = [], []
+            found: dict[str, list[Any]] = {name: [] for name in _READERS}
+            missing = []
             for name, path in wanted:
                 try:
-                    found.append(_READERS[name](_at(tree, path)))
+                    found[name].append(_READERS[name](_at(tree, path)))
                 except KeyError as error:
                     missing.append(f"{name}={path!r}: {error.args[0]}")
             if missing:
                 raise ValueError(f"layers must be among the parameters, got {'; '.join(missing)}")
-            kernels = [kernel for group in found[2 : 2 + len(several)] for kernel in group]
-            return TokenLayers(found[0], *found[1], kernels, None if class_token is None else found[-1])
+            ((kernel, bias),) = found["patch"]
+            first = found["class_token"][0] if found["class_token"] else None
+            return TokenLayers(
+                found["position"][0], kernel, bias, [each for group in found["attention"] for each in group], first
+            )
 
         return layers_fn
 
@@ -257,7 +261,7 @@ def april(
         matrix = system[-_num_patches(like.shape, size) :].T
         embedded, _, _, values = jnp.linalg.lstsq(matrix, right - system.T @ offset)
         pixels, _, _, own_values = jnp.linalg.lstsq(kernel.T, embedded.T)
-        images = from_patches(pixels.T[None], size, like.shape[1:])
+        images = from_patches(pixels.T[None], size, like.shape)
 
         residual = _residual(system, right, _tokens(known, images, size))
         condition = jnp.maximum(values[0] / values[-1], own_values[0] / own_values[-1])

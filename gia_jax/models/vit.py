@@ -39,14 +39,14 @@ def patches(images: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Arr
 
 
 def from_patches(
-    pixels: Float[Array, "b n p"], size: tuple[int, int], shape: tuple[int, int, int]
+    pixels: Float[Array, "b n p"], size: tuple[int, int], shape: tuple[int, ...]
 ) -> Float[Array, "b h w c"]:
     """Puts the patches of images back in their places, the inverse of `patches`.
 
     Args:
         pixels: Pixels of the patches, shape (b, n, p).
         size: Height and width of a patch.
-        shape: Shape (h, w, c) of an image.
+        shape: Shape (b, h, w, c) of the images.
 
     Returns:
         The images, shape (b, h, w, c).
@@ -55,12 +55,12 @@ def from_patches(
         >>> import jax.numpy as jnp
         >>> from gia_jax.models.vit import from_patches, patches
         >>> images = jnp.arange(8).reshape(1, 2, 4, 1) / 1.0
-        >>> bool((from_patches(patches(images, (2, 2)), (2, 2), (2, 4, 1)) == images).all())
+        >>> bool((from_patches(patches(images, (2, 2)), (2, 2), images.shape) == images).all())
         True
     """
-    (h, w, c), (height, width) = shape, size
-    tiles = pixels.reshape(-1, h // height, w // width, height, width, c)
-    return tiles.swapaxes(2, 3).reshape(-1, h, w, c)
+    (b, h, w, c), (height, width) = shape, size
+    tiles = pixels.reshape(b, h // height, w // width, height, width, c)
+    return tiles.swapaxes(2, 3).reshape(shape)
 
 
 def _attend(

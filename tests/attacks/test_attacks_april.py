@@ -353,8 +353,10 @@ def test_the_objective_is_both_distances(steep):
     angle = 1 - one @ two / np.linalg.norm(one) / np.linalg.norm(two)
     squares = sum(np.sum(np.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (other, seen.update)), strict=True))
     assert with_position(euclidean, position_fn, 2.0)(other, seen.update) == pytest.approx(squares + 2 * angle)
-    attack = attacks.april_optimization(client_fn, position_fn=position_fn, position_weight=0.0, bounds=(-0.1, 0.1))
-    found, info = jax.jit(lambda key: run(attack, key, seen, num_steps=2))(jax.random.key(2))
-    plain = jax.jit(lambda key: run(gradient_matching(client_fn), key, seen, num_steps=1)[1].loss)
-    np.testing.assert_allclose(info.loss[:1], plain(jax.random.key(2)))
+
+
+def test_the_descent_keeps_to_the_bounds(steep):
+    client_fn, seen, _ = steep
+    attack = attacks.april_optimization(client_fn, position_fn=position_fn, bounds=(-0.1, 0.1))
+    found, _ = jax.jit(lambda key: run(attack, key, seen, num_steps=1))(jax.random.key(2))
     assert float(jnp.abs(found.batch.inputs).max()) == pytest.approx(0.1)

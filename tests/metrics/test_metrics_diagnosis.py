@@ -397,6 +397,9 @@ def see_in_float32():
         (jax.nn.silu, ()),
         (jax.nn.softplus, ()),
         (jax.nn.softmax, ()),
+        (lambda x: jax.nn.softmax(x), ()),  # which then has another name
+        (lambda x: jax.nn.relu(jax.nn.softmax(x) - 0.5), ("max",)),
+        (lambda x: x - jnp.max(x), ("reduce_max",)),
     ],
 )
 def test_kinks_are_read_from_the_operations(activation, kinks):

@@ -9,7 +9,8 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from gia_jax import Batch, clients, models
+from gia_jax import Batch, Observation, clients, models
+from gia_jax.metrics.diagnosis.layers import find_kinks
 from gia_jax.models.vit import from_patches, patches
 
 SETTINGS = {"patch_size": 2, "width": 8, "depth": 2, "heads": 2, "mlp_ratio": 3}
@@ -100,12 +101,17 @@ def test_the_clients_second_derivatives_are_those_of_differences(first_block):
     assert slope == pytest.approx(difference, rel=1e-6)
 
 
+def test_the_network_is_smooth():
+    apply_fn, params = models.functional(models.ViT(SHAPE, 3, **SETTINGS, rngs=nnx.Rngs(0)))
+    assert find_kinks(apply_fn, Observation(params, params, {"inputs_like": jnp.zeros((1, *SHAPE))})) == ()
+
+
 def test_patches_are_the_slices_of_the_image_and_go_back():
     images = np.random.default_rng(3).normal(size=(2, 4, 9, 2)).astype(np.float32)
     cut = patches(jnp.asarray(images), (2, 3))
     expected = [images[:, i : i + 2, j : j + 3].reshape(2, -1) for i in (0, 2) for j in (0, 3, 6)]
     np.testing.assert_array_equal(cut, np.stack(expected, 1))
-    np.testing.assert_array_equal(from_patches(cut, (2, 3), (4, 9, 2)), images)
+    np.testing.assert_array_equal(from_patches(cut, (2, 3), images.shape), images)
 
 
 @pytest.mark.parametrize(

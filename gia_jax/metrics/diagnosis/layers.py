@@ -129,7 +129,7 @@ def find_kinks(apply_fn: ApplyFn, observation: Observation) -> tuple[str, ...]:
 def _kinked_operations(jaxpr: jex_core.Jaxpr) -> set[str]:
     """Returns the names of the operations with a kink, in the functions called inside as well."""
     found: set[str] = set()
-    for equation in jaxpr.eqns:
+    for equation in _differentiated(jaxpr):
         name = equation.primitive.name
         called = str(equation.params.get("name", "")).strip("_")
         dtype = getattr(equation.outvars[0].aval, "dtype", jnp.dtype(bool)) if equation.outvars else jnp.dtype(bool)
@@ -140,6 +140,19 @@ def _kinked_operations(jaxpr: jex_core.Jaxpr) -> set[str]:
                 if _is_jaxpr(inner):
                     found |= _kinked_operations(getattr(inner, "jaxpr", inner))
     return found
+
+
+def _differentiated(jaxpr: jex_core.Jaxpr) -> list[jex_core.JaxprEqn]:
+    """Returns the operations that the outputs depend on otherwise than through a constant for all derivatives, such as
+    the largest score that a softmax subtracts.
+    """
+    needed, kept = {var for var in jaxpr.outvars if not isinstance(var, jex_core.Literal)}, []
+    for equation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(equation.outvars) or equation.primitive.name == "stop_gradient":
+            continue
+        kept.append(equation)
+        needed.update(var for var in equation.invars if not isinstance(var, jex_core.Literal))
+    return kept
 
 
 def _is_jaxpr(value: Any) -> bool:
