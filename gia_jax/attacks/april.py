@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from gia_jax import _check
 from gia_jax.base import (
@@ -251,9 +251,9 @@ def april(
         like = granted_like(observation)
         known, shared = layers_fn(observation.params), layers_fn(observation.update)
         size = _patch_size(known, like.shape)
-        rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in (shared.position, *shared.attention))
+        rounding = _rounding(shared)
         known, shared = _widest(known), _widest(shared)
-        holds = _holds(key, client_fn, layers_fn, observation, known, size, max(tolerance, 16 * rounding))
+        holds = condition_holds(key, client_fn, layers_fn, observation, tolerance=tolerance)
 
         system, right = _system(known, shared)
         kernel = known.patch_kernel.reshape(-1, known.patch_kernel.shape[-1])
@@ -336,20 +336,38 @@ def _residual(system: Float[Array, "t d"], right: Float[Array, "d d"], tokens: F
     return jnp.linalg.norm(system.T @ tokens - right) / jnp.linalg.norm(right)
 
 
-def _holds(
-    key: PRNGKeyArray,
-    client_fn: ClientFn,
-    layers_fn: LayersFn,
-    observation: Observation,
-    known: TokenLayers,
-    size: tuple[int, int],
-    tolerance: float,
-) -> Array:
-    """Tells whether A^T z = b holds at an image that the attacker draws; raises ValueError where it is known not to."""
+def _rounding(shared: TokenLayers) -> float:
+    """Returns the unit of rounding of the gradients."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in (shared.position, *shared.attention))
+
+
+def condition_holds(
+    key: PRNGKeyArray, client_fn: ClientFn, layers_fn: LayersFn, observation: Observation, *, tolerance: float = 1e-4
+) -> Bool[Array, ""]:
+    """Tells whether A^T z = b holds at an image that the attacker draws, as `april` explains it.
+
+    Args:
+        key: Key of the image.
+        client_fn: Client that the attacker assumes.
+        layers_fn: Function that picks the layers from parameters and from an update.
+        observation: Observation of the attack, of which the parameters and what is granted are read.
+        tolerance: Largest relative residual.
+
+    Returns:
+        Whether it holds.
+
+    Raises:
+        ValueError: If the layers do not fit each other, the image or the conditions of `april`, or the parameters are
+            concrete and A^T z = b does not hold.
+    """
     like = granted_like(observation)
+    known = layers_fn(observation.params)
+    size = _patch_size(known, like.shape)
     drawn = as_granted(jax.random.normal(key, like.shape, wide_dtype(like.dtype)), observation)
     labels = observation.extra.get("labels", jnp.zeros(1, jnp.int32))
-    shared = _widest(layers_fn(client_fn(observation.params, Batch(drawn, labels))))
+    shared = layers_fn(client_fn(observation.params, Batch(drawn, labels)))
+    tolerance = max(tolerance, 16 * _rounding(shared))
+    known, shared = _widest(known), _widest(shared)
     system, right = _system(known, shared)
     tokens = _tokens(known, drawn.astype(right.dtype), size)
     residual = _residual(system, right, tokens)

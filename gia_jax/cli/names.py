@@ -16,7 +16,7 @@ from gia_jax.attacks.sme import NUM_STEPS as SME_STEPS
 from gia_jax.base import Attack, InitFn, LabelFn, ReconstructFn
 from gia_jax.cli import recipes
 from gia_jax.cli.protocols import AGGREGATIONS, TARGETS, make_protocol
-from gia_jax.cli.recipes import FIRST_LAYER, Choices, Generator, Target
+from gia_jax.cli.recipes import FIRST_LAYER, TOKEN_LAYERS, Choices, Generator, Target
 from gia_jax.cli.solvers import FIRST_ORDER, LEVENBERG_MARQUARDT_STEPS, SOLVERS, WARM_UP, warm_up
 from gia_jax.matching.run import keep_best
 from gia_jax.threat import granted_labels
@@ -30,6 +30,7 @@ __all__ = [
     "LEVENBERG_MARQUARDT_STEPS",
     "SOLVERS",
     "TARGETS",
+    "TOKEN_LAYERS",
     "WARM_UP",
     "Generator",
     "Target",

@@ -39,6 +39,11 @@ from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6
 
 FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
+# What APRIL reads of the vision transformers.
+TOKEN_LAYERS = dict.fromkeys(
+    ("vit", "vit_april"),
+    TokenLayers.named(position="position", patch="patch", attention="block0.attention", class_token="class_token"),
+)
 
 
 class Generator(NamedTuple):
@@ -258,8 +263,5 @@ def build_april(target: Target, choices: Choices) -> ReconstructFn:
     client makes of the network's gradient.
     """
     assert choices.label_fn is not None
-    layers_fn = TokenLayers.named(
-        position="position", patch="patch", attention="block0.attention", class_token="class_token"
-    )
     gradient_fn = target.client_fn if target.gradient_fn is None else target.gradient_fn
-    return april(gradient_fn, layers_fn=layers_fn, label_fn=choices.label_fn)
+    return april(gradient_fn, layers_fn=TOKEN_LAYERS[choices.model], label_fn=choices.label_fn)

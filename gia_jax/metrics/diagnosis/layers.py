@@ -1,4 +1,4 @@
-"""What the network's layers give away: batch normalisation, a dense first layer, ranks for R-GAP, and kinks."""
+"""What the network's layers give away: normalisation, a dense first layer, kinks, and what R-GAP and APRIL need."""
 
 import math
 from typing import Any
@@ -10,9 +10,10 @@ from flax import nnx
 from jax.extend import core as jex_core
 from jaxtyping import PRNGKeyArray
 
+from gia_jax.attacks.april import LayersFn, condition_holds
 from gia_jax.attacks.linear import NEGLIGIBLE
 from gia_jax.attacks.rank_analysis import LayerRank, counted_ranks, rank_analysis
-from gia_jax.base import Observation, Params, Updates
+from gia_jax.base import ClientFn, Observation, Params, Updates
 from gia_jax.labels import ClassifierFn
 from gia_jax.metrics.diagnosis.arrays import Leaves, named_leaves, on_host, rounding_unit
 from gia_jax.metrics.diagnosis.report import Diagnosis, FirstLayer, add_notes
@@ -118,6 +119,19 @@ def constraint_ranks(
         return rank_analysis(network, params, input_shape, key=key), None
     except ValueError as error:
         return (), str(error)
+
+
+def tokens_problem(
+    client_fn: ClientFn, observation: Observation, layers_fn: LayersFn | None, key: PRNGKeyArray
+) -> str | None:
+    """Returns why APRIL cannot invert the network, or None where it can."""
+    if layers_fn is None:
+        return "the layers of a vision transformer are not named"
+    try:
+        condition_holds(key, jax.jit(client_fn), layers_fn, observation)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def find_kinks(apply_fn: ApplyFn, observation: Observation) -> tuple[str, ...]:
