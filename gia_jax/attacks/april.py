@@ -375,22 +375,24 @@ def condition_holds(
         raise ValueError(
             "april needs a first attention that reads the tokens as they are, and that alone reads them: at an image "
             f"that the attacker drew, A^T z = b fails by {float(residual):.2g} of b, above {tolerance:.2g}. "
-            f"{_reason(system, shared, tokens)}"
+            f"{_reason(system, shared, tokens, tolerance)}"
         )
     return residual <= tolerance
 
 
-def _reason(system: Float[Array, "t d"], shared: TokenLayers, tokens: Float[Array, "t d"]) -> str:
+def _reason(system: Float[Array, "t d"], shared: TokenLayers, tokens: Float[Array, "t d"], tolerance: float) -> str:
     """Says what a network does with its tokens for which A^T z = b does not hold."""
     if not jnp.any(system):
         return "The position embedding has no gradient: it must be learned, and added to the tokens"
+    reads = "the attention reads something else than the tokens, such as their LayerNorm or another order of pixels"
+    beside = "something beside the attention reads the tokens, such as a residual path"
+    if tokens.shape[0] >= tokens.shape[1]:  # they span everything
+        return f"Either {reads}, or {beside}"
     # The gradient of a kernel has its columns in the span of what the layer reads.
     gradients = jnp.concatenate([own.reshape(len(own), -1) for own in shared.attention], 1)
     span = jnp.linalg.lstsq(tokens.T, gradients)[0]
     outside = jnp.linalg.norm(tokens.T @ span - gradients) / jnp.linalg.norm(gradients)
-    if outside > 1e-2:
-        return "The attention reads something else than the tokens, such as their LayerNorm or another order of pixels"
-    return "Something beside the attention reads the tokens, such as a residual path"
+    return f"Here {reads if outside > tolerance else beside}"
 
 
 def april_optimization(

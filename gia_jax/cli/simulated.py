@@ -84,14 +84,7 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
         targets={name: victims(*target) for name, target in targets.items()},
         modality=case.modality,
         guesses=case.modality.guess_fn(case.truth, case.data.public),
-        known=Known(
-            plain.assumed_fn,
-            plain.apply_fn,
-            labels.dense("head"),
-            first_layer_fn,
-            case.module,
-            TOKEN_LAYERS.get(args.model),
-        ),
+        known=Known(plain.assumed_fn, plain.apply_fn, head, first_layer_fn, case.module, token_layers_fn),
         key=key_attack,
     )
 

@@ -175,6 +175,11 @@ def test_pytorchs_layout_and_one_kernel_of_all_three_are_read():
 
 REFUSED = {
     "norm and residual": (lambda: vit(first_block="residual"), NAMED, "such as their LayerNorm"),
+    "norm and residual, tokens that span everything": (
+        lambda: vit((4, 4, 1), width=4, first_block="residual"),
+        NAMED,
+        "Either the attention .* LayerNorm .*, or something beside .* residual path",
+    ),
     "residual": (lambda: (functools.partial(pytorchs, residual=True), torch_params()), None, "such as a residual path"),
     "pixels": (lambda: (functools.partial(pytorchs, order=None), torch_params()), None, "another order of pixels"),
     "frozen": (lambda: wide(Own(nnx.Rngs(0), frozen=True)), OWN, "position embedding has no gradient: it must be"),
@@ -187,10 +192,11 @@ def test_a_network_without_the_condition_is_refused_by_name(name):
     build, names, reason = REFUSED[name]
     apply_fn, params = build()
     layers_fn = torch_layers if names is None else attacks.TokenLayers.named(**names)
+    images = drawn(7, (4, 4, 1) if "everything" in name else SHAPE)
     with pytest.raises(ValueError, match=rf"reads the tokens as they are.* above 0.0001\. .*{reason}"):
-        attacked(apply_fn, params, drawn(7, SHAPE), layers_fn, jitted=False)
+        attacked(apply_fn, params, images, layers_fn, jitted=False)
     # Where an error comes too late, there is no image.
-    found = attacked(apply_fn, params, drawn(7, SHAPE), layers_fn)
+    found = attacked(apply_fn, params, images, layers_fn)
     assert not found.is_finite
     assert np.isnan(found.batch.inputs).all()
     assert np.isnan(found.loss)
