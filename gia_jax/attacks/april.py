@@ -186,9 +186,10 @@ def april(
     a patch; and a network without LayerNorm before its first attention and without a residual path around it, such as
     `gia_jax.models.ViT(first_block="plain")`. No shape of an update tells the last one. So the attacker, who has the
     parameters, simulates the client on an image that it draws, whose tokens it knows, and compares A^T z with b before
-    the observed update is read. The comparison is a part of the attack, and not a function of its own, so that no
-    caller can leave it out. Where the observation is concrete, a network that fails is refused by ValueError. Inside of
-    `jit` and the like, where an error comes too late, its reconstruction is NaN, with `is_finite` False.
+    the observed update is read. The attack compares them itself, so that no caller can leave it out; `condition_holds`
+    in this module is the comparison alone. Where the observation is concrete, a network that fails is refused by
+    ValueError. Inside of `jit` and the like, where an error comes too late, its reconstruction is NaN, with `is_finite`
+    False.
 
     Conditioning: The system is solved in the widest type that is enabled, but A and b carry the rounding errors of the
     update, which the condition number of A multiplies. On an untrained network of 64 patches it is about 1e3 for white
@@ -216,9 +217,9 @@ def april(
 
     Returns:
         A function `(key, observation) -> reconstruction`, which draws the attacker's own image from the key. Its loss
-        is the relative residual of A^T z = b at the tokens of the reconstruction. It is not below the update's unit of
-        rounding times the larger condition number of A and of the patch embedding, or 1 if that is more, because an
-        error of such a relative size may not show in the residual. It raises ValueError for more than one image, for
+        is the relative residual of A^T z = b at the tokens of the reconstruction or, where that is more, the update's
+        unit of rounding times the larger condition number of A and of the patch embedding, up to 1: an error of such a
+        relative size need not show in the residual. It raises ValueError for more than one image, for
         layers that do not fit each other, the image or the conditions above, and for a network that is refused.
 
     Raises:
