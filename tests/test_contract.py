@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import gia_jax
 from gia_jax import (
@@ -52,7 +53,7 @@ class Case(NamedTuple):
         labels: Whether the threat model grants them.
         x64: Whether the case runs in float64.
         is_random: Whether two keys must give two reconstructions.
-        first_layer: "conv" or "dense", which compiles sooner.
+        first_layer: "conv", "dense", which compiles sooner, or "attention", of a vision transformer.
         batch_indices: The records of each round, for a client of several.
     """
 
@@ -158,6 +159,17 @@ def r_gap(target: Target) -> gia_jax.ReconstructFn:
     return attacks.r_gap(models.Network((first,), head, models.sigmoid), bounds=target.bounds)
 
 
+def april(target: Target) -> gia_jax.ReconstructFn:
+    layers_fn = attacks.TokenLayers.named(
+        position="position", patch="patch", attention="block0.attention", class_token="class_token"
+    )
+    return attacks.april(target.client_fn, layers_fn=layers_fn)
+
+
+def april_optimization(target: Target) -> Attack:
+    return attacks.april_optimization(target.client_fn, position_fn=lambda update: update["first"]["kernel"])
+
+
 def cafe_descent(target: Target) -> Attack:
     return attacks.cafe_descent(
         clients.federated_sgd(clients.cross_entropy(_apply)),
@@ -202,10 +214,12 @@ CASES = {
     "linear_inversion float64": Case(linear_inversion, batch_size=2, labels=True, x64=True, is_random=False),
     "cafe": Case(cafe, batch_size=3, is_random=False, batch_indices=np.array([[0, 1], [1, 2], [2, 0]])),
     "r_gap": Case(r_gap, x64=True, is_random=False),
+    "april": Case(april, labels=True, x64=True, is_random=False, first_layer="attention"),
+    "april_optimization": Case(april_optimization, batch_size=2, labels=True, x64=True),
     "cafe_descent": Case(cafe_descent, batch_size=3, batch_indices=np.array([[0, 1], [1, 2], [2, 0]])),
 }
 
-ANALYTIC = ("linear_inversion", "linear_inversion float64", "cafe", "r_gap")  # functions, without a state
+ANALYTIC = ("linear_inversion", "linear_inversion float64", "cafe", "r_gap", "april")  # functions, without a state
 
 
 class Subject(NamedTuple):
@@ -256,7 +270,15 @@ def _traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def _params(case: Case) -> dict[str, dict[str, jax.Array]]:
+@functools.cache
+def _vit() -> tuple[Any, Any]:
+    settings = {"patch_size": 2, "width": 12, "heads": 2, "depth": 2, "first_block": "plain"}
+    return models.functional(models.ViT(IMAGE, NUM_CLASSES, **settings, rngs=nnx.Rngs(0)))
+
+
+def _params(case: Case) -> dict[str, Any]:
+    if case.first_layer == "attention":
+        return jax.tree.map(lambda leaf: leaf.astype(float), _vit()[1])
     key_first, key_head = jax.random.split(jax.random.key(0))
     shape, features = {"conv": ((3, 3, 3, 8), 8 * 3 * 3), "dense": ((6 * 6 * 3, 24), 24)}[case.first_layer]
     return {
@@ -280,6 +302,8 @@ def _layers(tree: Any) -> tuple[Dense, Dense]:
 
 
 def _apply(params: Any, inputs: jax.Array) -> jax.Array:
+    if "position" in params:
+        return _vit()[0](params, inputs)
     first, head = _layers(params)
     if first.kernel.ndim == 2:
         hidden = inputs.reshape(len(inputs), -1) @ first.kernel

@@ -3,6 +3,7 @@
 What the gradient of a graph network gives away in closed form is in the module `graph_closed_form`.
 """
 
+from gia_jax.attacks.april import TokenLayers, april, april_optimization
 from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.fedavg_leakage import fedavg_leakage
@@ -25,7 +26,10 @@ __all__ = [
     "GraphIdentifiability",
     "GraphSpans",
     "LayerRank",
+    "TokenLayers",
     "Twins",
+    "april",
+    "april_optimization",
     "cafe",
     "cafe_descent",
     "dlg",

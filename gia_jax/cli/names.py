@@ -16,7 +16,7 @@ from gia_jax.attacks.sme import NUM_STEPS as SME_STEPS
 from gia_jax.base import Attack, InitFn, LabelFn, ReconstructFn
 from gia_jax.cli import recipes
 from gia_jax.cli.protocols import AGGREGATIONS, TARGETS, make_protocol
-from gia_jax.cli.recipes import FIRST_LAYER, Choices, Generator, Target
+from gia_jax.cli.recipes import FIRST_LAYER, TOKEN_LAYERS, Choices, Generator, Target
 from gia_jax.cli.solvers import FIRST_ORDER, LEVENBERG_MARQUARDT_STEPS, SOLVERS, WARM_UP, warm_up
 from gia_jax.matching.run import keep_best
 from gia_jax.threat import granted_labels
@@ -30,6 +30,7 @@ __all__ = [
     "LEVENBERG_MARQUARDT_STEPS",
     "SOLVERS",
     "TARGETS",
+    "TOKEN_LAYERS",
     "WARM_UP",
     "Generator",
     "Target",
@@ -214,6 +215,20 @@ ATTACKS = {
         needs_range=True,
         x64=True,
     ),
+    # The features of a transformer's last layer have either sign, so its labels are counted as well.
+    "april": Named(
+        "APRIL, Lu et al. 2022: a vision transformer's patches in closed form",
+        0,
+        "inferred",
+        ("labels", "label_rule"),
+        recipes.build_april,
+        rule="bias_counts",
+        model="vit_april",
+        models=("vit_april",),
+        one_example=True,
+        data="images",
+        x64=True,
+    ),
 }
 INVERTIBLE = {name: named.models for name, named in ATTACKS.items() if named.models}  # models of the analytic attacks
 
@@ -305,7 +320,7 @@ def make_analytic(name: str, target: Target, *, model: str, labels: str, rule: s
     """Makes an analytic attack by its name.
 
     Args:
-        name: Key of `INVERTIBLE`: "linear", on the layer that sees the example, or "r_gap".
+        name: Key of `INVERTIBLE`, such as "linear", on the layer that sees the example.
         target: What is attacked.
         model: Name of the model.
         labels: "known" or "inferred", as for `make_attack`; R-GAP finds its own.

@@ -7,6 +7,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
+from gia_jax.attacks.april import TokenLayers, april
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.gias import GeneratorFn, gias
 from gia_jax.attacks.glg import glg
@@ -38,6 +39,11 @@ from gia_jax.models.functional import ApplyFn
 from gia_jax.models.network import cnn6
 
 FIRST_LAYER = {"linear": "head", "mlp": "dense0"}  # of the models that start fully connected
+# What APRIL reads of the vision transformers.
+TOKEN_LAYERS = dict.fromkeys(
+    ("vit", "vit_april"),
+    TokenLayers.named(position="position", patch="patch", attention="block0.attention", class_token="class_token"),
+)
 
 
 class Generator(NamedTuple):
@@ -74,7 +80,7 @@ class Target(NamedTuple):
         known_statistics_fn: Function that reads from the observation the statistics to match. None takes those that the
             threat model grants.
         generator: Generator of such images, for GIAS. None for all other attacks.
-        gradient_fn: Client of one step on the whole batch, for SME. None takes `client_fn`.
+        gradient_fn: Client of one step on the whole batch, for SME and APRIL. None takes `client_fn`.
         scale: Number that times the update is the change of the parameters, for SME.
     """
 
@@ -250,3 +256,12 @@ def build_r_gap(target: Target, choices: Choices) -> ReconstructFn:
     del choices
     assert target.bounds is not None
     return r_gap(cnn6(target.num_classes, bias=True), bounds=target.bounds)
+
+
+def build_april(target: Target, choices: Choices) -> ReconstructFn:
+    """Builds APRIL's closed form on the library's own transformer. Its condition is on the network, and not on what a
+    client makes of the network's gradient.
+    """
+    assert choices.label_fn is not None
+    gradient_fn = target.client_fn if target.gradient_fn is None else target.gradient_fn
+    return april(gradient_fn, layers_fn=TOKEN_LAYERS[choices.model], label_fn=choices.label_fn)

@@ -18,7 +18,7 @@ from gia_jax import clients, interop, modalities, models, report
 from gia_jax.base import Batch, LossFn, Observation, Params
 from gia_jax.cli import console
 from gia_jax.cli.files import Model, function_model, registered_model
-from gia_jax.cli.names import Target
+from gia_jax.cli.names import TOKEN_LAYERS, Target
 from gia_jax.cli.pixels import generator_of
 from gia_jax.cli.settings import Known, Setting, Victims
 from gia_jax.data import ImageData
@@ -63,7 +63,7 @@ def observe_recorded(args: argparse.Namespace, parts: tuple[Part, ...]) -> Setti
     _check_client(args, client_fn, seen, like)
     target = _target(args, made, modality, images, client_fn, num_classes)
     head = _head(args, made, num_classes)
-    known = Known(client_fn, made.apply_fn, head, made.first_layer_fn, made.module)
+    known = Known(client_fn, made.apply_fn, head, made.first_layer_fn, made.module, TOKEN_LAYERS.get(args.model))
     modelled = True
     if parts:
         assert made.module is not None

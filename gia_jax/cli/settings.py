@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from gia_jax import metrics
+from gia_jax.attacks.april import LayersFn
 from gia_jax.base import Batch, ClientFn, Observation
 from gia_jax.cli.names import Target
 from gia_jax.labels import ClassifierFn
@@ -39,6 +40,7 @@ class Known(NamedTuple):
         classifier_fn: Function that picks the last layer.
         first_layer_fn: Function that picks a dense layer that sees the example. None where there is none.
         module: Module of the model. None for a model that is a function.
+        token_layers_fn: Function that picks what APRIL reads of a vision transformer. None for another model.
     """
 
     client_fn: ClientFn
@@ -46,6 +48,7 @@ class Known(NamedTuple):
     classifier_fn: ClassifierFn | None
     first_layer_fn: ClassifierFn | None
     module: nnx.Module | None
+    token_layers_fn: LayersFn | None
 
 
 class Setting(NamedTuple):
@@ -89,6 +92,7 @@ def diagnosis(setting: Setting) -> list[str]:
             apply_fn=setting.known.apply_fn,
             first_layer_fn=setting.known.first_layer_fn,
             module=setting.known.module,
+            token_layers_fn=setting.known.token_layers_fn,
             num_classes=victims.target.num_classes,
         )
         lines += [f"the first victim's update{f', {name}' if name else ''}:", *found.lines(), ""]

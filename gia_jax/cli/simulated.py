@@ -13,7 +13,7 @@ from gia_jax._compile import RUN_ONCE
 from gia_jax.base import Batch, Observation
 from gia_jax.cli import console, options
 from gia_jax.cli.cases import Case, load_case
-from gia_jax.cli.names import FIRST_LAYER, Generator, make_protocol
+from gia_jax.cli.names import FIRST_LAYER, TOKEN_LAYERS, Generator, make_protocol
 from gia_jax.cli.outcomes import Outcome, attack_target, with_scores
 from gia_jax.cli.settings import Known, Setting, Victims
 from gia_jax.defenses.protected import Part, Protected, live_shares, promises
@@ -75,6 +75,7 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
 
     first_layer = FIRST_LAYER.get(args.model)
     first_layer_fn = None if first_layer is None else labels.dense(first_layer)
+    head, token_layers_fn = labels.dense("head"), TOKEN_LAYERS.get(args.model)
     granted = ThreatModel(labels=known, statistics=exact, inputs=case.data.grants)
     threat = console.threat(granted, parts, args, modelled=protected.modelled)
     return Setting(
@@ -84,7 +85,7 @@ def observe_simulated(args: argparse.Namespace, parts: tuple[Part, ...], *, stat
         targets={name: victims(*target) for name, target in targets.items()},
         modality=case.modality,
         guesses=case.modality.guess_fn(case.truth, case.data.public),
-        known=Known(plain.assumed_fn, plain.apply_fn, labels.dense("head"), first_layer_fn, case.module),
+        known=Known(plain.assumed_fn, plain.apply_fn, head, first_layer_fn, case.module, token_layers_fn),
         key=key_attack,
     )
 

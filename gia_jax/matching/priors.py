@@ -118,6 +118,53 @@ def total_variation(
     return prior_fn
 
 
+def patch_borders(patch_size: int) -> PriorFn:
+    """Builds the jumps at the borders between square patches (Hatamizadeh et al., GradViT, CVPR 2022, the patch prior).
+
+    The gradient of a vision transformer tells what is in the patches better than where they are. The prior is the sum
+    over the horizontal and the vertical borders of the L2 norms of the differences of the pixels on both sides, which
+    is low where patches continue each other. It does not see into the patches, as `total_variation` does. Of several
+    images it is the mean, so that its weight does not depend on their number.
+
+    Args:
+        patch_size: Height and width of a patch in pixels, at least 1.
+
+    Returns:
+        The prior. It raises ValueError for inputs that are no images, or whose height or width is no multiple of
+        `patch_size`.
+
+    Raises:
+        ValueError: If `patch_size` is no positive integer.
+
+    Examples:
+        The right patch is darker by 3 than the left one, in 4 rows: the border has the norm 6. The pixels within the
+        patches do not count.
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax import Batch, Observation
+        >>> from gia_jax.matching import priors
+        >>> image = jnp.zeros((1, 4, 8, 1)).at[:, :, 4:].set(-3).at[:, 1, 1].set(5)
+        >>> print(f"{priors.patch_borders(4)(Batch(image, jnp.array([0])), Observation({}, {})):.2f}")
+        6.00
+    """
+    _check.integer(patch_size=patch_size)
+
+    def jumps(images: Float[Array, "b n m c"]) -> Float[Array, ""]:
+        """Returns the mean over images of the sum over the borders across the second axis."""
+        before, after = images[:, patch_size - 1 : -1 : patch_size], images[:, patch_size::patch_size]
+        lengths = optax.safe_norm(after - before, 1e-12, axis=(2, 3))
+        return jnp.sum(lengths) / len(images)
+
+    def prior_fn(batch: Batch, observation: Observation) -> Float[Array, ""]:
+        del observation
+        images = _images(batch)
+        if images.shape[1] % patch_size or images.shape[2] % patch_size:
+            raise ValueError(f"patch_size must divide the height and width {images.shape[1:3]}, got {patch_size}")
+        return jumps(images) + jumps(images.swapaxes(1, 2))
+
+    return prior_fn
+
+
 def norm(*, exponent: float = 2.0) -> PriorFn:
     """Builds the mean of |x|^p / p over all pixels x, those of all arrays where the inputs are a tree.
 

@@ -34,6 +34,7 @@ from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
 from gia_jax.models.resnet import ResNet
+from gia_jax.models.vit import ViT
 
 # The models that the command line knows by name, each a function `(input_shape, num_classes, rngs=) -> module`.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
@@ -49,6 +50,8 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet20_group": functools.partial(ResNet, blocks=(3, 3, 3), width=16, norm="group"),
     "resnet20_4": functools.partial(ResNet, blocks=(3, 3, 3)),
     "resnet32_10": functools.partial(ResNet, blocks=(5, 5, 5), width=160),
+    "vit": ViT,
+    "vit_april": functools.partial(ViT, first_block="plain"),
 }
 
 __all__ = [
@@ -73,6 +76,7 @@ __all__ = [
     "ResNet",
     "Residual",
     "VariationalAutoencoder",
+    "ViT",
     "batch_norm_inputs",
     "cnn6",
     "efficientnet_lite0_names",

@@ -304,6 +304,14 @@ def test_a_label_rule_by_its_name_infers_the_labels(tmp_path: Path) -> None:
     assert _read(tmp_path)["settings"]["label_rule"] == "bias_counts"
 
 
+def test_april_is_exact_and_finds_its_own_model(tmp_path: Path) -> None:
+    command = ["attack", "--attack", "april", "--data", "digits", "--victims", "1", "--no-prior-only"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    read = _read(tmp_path)
+    assert read["settings"]["model"] == "vit_april"
+    assert all(victim["psnr"] > 100 and victim["label_correct"] == 1 for victim in read["victims"])
+
+
 def test_the_linear_attack_is_exact_and_says_what_it_knew(tmp_path: Path) -> None:
     assert main([*QUICK, "--attack", "linear", "--out", str(tmp_path)]) == 0
     read = _read(tmp_path)
@@ -374,6 +382,7 @@ def test_options_before_the_command_count(tmp_path: Path, monkeypatch: pytest.Mo
             ["--attack", "r_gap", "--model", "cnn6", "--batch-size", "2"],
             "--attack r_gap needs a batch of one example, got 2",
         ),
+        (["--attack", "april", "--model", "vit"], "--attack april needs one of the models vit_april, got 'vit'"),
         (["--attack", "cafe"], f"--attack must be one of {', '.join(ATTACKS)}, got 'cafe'"),
         (["--label-rule", "magic"], f"--label-rule must be one of {', '.join(LABEL_RULES)}, got 'magic'"),
         (["--label-rule", "llg", "--labels", "known"], "--label-rule infers labels, got 'llg' with --labels known"),

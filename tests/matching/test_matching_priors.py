@@ -110,6 +110,47 @@ def test_color_opponents_see_a_hue_edge_that_channels_see_too_and_grey_edges_do_
     assert value(opposed, grey_edge) == pytest.approx(0.5 * value(plain, grey_edge), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_patch_borders_are_the_norms_of_the_slices_on_both_sides(size):
+    images = photos(2, 6, 12, 3, seed=4)
+    expected = [
+        sum(np.linalg.norm(image[i] - image[i - 1]) for i in range(size, 6, size))
+        + sum(np.linalg.norm(image[:, j] - image[:, j - 1]) for j in range(size, 12, size))
+        for image in images
+    ]
+    assert value(priors.patch_borders(size), images) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_patch_borders_do_not_see_into_patches_and_find_patches_in_the_wrong_place():
+    ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None], (1, 8, 8, 1)).copy()
+    prior_fn = priors.patch_borders(4)
+    # One step of 1 across the middle, in 8 columns.
+    assert value(prior_fn, ramp) == pytest.approx(8**0.5, rel=1e-6)
+    inside = ramp.copy()
+    inside[:, 1, 1] += 5
+    assert value(prior_fn, inside) == pytest.approx(8**0.5, rel=1e-6)
+    assert value(prior_fn, np.concatenate([ramp[:, 4:], ramp[:, :4]], 1)) > 2 * 8**0.5
+    assert np.isfinite(gradient(prior_fn, np.zeros((2, 8, 8, 3)))).all()
+    assert value(priors.patch_borders(8), ramp) == 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_patch_borders_have_the_slope_of_finite_differences():
+    inputs = jnp.asarray(photos(2, 4, 4, 1), float)
+
+    def loss(x):
+        return priors.patch_borders(2)(Batch(jnp.asarray(x), jnp.zeros(2)), NOTHING_SEEN)
+
+    jax.test_util.check_grads(loss, (inputs,), 1, modes=["rev"], eps=1e-5, rtol=1e-5)
+
+
+def test_patch_borders_refuse_what_they_cannot_use():
+    with pytest.raises(ValueError, match="patch_size must be an integer of at least 1, got 0"):
+        priors.patch_borders(0)
+    with pytest.raises(ValueError, match=r"patch_size must divide the height and width \(6, 4\), got 4"):
+        value(priors.patch_borders(4), photos(1, 6, 4, 1))
+
+
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
 def test_norm_is_the_mean_power(exponent):
     images = photos(2, 3, 3, 1, seed=3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gia_jax import Batch, Observation, ThreatModel, clients, defenses, labels, metrics, models, observe
+from gia_jax import Batch, Observation, ThreatModel, attacks, clients, defenses, labels, metrics, models, observe
 from gia_jax.cli.names import ATTACKS
 from gia_jax.metrics import diagnosis
 from gia_jax.metrics.diagnosis.layers import find_kinks
@@ -397,6 +397,9 @@ def see_in_float32():
         (jax.nn.silu, ()),
         (jax.nn.softplus, ()),
         (jax.nn.softmax, ()),
+        (lambda x: jax.nn.softmax(x), ()),  # which then has another name
+        (lambda x: jax.nn.relu(jax.nn.softmax(x) - 0.5), ("max",)),
+        (lambda x: x - jnp.max(x), ("reduce_max",)),
     ],
 )
 def test_kinks_are_read_from_the_operations(activation, kinks):
@@ -432,6 +435,39 @@ def test_r_gap_is_exact_in_float64_for_the_network_it_is_told(x64):
     assert judge_r_gap(DENSE, DENSE).verdict == "exact"
     wrong = judge_r_gap(DENSE, NARROW)
     assert (wrong.verdict, wrong.reason[:6]) == ("impossible", "params")
+
+
+NAMED = {"position": "position", "patch": "patch", "attention": "block0.attention", "class_token": "class_token"}
+
+
+def judge_april(first_block="plain", *, named=True, change=lambda update: update):
+    """What is said of APRIL on a small vision transformer."""
+    settings = {"patch_size": 2, "width": 6, "heads": 2, "depth": 2, "mlp_ratio": 1, "first_block": first_block}
+    apply_fn, params = models.functional(models.ViT((4, 4, 1), 3, **settings, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: leaf.astype(float), params)
+    client_fn = jax.jit(clients.federated_sgd(clients.cross_entropy(apply_fn)))
+    batch = Batch(jax.random.normal(jax.random.key(1), (1, 4, 4, 1)), jnp.array([1]))
+    seen = observe(jax.random.key(2), ThreatModel(labels=True), client_fn, params, batch)
+    seen = seen._replace(update=change(seen.update))
+    layers_fn = attacks.TokenLayers.named(**NAMED) if named else None
+    found = metrics.diagnose(seen, client_fn, key=jax.random.key(3), token_layers_fn=layers_fn, rank_budget=0)
+    return verdict(found, "april")
+
+
+@pytest.mark.usefixtures("x64")
+def test_april_is_exact_where_its_condition_holds_and_nothing_changed_the_gradient():
+    assert judge_april().verdict == "exact"
+    refused = judge_april("residual")
+    assert refused.verdict == "impossible"
+    assert "such as their LayerNorm" in refused.reason
+    assert judge_april(named=False).reason == "the layers of a vision transformer are not named"
+    pruned = judge_april(change=lambda update: jax.tree.map(lambda u: jnp.where(jnp.abs(u) > 1e-2, u, 0), update))
+    assert pruned.verdict == "unlikely"
+    assert "is changed by" in pruned.reason
+
+
+def test_april_needs_float64():
+    assert judge_april().verdict == "possible"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ PARAMETERS = {
     "resnet20_group": 272_474,  # a scale and a bias for every feature, as with batch normalisation
     "resnet20_4": 4_327_754,
     "resnet32_10": None,
+    "vit": None,
+    "vit_april": None,
 }
 
 

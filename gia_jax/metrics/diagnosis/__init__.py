@@ -20,12 +20,19 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from gia_jax import _check
+from gia_jax.attacks.april import LayersFn
 from gia_jax.base import ClientFn, Observation
 from gia_jax.labels import ClassifierFn
 from gia_jax.metrics.diagnosis.arrays import l2_norm, named_leaves
 from gia_jax.metrics.diagnosis.guesses import count_classes, guessed_updates, rank_facts
 from gia_jax.metrics.diagnosis.last_layer import head_facts, label_facts
-from gia_jax.metrics.diagnosis.layers import constraint_ranks, find_kinks, first_layer_facts, normalization_facts
+from gia_jax.metrics.diagnosis.layers import (
+    constraint_ranks,
+    find_kinks,
+    first_layer_facts,
+    normalization_facts,
+    tokens_problem,
+)
 from gia_jax.metrics.diagnosis.report import (
     VERDICTS,
     Diagnosis,
@@ -63,6 +70,7 @@ def diagnose(
     apply_fn: ApplyFn | None = None,
     first_layer_fn: ClassifierFn | None = None,
     network: Network | None = None,
+    token_layers_fn: LayersFn | None = None,
     module: nnx.Module | None = None,
     num_classes: int | None = None,
     rank_budget: int = 2**24,
@@ -81,6 +89,8 @@ def diagnose(
         apply_fn: Forward pass `(params, inputs) -> logits`. Its operations tell whether the network is smooth.
         first_layer_fn: Picks a dense layer that sees the example, such as `labels.dense("dense0")`.
         network: Description of the network, for R-GAP.
+        token_layers_fn: Picks the layers of a vision transformer that APRIL reads, such as one of
+            `attacks.TokenLayers.named`.
         module: Module of the network; it only tells whether the network has batch normalisation.
         num_classes: Number of classes; by default that of the last layer, or of the outputs of `apply_fn`.
         rank_budget: Largest number of entries of the derivative, unknowns times parameters, for which its rank is
@@ -121,7 +131,7 @@ def diagnose(
     if "inputs_like" in observation.extra:
         _check.one_array("observation.extra['inputs_like']", observation.extra["inputs_like"])
     facts = _basic_facts(observation)
-    setting = Setting("statistics" in observation.extra, jnp.result_type(float) == jnp.float64, None)
+    setting = Setting("statistics" in observation.extra, jnp.result_type(float) == jnp.float64, None, None)
     if facts.problems:
         return facts._replace(attacks=judge_attacks(facts, setting))
     if apply_fn is not None and facts.batch_shape is not None:
@@ -129,6 +139,9 @@ def diagnose(
     if num_classes is None:
         num_classes = count_classes(observation, classifier_fn, apply_fn)
     key_guess, key_labels, key_rank, key_network = jax.random.split(key, 4)
+    if facts.batch_shape is not None:
+        problem = tokens_problem(client_fn, observation, token_layers_fn, jax.random.fold_in(key_network, 1))
+        setting = setting._replace(tokens_problem=problem)
     guesses, note = guessed_updates(client_fn, observation, num_classes, key_guess)
     facts = add_notes(facts, [note, *_missing(classifier_fn, apply_fn)])
     facts = treatment_facts(facts, observation, guesses, classifier_fn)

@@ -1,4 +1,4 @@
-"""What the network's layers give away: batch normalisation, a dense first layer, ranks for R-GAP, and kinks."""
+"""What the network's layers give away: normalisation, a dense first layer, kinks, and what R-GAP and APRIL need."""
 
 import math
 from typing import Any
@@ -10,9 +10,10 @@ from flax import nnx
 from jax.extend import core as jex_core
 from jaxtyping import PRNGKeyArray
 
+from gia_jax.attacks.april import LayersFn, condition_holds
 from gia_jax.attacks.linear import NEGLIGIBLE
 from gia_jax.attacks.rank_analysis import LayerRank, counted_ranks, rank_analysis
-from gia_jax.base import Observation, Params, Updates
+from gia_jax.base import ClientFn, Observation, Params, Updates
 from gia_jax.labels import ClassifierFn
 from gia_jax.metrics.diagnosis.arrays import Leaves, named_leaves, on_host, rounding_unit
 from gia_jax.metrics.diagnosis.report import Diagnosis, FirstLayer, add_notes
@@ -120,6 +121,19 @@ def constraint_ranks(
         return (), str(error)
 
 
+def tokens_problem(
+    client_fn: ClientFn, observation: Observation, layers_fn: LayersFn | None, key: PRNGKeyArray
+) -> str | None:
+    """Returns why APRIL cannot invert the network, or None where it can."""
+    if layers_fn is None:
+        return "the layers of a vision transformer are not named"
+    try:
+        condition_holds(key, jax.jit(client_fn), layers_fn, observation)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def find_kinks(apply_fn: ApplyFn, observation: Observation) -> tuple[str, ...]:
     """Returns the names of the operations of the forward pass that have a kink."""
     jaxpr = jax.make_jaxpr(apply_fn)(observation.params, observation.extra["inputs_like"]).jaxpr
@@ -129,7 +143,7 @@ def find_kinks(apply_fn: ApplyFn, observation: Observation) -> tuple[str, ...]:
 def _kinked_operations(jaxpr: jex_core.Jaxpr) -> set[str]:
     """Returns the names of the operations with a kink, in the functions called inside as well."""
     found: set[str] = set()
-    for equation in jaxpr.eqns:
+    for equation in _differentiated(jaxpr):
         name = equation.primitive.name
         called = str(equation.params.get("name", "")).strip("_")
         dtype = getattr(equation.outvars[0].aval, "dtype", jnp.dtype(bool)) if equation.outvars else jnp.dtype(bool)
@@ -140,6 +154,19 @@ def _kinked_operations(jaxpr: jex_core.Jaxpr) -> set[str]:
                 if _is_jaxpr(inner):
                     found |= _kinked_operations(getattr(inner, "jaxpr", inner))
     return found
+
+
+def _differentiated(jaxpr: jex_core.Jaxpr) -> list[jex_core.JaxprEqn]:
+    """Returns the operations that the outputs depend on otherwise than through a constant for all derivatives, such as
+    the largest score that a softmax subtracts.
+    """
+    needed, kept = {var for var in jaxpr.outvars if not isinstance(var, jex_core.Literal)}, []
+    for equation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(equation.outvars) or equation.primitive.name == "stop_gradient":
+            continue
+        kept.append(equation)
+        needed.update(var for var in equation.invars if not isinstance(var, jex_core.Literal))
+    return kept
 
 
 def _is_jaxpr(value: Any) -> bool:

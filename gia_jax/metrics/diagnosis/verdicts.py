@@ -21,11 +21,14 @@ OBJECTIVES = {
 
 
 class Setting(NamedTuple):
-    """What the verdicts use beside the facts: grants, and whether computation is in float64."""
+    """What the verdicts use beside the facts: grants, whether computation is in float64, and what keeps R-GAP and APRIL
+    from inverting the network.
+    """
 
     has_statistics: bool
     is_wide: bool
     network_problem: str | None
+    tokens_problem: str | None
 
 
 def _worst(*judgements: tuple[str, str]) -> tuple[str, str]:
@@ -114,6 +117,19 @@ def _judge_r_gap(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
     return "exact", "the constraints of every layer have the rank of its unknowns"
 
 
+def _judge_april(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
+    """Judges APRIL's closed form, whose equations hold whatever the sign and the scale of the gradient."""
+    if setting.tokens_problem is not None:
+        return "impossible", setting.tokens_problem
+    spoiled = [found.name for found in facts.treatments if found.name not in ("half_precision", "clip")]
+    if spoiled or facts.mismatches:
+        cause = spoiled[0] if spoiled else "several steps or another client"
+        return "unlikely", f"its equations hold for the gradient itself, and the update is changed by {cause}"
+    if not setting.is_wide:
+        return "possible", "it needs float64: of patches that are alike float32 leaves little"
+    return "exact", "its equations hold for an image that the attacker drew"
+
+
 def _judge_euclidean(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
     """Judges iDLG, which compares gradients by their Euclidean distance."""
     reasons = [*_matching(facts), _with_labels(facts)]
@@ -190,6 +206,7 @@ def _judge_sme(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
 JUDGES: dict[str, Callable[[Diagnosis, Setting], tuple[str, str]]] = {
     "linear": _judge_linear,
     "r_gap": _judge_r_gap,
+    "april": _judge_april,
     "levenberg_marquardt": _judge_levenberg_marquardt,
     "inverting_gradients": _judge_inverting_gradients,
     "idlg": _judge_euclidean,
