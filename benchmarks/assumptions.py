@@ -411,7 +411,9 @@ def figure(args: argparse.Namespace) -> None:
                     height = 0.2 * (1 - i) - np.asarray([rungs.index(rung) for rung in own])
                     panel.errorbar(means, height, xerr=np.abs(ends - means), fmt="o", label=stage, capsize=3)
             panel.set_yticks(-np.arange(len(rungs)), rungs if score == "psnr" else [""] * len(rungs))
-            panel.set_xscale("linear" if score == "psnr" else "log")
+            if score == "rank":
+                panel.set(xscale="log", xlim=(10, GALLERY))
+                panel.axvline(GALLERY / 2, color="grey", linestyle="dashed", label="chance")
             panel.set_xlabel(f"{label} and 95 % interval")
             panel.grid(axis="x", alpha=0.3)
         panels[1].legend()
