@@ -413,7 +413,7 @@ def figure(args: argparse.Namespace) -> None:
             panel.set_yticks(-np.arange(len(rungs)), rungs if score == "psnr" else [""] * len(rungs))
             if score == "rank":
                 panel.set(xscale="log", xlim=(10, GALLERY))
-                panel.axvline(GALLERY / 2, color="grey", linestyle="dashed", label="chance")
+                panel.axvline(GALLERY / np.e, color="grey", linestyle="dashed", label="chance")  # of uniform ranks
             panel.set_xlabel(f"{label} and 95 % interval")
             panel.grid(axis="x", alpha=0.3)
         panels[1].legend()
