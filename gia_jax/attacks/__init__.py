@@ -6,6 +6,7 @@ What the gradient of a graph network gives away in closed form is in the module 
 from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.fedavg_leakage import fedavg_leakage
+from gia_jax.attacks.fedleak import fedleak
 from gia_jax.attacks.gias import gias, latent_search
 from gia_jax.attacks.giml import giml
 from gia_jax.attacks.glg import glg
@@ -16,6 +17,7 @@ from gia_jax.attacks.graph_spans import GraphSpans, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
+from gia_jax.attacks.magia import magia
 from gia_jax.attacks.nl_sme import nl_sme
 from gia_jax.attacks.r_gap import Twins, r_gap, r_gap_twins
 from gia_jax.attacks.rank_analysis import LayerRank, rank_analysis
@@ -30,6 +32,7 @@ __all__ = [
     "cafe_descent",
     "dlg",
     "fedavg_leakage",
+    "fedleak",
     "gias",
     "giml",
     "glg",
@@ -41,6 +44,7 @@ __all__ = [
     "inverting_gradients",
     "latent_search",
     "linear_inversion",
+    "magia",
     "nl_sme",
     "r_gap",
     "r_gap_twins",

@@ -49,9 +49,9 @@ def soft_labels(classifier_fn: ClassifierFn, *, num_peaks: int = 2, least_error:
 
     Returns:
         The rule, a function `(observation) -> labels` with probabilities of shape (1, c), in float32 or wider. They are
-        NaN where the gradient is not finite or 0, or without a bias does not tell the label. It raises ValueError for a batch of more
-        than one, where the bias gradient is not that of a mean loss (inside of a trace the labels are NaN), and without
-        a bias for fewer than `num_peaks` + 3 classes.
+        NaN where the gradient is not finite or 0, or without a bias does not tell the label. It raises ValueError for a
+        batch of more than one, where the bias gradient is not that of a mean loss (inside of a trace the labels are
+        NaN), and without a bias for fewer than `num_peaks` + 3 classes.
 
     Raises:
         ValueError: If `num_peaks` is not a positive integer, or `least_error` is not in (0, 1).

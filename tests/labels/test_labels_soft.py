@@ -1,4 +1,4 @@
-"""Soft labels: exact from a layer with a bias, and without one from labels of few peaks; then the attack that uses them."""
+"""Soft labels: exact with a bias, and without one for labels of few peaks; then the attack that uses them."""
 
 import functools
 
