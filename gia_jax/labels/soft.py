@@ -82,26 +82,30 @@ def soft_labels(classifier_fn: ClassifierFn, *, num_peaks: int = 2, least_error:
         size = _check.examples(granted(observation, "inputs_like"), name="observation.extra['inputs_like']")
         if size != 1:
             raise ValueError(f"soft_labels finds one label, got a batch of {size}: use bias_counts")
-        gradient, layer = (
-            last_gradient(classifier_fn, observation.update),
-            widened_tree(classifier_fn(observation.params)),
-        )
+        gradient = last_gradient(classifier_fn, observation.update)
+        layer = widened_tree(classifier_fn(observation.params))
         if gradient.bias is None:
             found = _by_search(gradient.kernel, layer, num_peaks, least_error)
         else:
-            found = of_mean_loss("soft_labels", classifier_fn, observation, _in_closed_form(gradient, layer))
+            found = _in_closed_form(gradient.kernel, gradient.bias, layer)
+            found = of_mean_loss("soft_labels", classifier_fn, observation, found)
         found = jnp.maximum(found, 0)  # by rounding, or by noise on the update
         return jnp.where(jnp.all(jnp.isfinite(gradient.kernel)), found / jnp.sum(found), jnp.nan)[None]
 
     return label_fn
 
 
-def _in_closed_form(gradient: Dense, layer: Dense) -> Float[Array, " c"]:
-    """Returns the label, from the gradient of a layer with a bias. It is NaN where that of the bias is 0."""
-    largest = jnp.max(jnp.abs(gradient.bias))
-    error = gradient.bias / largest
-    features = (gradient.kernel / largest) @ error / (error @ error)  # least squares over all classes
-    return jax.nn.softmax(features @ layer.kernel + layer.bias) - gradient.bias
+def _in_closed_form(kernel: Float[Array, "d c"], error: Float[Array, " c"], layer: Dense) -> Float[Array, " c"]:
+    """Returns the label, from the gradients of the kernel and of the bias. It is NaN where that of the bias is 0."""
+    largest = jnp.max(jnp.abs(error))
+    relative = error / largest
+    features = (kernel / largest) @ relative / (relative @ relative)  # least squares over all classes
+    return jax.nn.softmax(features @ layer.kernel + _shift(layer)) - error
+
+
+def _shift(layer: Dense) -> Float[Array, "*c"]:
+    """Returns the bias of the last layer, or 0."""
+    return jnp.zeros((), layer.kernel.dtype) if layer.bias is None else layer.bias
 
 
 def _by_search(kernel: Float[Array, "d c"], layer: Dense, num_peaks: int, least_error: float) -> Float[Array, " c"]:
@@ -121,8 +125,7 @@ def _by_search(kernel: Float[Array, "d c"], layer: Dense, num_peaks: int, least_
 
     def label_of(sign: Scalar, log_error: Scalar) -> Float[Array, " c"]:
         error = jnp.exp(log_error)
-        logits = sign * length / error * slope
-        return jax.nn.softmax(logits if layer.bias is None else logits + layer.bias) - sign * error * shape
+        return jax.nn.softmax(sign * length / error * slope + _shift(layer)) - sign * error * shape
 
     def residuals(sign: Scalar, log_error: Scalar) -> Float[Array, " r"]:
         rest = jnp.sort(label_of(sign, log_error))[: num_classes - num_peaks] / jnp.exp(log_error)
