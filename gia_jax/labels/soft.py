@@ -69,9 +69,9 @@ def soft_labels(classifier_fn: ClassifierFn, *, num_peaks: int = 2, least_error:
         >>> rule = labels.soft_labels(labels.dense("head"))
         >>> for head in (layer | {"bias": jnp.zeros(5)}, layer):
         ...     observation = observe(jax.random.key(0), ThreatModel(), client_fn, {"head": head}, batch)
-        ...     print(rule(observation).round(3)[0].tolist())
-        [0.04, 0.04, 0.84, 0.04, 0.04]
-        [0.04, 0.04, 0.84, 0.04, 0.04]
+        ...     print(*(f"{probability:.2f}" for probability in rule(observation)[0]))
+        0.04 0.04 0.84 0.04 0.04
+        0.04 0.04 0.84 0.04 0.04
     """
     _check.integer(num_peaks=num_peaks)
     _check.scalar(least_error=least_error)
