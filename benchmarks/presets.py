@@ -90,7 +90,7 @@ def table(args: argparse.Namespace) -> None:
     variants = {
         "Inverting Gradients": ("Inverting Gradients", {}),
         "MAGIA": ("MAGIA", {}),
-        "MAGIA without subsets": ("MAGIA", {"whole_weight": 1.0}),
+        "MAGIA without subsets": ("MAGIA", {"subset_weight": 0.0}),
         "FedLeak": ("FedLeak", {}),
         "FedLeak without regularization": ("FedLeak", {"regularized_share": 0.0}),
     }

@@ -84,7 +84,7 @@ def inverting_gradients(target: Target) -> Attack:
 
 
 def magia(target: Target, **more: Any) -> Attack:
-    settings = {"num_classes": target.num_classes, "bounds": target.bounds, "subset_size": 1, "whole_weight": 0.9}
+    settings = {"num_classes": target.num_classes, "bounds": target.bounds, "subset_size": 1, "subset_weight": 0.1}
     return attacks.magia(target.client_fn, **settings, **more)
 
 

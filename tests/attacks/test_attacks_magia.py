@@ -69,7 +69,7 @@ def _moves(attack: Attack, observation: Observation, keys: jax.Array) -> tuple[A
 @pytest.mark.parametrize(("size", "subset"), [(4, 1), (5, 3)])
 def test_the_mean_over_all_subsets_is_the_closed_form(size: int, subset: int) -> None:
     _, observation = _seen(size)
-    attack = _plain(subset_size=subset, whole_weight=0.0, label_fn=granted_labels, optimizer=optax.sgd(1.0))
+    attack = _plain(subset_size=subset, subset_weight=1.0, label_fn=granted_labels, optimizer=optax.sgd(1.0))
     state, moves, losses = _moves(attack, observation, jax.random.split(jax.random.key(3), 400))
     distinct = np.unique(np.asarray(moves).round(12), axis=0)
     assert len(distinct) == math.comb(size, subset)
@@ -102,7 +102,7 @@ def test_the_rescaled_sum_over_subsets_is_the_sum_over_the_batch() -> None:
         np.testing.assert_allclose(factor * np.mean(sums, 0), numbers.sum(0))
 
 
-@pytest.mark.parametrize("settings", [{"subset_size": 3}, {"subset_size": 1, "whole_weight": 1.0}])
+@pytest.mark.parametrize("settings", [{"subset_size": 3}, {"subset_size": 1, "subset_weight": 0.0}])
 def test_without_smaller_subsets_it_is_dlg(settings: Any) -> None:
     _, observation = _seen(3)
     optimizer = optax.adam(0.1)
@@ -123,7 +123,7 @@ def test_it_finds_two_images_and_their_labels_and_nothing_in_noise() -> None:
             num_classes=NUM_CLASSES,
             bounds=(0.0, 1.0),
             subset_size=1,
-            whole_weight=0.9999,
+            subset_weight=1e-4,
             total_variation_weight=0.0,
             init_fn=near_grey(),
         )
@@ -168,8 +168,8 @@ def test_the_unknowns_of_a_client_are_searched_for_too() -> None:
     [
         ({"subset_size": 0}, "subset_size must be an integer of at least 1, got 0"),
         ({"subset_size": 1.0}, "subset_size must be an integer of at least 1, got 1.0"),
-        ({"whole_weight": 1.5}, r"whole_weight must be in \[0, 1\], got 1.5"),
-        ({"whole_weight": float("nan")}, r"whole_weight must be in \[0, 1\], got nan"),
+        ({"subset_weight": 1.5}, r"subset_weight must be in \[0, 1\], got 1.5"),
+        ({"subset_weight": float("nan")}, r"subset_weight must be in \[0, 1\], got nan"),
         ({"num_classes": 1}, "num_classes must be an integer of at least 2, got 1"),
         ({"total_variation_weight": -1.0}, "total_variation_weight must not be negative, got -1.0"),
         ({"bounds": None}, "bounds must be given for images, or decode_fn for data of another kind, got neither"),
