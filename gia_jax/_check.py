@@ -133,6 +133,12 @@ def weight(**values: Any) -> None:
         finite(name, value)
 
 
+def share(**values: Any) -> None:
+    """Raises ValueError naming a value that is not one number in [0, 1]."""
+    scalar(**values)
+    _bounded(values, lambda value: (value >= 0) & (value <= 1), "be in [0, 1]")
+
+
 def limits(name: str, values: Any) -> None:
     """Raises ValueError for what is no pair of a lowest and a highest value, each a number or an array of them."""
     if not isinstance(values, tuple | list) or len(values) != 2:

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -81,6 +82,15 @@ def idlg(target: Target) -> Attack:
 
 def inverting_gradients(target: Target) -> Attack:
     return attacks.inverting_gradients(target.client_fn, bounds=target.bounds, num_steps=NUM_STEPS)
+
+
+def magia(target: Target, **more: Any) -> Attack:
+    settings = {"num_classes": target.num_classes, "bounds": target.bounds, "subset_size": 1, "subset_weight": 0.1}
+    return attacks.magia(target.client_fn, **settings, **more)
+
+
+def fedleak(target: Target) -> Attack:
+    return attacks.fedleak(target.client_fn, bounds=target.bounds, num_steps=NUM_STEPS)
 
 
 def grad_inversion(target: Target) -> Attack:
@@ -198,6 +208,9 @@ CASES = {
     "inverting_gradients fixed_step_lbfgs": Case(
         named("inverting_gradients", "fixed_step_lbfgs"), labels=True, x64=True
     ),
+    "magia": Case(magia, batch_size=3),
+    "magia adam": Case(lambda target: keep_best(magia(target, optimizer=optax.adam(0.1))), batch_size=2, x64=True),
+    "fedleak": Case(lambda target: keep_best(fedleak(target)), batch_size=2, labels=True),
     "grad_inversion": Case(grad_inversion, batch_size=2, first_layer="conv"),
     "grad_inversion keep_best": Case(lambda target: keep_best(grad_inversion(target)), x64=True),
     "latent_search": Case(latent_search, labels=True),

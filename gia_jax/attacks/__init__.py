@@ -7,6 +7,7 @@ from gia_jax.attacks.april import TokenLayers, april, april_optimization
 from gia_jax.attacks.cafe import cafe, cafe_descent
 from gia_jax.attacks.dlg import dlg
 from gia_jax.attacks.fedavg_leakage import fedavg_leakage
+from gia_jax.attacks.fedleak import fedleak
 from gia_jax.attacks.gias import gias, latent_search
 from gia_jax.attacks.giml import giml
 from gia_jax.attacks.glg import glg
@@ -17,6 +18,7 @@ from gia_jax.attacks.graph_spans import GraphSpans, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
+from gia_jax.attacks.magia import magia
 from gia_jax.attacks.nl_sme import nl_sme
 from gia_jax.attacks.r_gap import Twins, r_gap, r_gap_twins
 from gia_jax.attacks.rank_analysis import LayerRank, rank_analysis
@@ -34,6 +36,7 @@ __all__ = [
     "cafe_descent",
     "dlg",
     "fedavg_leakage",
+    "fedleak",
     "gias",
     "giml",
     "glg",
@@ -45,6 +48,7 @@ __all__ = [
     "inverting_gradients",
     "latent_search",
     "linear_inversion",
+    "magia",
     "nl_sme",
     "r_gap",
     "r_gap_twins",

@@ -4,13 +4,12 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from gia_jax import _check
-from gia_jax.base import Attack, Batch, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn, Scalar
-from gia_jax.matching import priors
+from gia_jax.attacks.images import images_or_other
+from gia_jax.base import Attack, ClientFn, DecodeFn, InitFn, LabelFn, ObjectiveFn, PriorFn, ProjectFn, Scalar
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine, cosine_residuals
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.matching.solver import box, gradient_matching
+from gia_jax.matching.solver import gradient_matching
 from gia_jax.threat import granted_labels
 
 NUM_STEPS = 4_800  # the default of the authors' library; their command line runs 24,000
@@ -95,35 +94,22 @@ def inverting_gradients(
         >>> bool(jnp.all((found.batch.inputs >= 0) & (found.batch.inputs <= 1)))
         True
     """
-    if decode_fn is None:
-        _check_images(bounds, project_fn=project_fn, prior_fn=prior_fn)
-        assert bounds is not None
-        weight = 1e-2 if total_variation_weight is None else total_variation_weight
-        _check.weight(total_variation_weight=weight)
-        _check.limits("bounds", bounds)
-        project_fn, prior_fn = box(*bounds), priors.combine((weight, priors.total_variation()))
-    elif bounds is not None or total_variation_weight is not None:
-        given = "bounds" if bounds is not None else "total_variation_weight"
-        raise ValueError(f"{given} must not be given with decode_fn, whose data have project_fn and prior_fn")
+    parts = images_or_other(
+        bounds=bounds,
+        total_variation_weight=total_variation_weight,
+        default_weight=1e-2,
+        decode_fn=decode_fn,
+        project_fn=project_fn,
+        prior_fn=prior_fn,
+    )
     paper = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
     attack = gradient_matching(
         client_fn,
         init_fn=normal() if init_fn is None else init_fn,
         objective_fn=objective_fn,
-        prior_fn=prior_fn,
         label_fn=label_fn,
-        decode_fn=Batch if decode_fn is None else decode_fn,
-        project_fn=project_fn,
+        **parts,
         optimizer=paper if optimizer is None else optimizer,
         residual_fn=cosine_residuals,
     )
     return attack._replace(num_steps=num_steps if optimizer is None else None)
-
-
-def _check_images(bounds: object, **of_other_data: object) -> None:
-    """Raises ValueError where bounds of pixels are missing, or an argument is given that is for other data."""
-    if bounds is None:
-        raise ValueError("bounds must be given for images, or decode_fn for data of another kind, got neither")
-    for name, value in of_other_data.items():
-        if value is not None:
-            raise ValueError(f"{name} must be given with a decode_fn, got it without one")

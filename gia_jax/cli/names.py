@@ -7,17 +7,19 @@ import optax
 
 from gia_jax import labels as rules
 from gia_jax.attacks.dlg import NUM_STEPS as DLG_STEPS
+from gia_jax.attacks.fedleak import NUM_STEPS as FEDLEAK_STEPS
 from gia_jax.attacks.gias import NUM_STEPS as GIAS_STEPS
 from gia_jax.attacks.glg import NUM_STEPS as GLG_STEPS
 from gia_jax.attacks.grad_inversion import NUM_STEPS as GRAD_INVERSION_STEPS
 from gia_jax.attacks.idlg import NUM_STEPS as IDLG_STEPS
 from gia_jax.attacks.inverting_gradients import NUM_STEPS as INVERTING_GRADIENTS_STEPS
+from gia_jax.attacks.magia import NUM_STEPS as MAGIA_STEPS
 from gia_jax.attacks.sme import NUM_STEPS as SME_STEPS
 from gia_jax.base import Attack, InitFn, LabelFn, ReconstructFn
 from gia_jax.cli import recipes
 from gia_jax.cli.protocols import AGGREGATIONS, TARGETS, make_protocol
 from gia_jax.cli.recipes import FIRST_LAYER, TOKEN_LAYERS, Choices, Generator, Target
-from gia_jax.cli.solvers import FIRST_ORDER, LEVENBERG_MARQUARDT_STEPS, SOLVERS, WARM_UP, warm_up
+from gia_jax.cli.solvers import BY_GRADIENT, FIRST_ORDER, LEVENBERG_MARQUARDT_STEPS, SOLVERS, WARM_UP, warm_up
 from gia_jax.matching.run import keep_best
 from gia_jax.threat import granted_labels
 
@@ -49,15 +51,20 @@ class LabelRule(NamedTuple):
         summary: One line on the rule.
         make: Function that makes the rule for a target.
         one_example: Whether the rule finds the label of one example only.
+        mixed: Whether it also finds labels that are mixed, as probabilities.
     """
 
     summary: str
     make: Callable[[Target], LabelFn]
     one_example: bool = False
+    mixed: bool = False
 
 
 LABEL_RULES = {
     "idlg": LabelRule("the one class by sign, Zhao et al. 2020", lambda t: rules.idlg(t.classifier_fn), True),
+    "soft_labels": LabelRule(
+        "the one label as probabilities, Wang et al. 2024", lambda t: rules.soft_labels(t.classifier_fn), True, True
+    ),
     "column_minimum": LabelRule("distinct classes, Yin et al. 2021", lambda t: rules.column_minimum(t.classifier_fn)),
     "bias_counts": LabelRule(
         "counts in closed form, with the model's predictions for random inputs",
@@ -134,6 +141,23 @@ ATTACKS = {
         "known",
         (*STEPWISE, "label_rule", "solver"),
         recipes.build_inverting_gradients,
+    ),
+    "magia": Named(
+        "MAGIA, 2025: data and labels by L-BFGS, random subsets of the dummy batch",
+        MAGIA_STEPS,
+        "inferred",
+        (*STEPWISE, "solver"),
+        recipes.build_magia,
+        rule="",
+        solvers=BY_GRADIENT,
+    ),
+    "fedleak": Named(
+        "FedLeak, Fan et al. 2025: the largest entries of the gradient, by a regularised search",
+        FEDLEAK_STEPS,
+        "known",
+        (*STEPWISE, "label_rule", "solver"),
+        recipes.build_fedleak,
+        solvers=BY_GRADIENT,
     ),
     "grad_inversion": Named(
         "GradInversion, Yin et al. 2021: seeds that agree, feature statistics",

@@ -224,9 +224,11 @@ def _check_defenses(args: argparse.Namespace, parts: tuple[Part, ...]) -> None:
             if part.settings["k"] > args.batch_size + NUM_OTHERS:
                 most = args.batch_size + NUM_OTHERS
                 raise ValueError(f"--defense {part} must mix at most the {most} examples that a client has")
-            if args.adaptive and args.labels == "inferred" and args.attack != "dlg":
-                needed = "needs --labels known: no rule finds mixed labels, got inferred"
-                raise ValueError(f"--adaptive with {part.name} {needed}")
+            rule = args.label_rule if args.adaptive and args.labels == "inferred" else None
+            if rule is not None and not LABEL_RULES[rule].mixed:
+                mixed = " or ".join(name for name, known in LABEL_RULES.items() if known.mixed)
+                needed = f"needs --labels known, or --label-rule {mixed} for one example"
+                raise ValueError(f"--adaptive with {part.name} {needed}: {rule} finds no mixed labels")
 
 
 def _check_recorded(args: argparse.Namespace) -> None:

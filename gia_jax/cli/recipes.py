@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from gia_jax.attacks.april import TokenLayers, april
 from gia_jax.attacks.dlg import dlg
+from gia_jax.attacks.fedleak import fedleak
 from gia_jax.attacks.gias import GeneratorFn, gias
 from gia_jax.attacks.glg import glg
 from gia_jax.attacks.grad_inversion import grad_inversion
@@ -16,6 +17,7 @@ from gia_jax.attacks.graph_spans import as_reconstruction, graph_spans
 from gia_jax.attacks.idlg import idlg
 from gia_jax.attacks.inverting_gradients import inverting_gradients
 from gia_jax.attacks.linear import linear_inversion
+from gia_jax.attacks.magia import magia
 from gia_jax.attacks.r_gap import r_gap
 from gia_jax.attacks.sme import sme
 from gia_jax.base import (
@@ -158,6 +160,31 @@ def build_inverting_gradients(target: Target, choices: Choices) -> Attack:
     """Builds Inverting Gradients."""
     assert choices.label_fn is not None
     return inverting_gradients(
+        target.client_fn,
+        num_steps=choices.num_steps,
+        label_fn=choices.label_fn,
+        **target.unknowns(choices.init_fn, bounds=target.bounds),
+        objective_fn=target.adapt_fn(cosine),
+        optimizer=choices.optimizer,
+    )
+
+
+def build_magia(target: Target, choices: Choices) -> Attack:
+    """Builds MAGIA, which optimises the labels too where they are not given."""
+    return magia(
+        target.client_fn,
+        num_classes=target.num_classes,
+        label_fn=choices.label_fn,
+        **target.unknowns(choices.init_fn, bounds=target.bounds),
+        objective_fn=target.adapt_fn(euclidean),
+        optimizer=choices.optimizer,
+    )
+
+
+def build_fedleak(target: Target, choices: Choices) -> Attack:
+    """Builds FedLeak."""
+    assert choices.label_fn is not None
+    return fedleak(
         target.client_fn,
         num_steps=choices.num_steps,
         label_fn=choices.label_fn,

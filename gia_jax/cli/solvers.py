@@ -55,4 +55,5 @@ SOLVERS = {
         lambda build: continued(warm_up(build), build(levenberg_marquardt()), num_steps=WARM_UP),
     ),
 }
+BY_GRADIENT = ("paper", "adam", "fixed_step_lbfgs")  # they take the gradient as it is given, and evaluate no loss
 FIRST_ORDER = tuple(name for name in SOLVERS if name != "levenberg_marquardt")

@@ -11,6 +11,7 @@ from gia_jax.labels.counts import bias_counts, greedy_bias, interpolated_counts
 from gia_jax.labels.ilrg import ilrg, ilrg_system
 from gia_jax.labels.llg import llg, llg_plus
 from gia_jax.labels.signs import column_minimum, idlg
+from gia_jax.labels.soft import soft_labels
 
 __all__ = [
     "ClassifierFn",
@@ -25,4 +26,5 @@ __all__ = [
     "interpolated_counts",
     "llg",
     "llg_plus",
+    "soft_labels",
 ]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gia_jax import _check
 from gia_jax.base import Scalar
+from gia_jax.matching.objectives import inverse_root
 from gia_jax.precision import cast_like, widened_tree
 
 
@@ -125,6 +126,53 @@ def langevin_noise(scale: float | optax.Schedule) -> optax.GradientTransformatio
         return cast_like(optax.tree.add_scale(wide, current, noise), updates), state + 1
 
     return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update_fn)
+
+
+def gradient_regularization(share: Scalar, *, radius: Scalar) -> optax.GradientTransformationExtraArgs:
+    """Adds the norm of the loss's own gradient to the loss, by a second gradient a little further uphill:
+
+        g <- (1 - beta) grad L(x) + beta grad L(x + r grad L(x) / |grad L(x)|)
+
+    It is the gradient of L + beta r |grad L|, without third derivatives: exactly for a quadratic L, and otherwise up to
+    terms that vanish with the radius (Zhao, Zhang, Hu, Penalizing Gradient Norm for Efficiently Improving
+    Generalization, ICML 2022, equation 8). A step costs two gradients.
+
+    Args:
+        share: Share beta of the second gradient, in [0, 1].
+        radius: Distance r to where it is taken, in units of the unknowns, above 0 and finite.
+
+    Returns:
+        The transformation, to be followed by an optimiser. Its update needs the unknowns and the extra argument
+        `value_fn`, which the matching step passes.
+
+    Raises:
+        ValueError: If `share` is not in [0, 1], or `radius` is not positive and finite.
+
+    Examples:
+        The gradient of x^2 / 2 + 0.5 |x| at 3 is 3.5:
+
+        >>> import jax.numpy as jnp
+        >>> from gia_jax.matching import optimizers
+        >>> transformation = optimizers.gradient_regularization(0.5, radius=1.0)
+        >>> x, value_fn = jnp.array(3.0), lambda x: x**2 / 2
+        >>> update, _ = transformation.update(x, transformation.init(x), x, value_fn=value_fn)
+        >>> print(f"{update:.2f}")
+        3.50
+    """
+    _check.share(share=share)
+    _check.scalar(radius=radius)
+    _check.positive(radius=radius)
+    _check.finite("radius", radius)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        wide = widened_tree(updates)
+        scale = radius * inverse_root(jnp.asarray(optax.tree.norm(wide, squared=True)))
+        ahead = cast_like(optax.tree.add_scale(widened_tree(params), scale, wide), params)
+        further = widened_tree(jax.grad(extra_args["value_fn"])(ahead))
+        mixed = jax.tree.map(lambda near, far: near + share * (far - near), wide, further)
+        return cast_like(mixed, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
 
 class FixedStepLBFGSState(NamedTuple):

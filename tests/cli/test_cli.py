@@ -158,7 +158,18 @@ def test_mixed_labels_are_not_read_by_a_rule_of_one_who_knows(
 ) -> None:
     options = ["--attack", "idlg", "--data", "digits", "--defense", "mixup:k=2", "--adaptive", "--out", str(tmp_path)]
     assert main(["attack", *options]) == 2
-    assert "--adaptive with mixup needs --labels known: no rule finds mixed labels" in capsys.readouterr().err
+    needed = "--adaptive with mixup needs --labels known, or --label-rule soft_labels for one example"
+    assert f"{needed}: idlg finds no mixed labels" in capsys.readouterr().err
+
+
+def test_one_label_is_read_as_probabilities_mixed_or_not(tmp_path: Path) -> None:
+    options = [*QUICK, "--out", str(tmp_path), "--label-rule", "soft_labels", "--steps", "3"]
+    assert main([*options, "--defense", "mixup:k=2", "--adaptive"]) == 0
+    assert all(np.isfinite(victim["psnr"]) for victim in _read(tmp_path)["victims"])
+    assert main(options) == 0
+    read = _read(tmp_path)
+    assert read["settings"]["label_rule"] == "soft_labels"
+    assert [victim["label_correct"] for victim in read["victims"]] == [1.0, 1.0]
 
 
 def test_what_noise_promises_is_said_beside_it() -> None:

@@ -205,3 +205,63 @@ def test_lbfgs_stays_at_a_stationary_point_and_works_on_trees(x64):
 def test_refusals_name_argument_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_gradient_regularization_is_exact_for_a_quadratic(x64):
+    matrix = np.random.default_rng(0).normal(size=(5, 5))
+    matrix, start = jnp.asarray(matrix @ matrix.T), jnp.arange(1.0, 6.0)
+
+    def value_fn(x):
+        return 0.5 * x @ matrix @ x - x.sum()
+
+    def regularized_fn(x):
+        return value_fn(x) + 0.3 * 2.0 * jnp.linalg.norm(jax.grad(value_fn)(x))
+
+    transform = optimizers.gradient_regularization(0.3, radius=2.0)
+    found, _ = transform.update(jax.grad(value_fn)(start), transform.init(start), start, value_fn=value_fn)
+    np.testing.assert_allclose(found, jax.grad(regularized_fn)(start), rtol=1e-12)
+
+
+def test_gradient_regularization_comes_to_the_penalty_as_its_radius_shrinks(x64):
+    start = {"a": jnp.array([0.3, -1.2]), "b": jnp.array([[0.7]])}
+
+    def value_fn(x):
+        return jnp.sum(jnp.sin(3 * x["a"]) * jnp.exp(x["b"])) + jnp.sum(x["a"] ** 4)
+
+    def norm_fn(x):
+        return optax.tree.norm(jax.grad(value_fn)(x))
+
+    gradient, wanted = jax.grad(value_fn)(start), jax.grad(norm_fn)(start)
+    errors = []
+    for radius in (1e-2, 1e-3, 1e-4):
+        found, _ = optimizers.gradient_regularization(1.0, radius=radius).update(
+            gradient, optax.EmptyState(), start, value_fn=value_fn
+        )
+        penalty = jax.tree.map(lambda f, g: (f - g) / radius, found, gradient)  # noqa: B023, called here
+        errors.append(float(optax.tree.norm(optax.tree.sub(penalty, wanted)) / optax.tree.norm(wanted)))
+    assert errors[0] < 0.2
+    np.testing.assert_allclose(np.asarray(errors[:-1]) / errors[1:], 10, rtol=0.2)
+
+
+def test_gradient_regularization_at_a_minimum_is_finite_and_in_a_chain_is_handed_on():
+    start = jnp.zeros(3)
+    chain = optax.chain(optimizers.gradient_regularization(0.5, radius=1.0), optax.sgd(0.1))
+    found, _ = chain.update(start, chain.init(start), start, value_fn=lambda x: jnp.sum(x**2))
+    np.testing.assert_array_equal(found, 0)
+    one = jnp.ones(3)
+    found, _ = chain.update(2 * one, chain.init(one), one, value_fn=lambda x: jnp.sum(x**2))
+    np.testing.assert_allclose(found, -0.1 * (2 + 0.5 * 2 / np.sqrt(3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "radius", "message"),
+    [
+        (1.5, 1.0, r"share must be in \[0, 1\], got 1.5"),
+        (-0.1, 1.0, r"share must be in \[0, 1\], got -0.1"),
+        (0.5, 0.0, "radius must be positive, got 0.0"),
+        (0.5, float("inf"), "radius must be finite, got inf"),
+    ],
+)
+def test_gradient_regularization_refuses_bad_settings(share, radius, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.gradient_regularization(share, radius=radius)

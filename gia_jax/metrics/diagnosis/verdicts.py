@@ -145,7 +145,7 @@ def _judge_euclidean(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
 
 
 def _judge_dlg(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
-    """Judges DLG, which is iDLG that searches for the labels as well."""
+    """Judges DLG and MAGIA, which are iDLG that searches for the labels as well."""
     judged = _judge_euclidean(facts._replace(labels_certain=True), setting)
     verdict = max(judged[0], "possible", key=VERDICTS.index)
     return verdict, judged[1] if verdict == judged[0] else "it searches for the labels as well"
@@ -177,6 +177,12 @@ def _judge_inverting_gradients(facts: Diagnosis, setting: Setting) -> tuple[str,
     if verdict == "likely":
         reason = "directions are compared, so that the scale does not matter, and the labels are read"
     return verdict, reason
+
+
+def _judge_fedleak(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
+    """Judges FedLeak, which compares a part of the gradient."""
+    found = _judge_inverting_gradients(facts, setting)
+    return _worst(found, ("possible", "it compares the largest entries of the gradient alone"))
 
 
 def _judge_grad_inversion(facts: Diagnosis, setting: Setting) -> tuple[str, str]:
@@ -211,6 +217,8 @@ JUDGES: dict[str, Callable[[Diagnosis, Setting], tuple[str, str]]] = {
     "inverting_gradients": _judge_inverting_gradients,
     "idlg": _judge_euclidean,
     "dlg": _judge_dlg,
+    "magia": _judge_dlg,
+    "fedleak": _judge_fedleak,
     "grad_inversion": _judge_grad_inversion,
     "gias": _judge_gias,
     "sme": _judge_sme,
