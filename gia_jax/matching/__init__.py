@@ -4,6 +4,7 @@ from gia_jax.matching import adaptive, graph_priors, group, initializations, obj
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.path import keep_path, path_steps
 from gia_jax.matching.run import advance, best_of, choose, continued, keep_best, restarts, run
+from gia_jax.matching.second_order import second_order
 from gia_jax.matching.solver import box, gradient_matching
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "priors",
     "restarts",
     "run",
+    "second_order",
 ]
