@@ -5,7 +5,7 @@ A column of J is one forward derivative of the client's gradient. For a small im
 memory, and where the network is smooth the method converges quadratically: its reconstructions are exact to rounding
 where first-order methods end at 20-45 dB. Kinks (ReLU) stop it. The damping follows Nielsen, Damping parameter in
 Marquardt's method, IMM-REP-1999-05, equation 2.4, but may fall tenfold a step, so that convergence stays quadratic. Use
-float64, and start near grey or where another solver ended (`gia_jax.continued`).
+float64. `second_order` finds a start; to go on from the result of any attack, start from it by `initializations.given`.
 """
 
 import math
@@ -73,9 +73,10 @@ def levenberg_marquardt(
         equations: Number of equations kept for each unknown, above 1 and finite. The residuals are summed with random
             signs into that many sums (a balanced count sketch, the same in every step). Where residuals vanish at the
             solution, the sums have the same solution and cost a fraction. None keeps all residuals.
-        linear_solver: Method that solves the normal equations. "cholesky" forms J (memory: unknowns x parameters) and
-            factors J^T J. "cg" needs only products with J and its transpose, for networks whose Jacobian does not fit
-            into memory.
+        linear_solver: Method that solves the normal equations. "cholesky" forms J of the equations that are kept, and
+            factors J^T J: 8 d^2 (equations + 1) bytes in float64 for d unknowns, however large the network is. "cg"
+            needs only products with J and its transpose, preconditioned by an estimate of the diagonal of J^T J, for
+            unknowns so many that this does not fit into memory. Each solve is then less exact, and steps are more.
         cg_steps: Largest number of conjugate-gradient steps of one solve, at least 1.
         column_batch: Number of columns of J that are computed at once, at least 1.
 
