@@ -24,7 +24,6 @@ from gia_jax import (
     Batch,
     ThreatModel,
     clients,
-    continued,
     control,
     data,
     gradient_matching,
@@ -37,9 +36,9 @@ from gia_jax import (
 )
 from gia_jax.attacks import inverting_gradients, linear_inversion
 from gia_jax.base import Attack, ClientFn, Params
-from gia_jax.cli.names import LEVENBERG_MARQUARDT_STEPS, WARM_UP, warm_up
 from gia_jax.matching.initializations import given
 from gia_jax.matching.optimizers import fixed_step_lbfgs
+from gia_jax.matching.second_order import NUM_STARTS, NUM_STEPS, NUM_WARM_UP_STEPS
 from gia_jax.report import progress
 from gia_jax.sweep.study import Study, study, study_analytic
 
@@ -316,20 +315,18 @@ def torch_lbfgs(
 def run_newton(
     client_fn: ClientFn, params: Params, victims: Victims, name: str, noise: float | None = None, **solver: Any
 ) -> tuple[Study, metrics.Scores, np.ndarray]:
-    """Runs Levenberg-Marquardt from where the library's warm-up ends; or, as a control, from one victim's truth with
-    noise on its pixels, which no attacker has.
+    """Runs Levenberg-Marquardt from the library's warm-up; or, as a control, from one victim's truth with noise on its
+    pixels, which no attacker has.
     """
-    attack = gradient_matching(client_fn, optimizer=matching.levenberg_marquardt(**solver))
+    optimizer = matching.levenberg_marquardt(**solver)
     if noise is None:
-        first = warm_up(lambda optimizer, init_fn: gradient_matching(client_fn, optimizer=optimizer, init_fn=init_fn))
-        attack = continued(first, attack, num_steps=WARM_UP)
+        attack = matching.second_order(functools.partial(gradient_matching, client_fn), optimizer=optimizer)
     else:
         truth = victims.truth.inputs[0]
         unit = jax.random.normal(jax.random.key(0), truth.shape, truth.dtype)
         start = truth + noise / jnp.asarray(victims.images.std, truth.dtype) * unit
-        attack = gradient_matching(client_fn, optimizer=matching.levenberg_marquardt(**solver), init_fn=given(start))
-    steps = LEVENBERG_MARQUARDT_STEPS
-    return run(keep_best(attack), client_fn, params, victims, num_steps=steps, lanes=1, name=name)
+        attack = gradient_matching(client_fn, optimizer=optimizer, init_fn=given(start))
+    return run(keep_best(attack), client_fn, params, victims, num_steps=NUM_STEPS, lanes=1, name=name)
 
 
 def newton(
@@ -402,8 +399,8 @@ def _write_newton(name: str, title: str, rows: list[dict[str, str]]) -> None:
         name,
         title,
         rows,
-        f"Known labels, model seed 0 unless said, attack seed 0, 1 start near grey, float64: {WARM_UP} steps of "
-        f"fixed-step L-BFGS and at most {LEVENBERG_MARQUARDT_STEPS} of Levenberg-Marquardt, ended at a loss of 1e-20. "
+        f"Known labels, model seed 0 unless said, attack seed 0, float64: {NUM_WARM_UP_STEPS} bounded steps of L-BFGS "
+        f"from {NUM_STARTS} near-grey starts, and at most {NUM_STEPS} of Levenberg-Marquardt from the best of them. "
         f"'final loss' is the largest of the victims. Threat model: {THREAT.describe()}.",
     )
 
@@ -453,7 +450,7 @@ def trained(args: argparse.Namespace) -> None:
         f"{train_accuracy:.1%} on training and {test_accuracy:.1%} on test images. Published for a trained LeNet, from "
         f"memory and not checked: 18.08 dB (cosine) and 13.24 dB (L-BFGS).\n\n"
         f"{baselines(victims)}\n\nAttack seed 0, cosine {args.steps} steps, "
-        f"L-BFGS 6,000, Levenberg-Marquardt {WARM_UP} + {LEVENBERG_MARQUARDT_STEPS}.\n\n"
+        f"L-BFGS 6,000, Levenberg-Marquardt {NUM_WARM_UP_STEPS} from {NUM_STARTS} starts + {NUM_STEPS}.\n\n"
         f"Threat model: {THREAT.describe()}.",
     )
 

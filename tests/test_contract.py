@@ -28,6 +28,7 @@ from gia_jax import (
     data,
     gradient_matching,
     keep_best,
+    matching,
     modalities,
     models,
     observe,
@@ -195,6 +196,11 @@ def continued(target: Target) -> Attack:
     return keep_best(gia_jax.continued(first, second, num_steps=5))
 
 
+def second_order(target: Target) -> Attack:
+    build_fn = functools.partial(gradient_matching, target.client_fn)
+    return keep_best(matching.second_order(build_fn, num_starts=2, num_warm_up_steps=3))
+
+
 CASES = {
     "gradient_matching": Case(
         lambda target: gradient_matching(target.client_fn), batch_size=2, labels=True, first_layer="conv"
@@ -223,6 +229,7 @@ CASES = {
     "nl_sme": Case(nl_sme, labels=True, x64=True),
     "levenberg_marquardt": Case(exact, labels=True, x64=True, first_layer="conv"),
     "continued": Case(continued, x64=True),
+    "second_order": Case(second_order, labels=True, x64=True),
     "linear_inversion": Case(linear_inversion, labels=True, is_random=False),
     "linear_inversion float64": Case(linear_inversion, batch_size=2, labels=True, x64=True, is_random=False),
     "cafe": Case(cafe, batch_size=3, is_random=False, batch_indices=np.array([[0, 1], [1, 2], [2, 0]])),

@@ -19,7 +19,7 @@ from gia_jax.base import Attack, InitFn, LabelFn, ReconstructFn
 from gia_jax.cli import recipes
 from gia_jax.cli.protocols import AGGREGATIONS, TARGETS, make_protocol
 from gia_jax.cli.recipes import FIRST_LAYER, TOKEN_LAYERS, Choices, Generator, Target
-from gia_jax.cli.solvers import BY_GRADIENT, FIRST_ORDER, LEVENBERG_MARQUARDT_STEPS, SOLVERS, WARM_UP, warm_up
+from gia_jax.cli.solvers import BY_GRADIENT, FIRST_ORDER, SOLVERS
 from gia_jax.matching.run import keep_best
 from gia_jax.threat import granted_labels
 
@@ -29,18 +29,15 @@ __all__ = [
     "FIRST_LAYER",
     "INVERTIBLE",
     "LABEL_RULES",
-    "LEVENBERG_MARQUARDT_STEPS",
     "SOLVERS",
     "TARGETS",
     "TOKEN_LAYERS",
-    "WARM_UP",
     "Generator",
     "Target",
     "label_rule",
     "make_analytic",
     "make_attack",
     "make_protocol",
-    "warm_up",
 ]
 
 

@@ -12,11 +12,11 @@ from gia_jax.cli.names import (
     ATTACKS,
     INVERTIBLE,
     LABEL_RULES,
-    LEVENBERG_MARQUARDT_STEPS,
     SOLVERS,
     rule_of,
 )
 from gia_jax.defenses.protected import Part, check_together, parse
+from gia_jax.matching.second_order import NUM_STEPS as SECOND_ORDER_STEPS
 
 # Options that say what is attacked, for every attack; each attack's own are in its entry of `ATTACKS`.
 CLIENT = ("model", "batch_size", "defense", "local_steps", "no_prior_only")
@@ -129,7 +129,7 @@ def fill(args: argparse.Namespace, taken: tuple[str, ...]) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.steps is None:
-        args.steps = LEVENBERG_MARQUARDT_STEPS if args.solver == "levenberg_marquardt" else named.num_steps
+        args.steps = SECOND_ORDER_STEPS if args.solver == "levenberg_marquardt" else named.num_steps
     if args.label_rule is None and "label_rule" in taken and args.labels == "inferred":
         args.label_rule = rule_of(args.attack, args.batch_size * num_clients(args))
 

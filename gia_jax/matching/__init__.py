@@ -5,6 +5,7 @@ from gia_jax.matching.coarse_to_fine import coarse_to_fine
 from gia_jax.matching.levenberg_marquardt import levenberg_marquardt
 from gia_jax.matching.path import keep_path, path_steps
 from gia_jax.matching.run import advance, best_of, choose, continued, keep_best, restarts, run
+from gia_jax.matching.second_order import second_order
 from gia_jax.matching.solver import box, gradient_matching
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "priors",
     "restarts",
     "run",
+    "second_order",
 ]
