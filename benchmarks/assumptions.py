@@ -1,11 +1,11 @@
 """Which assumptions carry an attack: what the attacker knows is taken away, one thing at a time.
 
-    python benchmarks/assumptions.py [tune | statistics | batches | figure] [--stages STAGE ...] [--victims N]
-                                     [--steps N] [--keep FOLDER]
+    python benchmarks/assumptions.py [tune | tune_batches | statistics | batches | figure]
+                                     [--stages STAGE ...] [--victims N] [--steps N] [--keep FOLDER]
 
 `statistics` attacks a ResNet-20 whose clients normalise by the statistics of their own batch, `batches` a network with
-group normalisation, `figure` draws what their tables say. `tune` compares weights on test images that are no victims. A
-run that was stopped goes on from what it kept in FOLDER.
+group normalisation, `figure` draws what their tables say. `tune` and `tune_batches` compare weights for them on test
+images that are no victims. A run that was stopped goes on from what it kept in FOLDER.
 Needs the extras `data` and `interop`, and CIFAR-10 prepared by TFDS (GIA_JAX_DATA_DIR). The trained
 ResNet-20s are those of `benchmarks/resnet20.py`.
 """
@@ -49,6 +49,7 @@ from gia_jax import (
 from gia_jax.base import ClientFn, LabelFn, Params, PriorFn
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
+from gia_jax.models.functional import ApplyFn
 from gia_jax.report import progress
 from gia_jax.sweep import grid, sweep
 from gia_jax.threat import granted_labels
@@ -62,7 +63,13 @@ FIRST_TUNING = 9_000  # place of the first test image of `tune`
 # Of least rank by `tune`: weights of the total variation and of the distance of statistics.
 SMOOTHNESS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1.0}
 STATISTICS = {"untrained": 1e-2, "one epoch": 1e-2, "converged": 1e-2}
-RATE, MINIBATCH, EPOCHS = 0.1, 2, 2  # of the clients with local steps in `batches`
+RATE, MINIBATCH, EPOCHS, LOCAL = 0.1, 2, 2, 4  # of the clients with local steps in `batches`, and their images
+# Of least rank by `tune_batches`: weights of the total variation for each size of a batch.
+SMOOTHNESS_OF_BATCH = {
+    "untrained": {1: 1e-2, 4: 1e-2, 16: 1e-2},
+    "one epoch": {1: 1e-2, 4: 1e-2, 16: 1e-2},
+    "converged": {1: 1e-2, 4: 1e-2, 16: 1e-2},
+}
 PRIVATE = "honest-but-curious server; knows parameters, update, batch size, and what the row does not take away"
 
 
@@ -316,6 +323,62 @@ def statistics_at(stage: str, args: argparse.Namespace) -> list[Rung]:
     return rungs + [Rung(stage, attack, *each, found[0]) for each in zip(names, found, strict=True)]
 
 
+class Grouped(NamedTuple):
+    """A network with group normalisation and its clients: of one step, and of several local ones."""
+
+    apply_fn: ApplyFn
+    params: Params
+
+    @classmethod
+    def of(cls, stage: str) -> "Grouped":
+        """At a stage of its training."""
+        if STAGES[stage]:
+            apply_fn, params, *_ = train_network(group_norm_net, "cifar10", 0, STAGES[stage])
+            return cls(apply_fn, params)
+        return cls(*models.functional(group_norm_net((32, 32, 3), CLASSES, rngs=nnx.Rngs(0))))
+
+    def step_fn(self) -> ClientFn:
+        """The client of one step."""
+        return clients.federated_sgd(clients.cross_entropy(self.apply_fn))
+
+    def averaging(self, rate: Any = RATE, epochs: int = EPOCHS) -> ClientFn:
+        """The client of several local steps, whose update is scaled to one gradient by the rate that it announces."""
+        return clients.federated_averaging(
+            clients.cross_entropy(self.apply_fn),
+            learning_rate=rate,
+            local_epochs=epochs,
+            minibatch_size=MINIBATCH,
+            divisor=epochs * LOCAL // MINIBATCH * RATE,
+        )
+
+    def case(self, client_fn: ClientFn, number: int, size: int, *, first: int = 0, order: bool = False) -> Case:
+        """Its victims, whose labels the server knows, and with `order` in which order the client took them."""
+
+        def see(key: jax.Array, batch: Batch) -> Observation:
+            threat = ThreatModel(labels=True, label_order=order)
+            return observe(key, threat, client_fn, self.params, batch)._replace(params=())
+
+        return case_of(number, size, first, see, self.params)
+
+
+def tune_batches(args: argparse.Namespace) -> None:
+    """Weights for `batches`, of each size on four clients whose images are no victims."""
+    settings = grid(smoothness=[1e-3, 1e-2, 1e-1, 1.0])
+    for stage in args.stages:
+        net = Grouped.of(stage)
+        for size in (1, 4, 16):
+            case = net.case(net.step_fn(), 4, size, first=FIRST_TUNING)
+            found = solve(
+                case,
+                lambda s, c=case, n=net: c.attack(n.step_fn(), smooth(s["smoothness"]), args.steps),
+                settings,
+                args,
+            )
+            for weight, row in zip(settings["smoothness"], found, strict=True):
+                rank, psnr = geometric_mean(row.rank), row.psnr.mean()
+                print(f"{stage}, batch {size}, {weight:g}: rank {rank:.0f} (geometric mean), {psnr:.2f} dB", flush=True)
+
+
 def batches(args: argparse.Namespace) -> None:
     """Labels, sizes of a batch, and what is known of local steps, without batch normalisation."""
     table = Table("batches")
@@ -323,60 +386,45 @@ def batches(args: argparse.Namespace) -> None:
     table.write(
         f"GroupNormNet of width 8, {args.victims} clients of CIFAR-10 test images",
         args,
-        f"Trained for {STAGES} epochs. Total variation 1e-2. Inferred labels: counts from the bias, with the mean "
-        f"prediction on {PROXY_IMAGES} training images. Local steps: rate {RATE:g}, order known; a rate that is fitted "
-        "is searched for with the images. Differences are from batch 1, with labels inferred from known ones, and of "
-        "local steps from their own first row.",
+        f"Trained for {STAGES} epochs. Total variation by batch size {SMOOTHNESS_OF_BATCH}, chosen among 4 by the rank "
+        "of 4 clients that are no victims, of one step with known labels (`tune_batches`). Inferred labels: counts "
+        f"from the bias, with the mean prediction on {PROXY_IMAGES} training images. Local steps: rate {RATE:g}, order "
+        "known; a rate that is fitted is searched for with the images. Differences are from batch 1, with labels "
+        "inferred from known ones, and of local steps from their own first row.",
     )
 
 
 def batches_at(stage: str, args: argparse.Namespace) -> list[Rung]:
     """The rows of one stage."""
-    module = models.GroupNormNet((32, 32, 3), CLASSES, width=8, rngs=nnx.Rngs(0))
-    apply_fn, params = models.functional(module)
-    if STAGES[stage]:
-        apply_fn, params, *_ = train_network(group_norm_net, "cifar10", 0, STAGES[stage])
-    loss_fn = clients.cross_entropy(apply_fn)
-    step_fn = clients.federated_sgd(loss_fn)
+    net = Grouped.of(stage)
+    step_fn = net.step_fn()
     public = data.load("cifar10", split="train", limit=PROXY_IMAGES)
     inputs = jnp.asarray(public.normalize(public.images))
-    count = labels.bias_counts(labels.dense("head"), apply_fn=apply_fn, public_inputs=inputs)
-
-    def averaging(rate: Any = RATE, epochs: int = EPOCHS) -> ClientFn:
-        steps = epochs * 4 // MINIBATCH
-        return clients.federated_averaging(
-            loss_fn, learning_rate=rate, local_epochs=epochs, minibatch_size=MINIBATCH, divisor=steps * RATE
-        )
-
-    def seen_by(client_fn: ClientFn, size: int) -> Case:
-        def see(key: jax.Array, batch: Batch) -> Observation:
-            threat = ThreatModel(labels=True, label_order=client_fn is not step_fn)
-            return observe(key, threat, client_fn, params, batch)._replace(params=())
-
-        return case_of(args.victims, size, 0, see, params)
+    count = labels.bias_counts(labels.dense("head"), apply_fn=net.apply_fn, public_inputs=inputs)
 
     def matching(case: Case, client_fn: Any, label_fn: Any = granted_labels) -> Row:
-        attack = case.attack(client_fn, smooth(1e-2), args.steps, label_fn)
+        smoothness = SMOOTHNESS_OF_BATCH[stage][case.places.shape[1]]
+        attack = case.attack(client_fn, smooth(smoothness), args.steps, label_fn)
         (row,) = solve(case, lambda setting: attack, {"one": np.zeros(1)}, args)
         return row
 
     rungs: list[Rung] = []
     for size in (1, 4, 16):
-        case = seen_by(step_fn, size)
+        case = net.case(step_fn, args.victims, size)
         known = matching(case, step_fn)
         rungs.append(Rung(stage, f"batch {size}", "labels known", known, rungs[0].row if rungs else known))
         if size > 1:
             rungs.append(Rung(stage, f"batch {size}", "labels inferred", matching(case, step_fn, count), known))
-    local = seen_by(averaging(), 4)
-    known = matching(local, averaging())
+    local = net.case(net.averaging(), args.victims, LOCAL, order=True)
+    known = matching(local, net.averaging())
     found = {
         "learning rate and steps known": known,
-        "learning rate taken for twice": matching(local, averaging(2 * RATE)),
-        "learning rate fitted, from twice": matching(local, clients.with_unknown(averaging, guess=2 * RATE)),
-        "epochs taken for twice": matching(local, averaging(epochs=2 * EPOCHS)),
+        "learning rate taken for twice": matching(local, net.averaging(2 * RATE)),
+        "learning rate fitted, from twice": matching(local, clients.with_unknown(net.averaging, guess=2 * RATE)),
+        "epochs taken for twice": matching(local, net.averaging(epochs=2 * EPOCHS)),
         "taken for one step": matching(local, step_fn),
     }
-    client = f"{EPOCHS} epochs of 4 in {MINIBATCH}s"
+    client = f"{EPOCHS} epochs of {LOCAL} in {MINIBATCH}s"
     return rungs + [Rung(stage, client, knowledge, row, known) for knowledge, row in found.items()]
 
 
@@ -488,7 +536,7 @@ def main() -> None:
     parser.add_argument("--victims", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200, help="of an attack")
     parser.add_argument("--keep", type=Path, help="folder for the state of a run")
-    run_parts(parser, tune, statistics, batches, figure)
+    run_parts(parser, tune, tune_batches, statistics, batches, figure)
 
 
 if __name__ == "__main__":
