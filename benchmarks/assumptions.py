@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 import resnet20
-from attackers import of_each, ranks_among, signed_adam
+from attackers import of_each, ranks_among, signed_adam, unstacked
 from flax import nnx
 from grad_inversion import WEIGHTS
 from parts import run_parts
@@ -139,8 +139,8 @@ def case_of(number: int, size: int, first: int, see: Callable[[jax.Array, Batch]
 def rows_of(case: Case, found: Reconstruction, seconds: float) -> list[Row]:
     """The figures of every setting, from a reconstruction with leading axes of settings and victims."""
     rows = []
-    for s in range(len(found.loss)):
-        scores = metrics.score(jax.tree.map(lambda leaf, s=s: leaf[s], found.batch), case.truth, case.images)
+    for batch in unstacked(found.batch):
+        scores = metrics.score(batch, case.truth, case.images)
         flat = scores.images.reshape(-1, *scores.images.shape[2:])
         ranks = ranks_among(case.images.images[:GALLERY], flat, case.places.ravel()).reshape(case.places.shape).mean(1)
         share = np.mean(scores.psnr >= 20, 1)

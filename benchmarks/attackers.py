@@ -84,6 +84,11 @@ def of_each(make: Callable[[Observation], Attack]) -> Attack:
     )
 
 
+def unstacked(tree: Any) -> list[Any]:
+    """What lies along the leading axis of every array, such as what a sweep found for each setting."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
+
+
 def informed(stage: Callable[[ObjectiveFn, int], Attack], objective_fn: ObjectiveFn, num_steps: int) -> Attack:
     """`stage(objective_fn, steps)`; where the objective is not the cosine, after half of the steps on the cosine.
 

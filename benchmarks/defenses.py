@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, of_each, redrawn
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, redrawn, unstacked
 from flax import nnx
 from parts import run_parts
 from training import accuracy, train, train_network, uniform
@@ -52,7 +52,7 @@ from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
 from gia_jax.matching.optimizers import step_schedule
-from gia_jax.sweep.study import study
+from gia_jax.sweep import sweep
 
 CLASSES, DELTA = 10, 1e-5
 MIXED = 4  # images in an encoding whose cost is measured
@@ -168,70 +168,73 @@ def see(setting: Setting, name: str, rounds: int, *groups: Victims) -> list[Seen
 def attack(
     client_fn: ClientFn,
     objective_fn: ObjectiveFn,
-    observations: Observation,
+    groups: Sequence[Observation],
     victims: Victims,
     weights: Sequence[float],
     args: argparse.Namespace,
     draw_fn: InitFn | None = None,
-) -> Result:
-    """The attack on all observations, which repeat the list of victims with one weight of total variation each time.
+) -> list[list[Result]]:
+    """The attack on groups of observations, each of the list of victims: results by group and weight.
 
-    An objective other than the blind attacker's takes over after half of the steps; from the start where the attack
-    starts near the truth, and walks in small steps. With `draw_fn` there is no walk: it keeps the best of as many draws
-    as cost what the steps do.
+    The weights are those of total variation, in one sweep. An objective other than the blind attacker's takes over
+    after half of the steps; from the start where the attack starts near the truth, and walks in small steps. With
+    `draw_fn` there is no walk: it keeps the best of as many draws as cost what the steps do.
     """
     low, high = victims.images.bounds()
-    number, times = len(victims.pixels), len(weights)
-    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), victims.truth)
-    steps = args.steps
-    given = {"weight": jnp.repeat(jnp.asarray(weights, jnp.float32), number)}
+    together, steps = joined(groups), args.steps
     options: dict[str, Any] = {}
     if draw_fn is not None:
         options, steps = {"init_fn": draw_fn, "optimizer": redrawn(draw_fn)}, round(DRAWS_A_STEP * args.steps)
     elif args.near is not None:
         noise = 10 ** (-args.near / 20) * jax.random.normal(jax.random.key(11), victims.truth.inputs.shape)
-        given["start"] = truth.inputs + jnp.concatenate([noise] * times) / jnp.asarray(victims.images.std, jnp.float32)
+        start = victims.truth.inputs + noise / jnp.asarray(victims.images.std, jnp.float32)
+        together = together._replace(extra=together.extra | {"start": jnp.concatenate([start] * len(groups))})
         small_steps = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, steps)))
         options = {"init_fn": lambda key, observation: observation.extra["start"], "optimizer": small_steps}
-    observations = observations._replace(extra=observations.extra | given)
 
-    def of(observation: Observation) -> Attack:
+    def make(setting: dict[str, jax.Array]) -> Attack:
         def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
             return inverting_gradients(
                 client_fn,
                 bounds=(low.astype(np.float32), high.astype(np.float32)),
                 num_steps=num_steps,
-                # The weight is a lane's own, so that one program serves them all.
-                total_variation_weight=observation.extra["weight"],
+                total_variation_weight=setting["weight"],
                 objective_fn=objective_fn,
                 **options,
             )
 
         return keep_best(stage(objective_fn, steps)) if options else informed(stage, objective_fn, steps)
 
-    counted = steps if options else counted_steps(objective_fn, steps)
-    key, restarts = jax.random.key(0), args.restarts
-    found = study(of_each(of), key, observations, num_steps=counted, num_restarts=restarts, lanes=args.lanes)
-    scores = metrics.score(found.reconstruction.batch, truth, victims.images)
-    gallery, places = jnp.asarray(victims.images.images), jnp.tile(victims.places, times)
-    rank = jax.jit(lambda images: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), images))
-    ranks = np.asarray(rank((jnp.asarray(scores.images[:, 0]), places)))
-    timing = found.timing
-    lanes = len(found.losses) * restarts
+    found = sweep(
+        make,
+        {"weight": np.asarray(weights, np.float32)},
+        jax.random.key(0),
+        together,
+        num_steps=steps if options else counted_steps(objective_fn, steps),
+        num_restarts=args.restarts,
+        lanes=args.lanes,
+    )
+    timing, lanes = found.timing, len(weights) * len(groups) * len(victims.pixels) * args.restarts
     print(f"  {lanes} lanes, compile {timing.compile_seconds:.0f} s, run {timing.run_seconds:.0f} s", flush=True)
 
     def match(batch: Batch, update: Params) -> jax.Array:
-        return objective_fn(client_fn(observations.params, batch), update)
+        return objective_fn(client_fn(together.params, batch), update)
 
-    pairs = (found.reconstruction.batch, observations.update)
-    objective = jax.jit(lambda pairs: jax.lax.map(lambda one: match(*one), pairs, batch_size=args.lanes))(pairs)
-    return Result(scores.psnr[:, 0], scores.ssim[:, 0], ranks, np.asarray(objective))
-
-
-def parts_of(result: Result, times: int) -> list[Result]:
-    """The results of each repetition of the list of victims."""
-    split = [np.split(field, times) for field in result]
-    return [Result(*fields) for fields in zip(*split)]
+    objective_of_each = jax.jit(lambda *pairs: jax.lax.map(lambda one: match(*one), pairs, batch_size=args.lanes))
+    gallery = jnp.asarray(victims.images.images)
+    rank_of_each = jax.jit(
+        lambda *pairs: jax.lax.map(lambda one: metrics.retrieval_rank(one[0], gallery, one[1]), pairs)
+    )
+    truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(groups)), victims.truth)
+    places = jnp.tile(victims.places, len(groups))
+    results: list[list[Result]] = [[] for _ in groups]
+    for batch in unstacked(found.reconstruction.batch):
+        scores = metrics.score(batch, truth, victims.images)
+        ranks, objective = rank_of_each(scores.images[:, 0], places), objective_of_each(batch, together.update)
+        fields = (scores.psnr[:, 0], scores.ssim[:, 0], np.asarray(ranks), np.asarray(objective))
+        for own, *parts in zip(results, *(np.split(field, len(groups)) for field in fields), strict=True):
+            own.append(Result(*parts))
+    return results
 
 
 def blind(
@@ -239,18 +242,17 @@ def blind(
 ) -> dict[str, list[Result]]:
     """For each defense and weight; the attacker takes every client for an undefended one.
 
-    One program serves all the defenses that share parameters.
+    One sweep serves all the defenses that share parameters and weights.
     """
+    shared: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for name, own in weights.items():
+        shared.setdefault((network(name), tuple(own)), []).append(name)
     found: dict[str, list[Result]] = {}
-    for own in dict.fromkeys(network(name) for name in weights):
-        group = [name for name in weights if network(name) == own]
+    for (own, listed), names in shared.items():
+        print(f"blind, {len(names)} defenses:", flush=True)
+        groups = [seen[name].observation for name in names]
         plain = setting.protected[own]
-        listed = [(name, weight) for name in group for weight in weights[name]]
-        together = joined([seen[name].observation for name, _ in listed])
-        print(f"blind, {len(group)} defenses:", flush=True)
-        results = attack(plain.assumed_fn, cosine, together, victims, [weight for _, weight in listed], args)
-        for (name, _), result in zip(listed, parts_of(results, len(listed))):
-            found.setdefault(name, []).append(result)
+        found |= zip(names, attack(plain.assumed_fn, cosine, groups, victims, listed, args), strict=True)
     return found
 
 
@@ -272,10 +274,9 @@ def adaptive(
     protected: Protected, name: str, seen: Seen, victims: Victims, weights: Sequence[float], args: Any
 ) -> list[Result]:
     """For each weight; the attacker knows the defense."""
-    together = joined([seen.observation] * len(weights))
     print(f"adaptive, {name}:", flush=True)
-    results = attack(protected.assumed_fn, objective_of(protected, name, args), together, victims, weights, args)
-    return parts_of(results, len(weights))
+    objective_fn = objective_of(protected, name, args)
+    return attack(protected.assumed_fn, objective_fn, [seen.observation], victims, weights, args)[0]
 
 
 class Bounds(NamedTuple):
@@ -385,8 +386,7 @@ def table(args: argparse.Namespace) -> None:
         """The same attack on random updates."""
         noise = control(jax.random.key(5), seen.observation)
         print("prior only:", flush=True)
-        results = attack(plain.assumed_fn, cosine, joined([noise] * len(weights)), victims, weights, args)
-        return parts_of(results, len(weights))
+        return attack(plain.assumed_fn, cosine, [noise], victims, weights, args)[0]
 
     tuned_prior = best(guess(seen_tuning["none"], tuning, args.weights))
     for found in founds.values():
@@ -401,8 +401,8 @@ def table(args: argparse.Namespace) -> None:
         }
         for search, draw_fn in draws.items():
             print(f"{search}:", flush=True)
-            shared = found.seen["none"].observation
-            drawn = attack(plain.assumed_fn, cosine, shared, found.victims, frozen["none"], args, draw_fn)
+            shared = [found.seen["none"].observation]
+            ((drawn,),) = attack(plain.assumed_fn, cosine, shared, found.victims, frozen["none"], args, draw_fn)
             found.others[search] = drawn
     write_table(args, setting, founds, bounds, tuned_blind, tuned_adaptive, tuned_prior)
 

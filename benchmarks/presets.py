@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
+from attackers import unstacked
 from flax import nnx
 from parts import run_parts
 
@@ -78,8 +79,8 @@ def tune(args: argparse.Namespace) -> None:
             setting.seen,
             **options,
         )
-        for i in range(len(found.losses)):
-            scores = setting.scores(jax.tree.map(lambda leaf, i=i: leaf[i], found.reconstruction.batch))
+        for i, batch in enumerate(unstacked(found.reconstruction.batch)):
+            scores = setting.scores(batch)
             chosen = {key: float(of_all[i]) for key, of_all in found.settings.items()}
             chosen |= {key: getattr(value, "__name__", value) for key, value in fixed.items()}
             print(f"{name}, batch {size}, {chosen}: {scores.psnr.mean():.2f} dB", flush=True)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, of_each, redrawn
+from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, redrawn, unstacked
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 from parts import run_parts
@@ -28,11 +28,10 @@ from training import accuracy, train, uniform
 
 from gia_jax import Attack, Batch, Observation, control, gradient_matching
 from gia_jax.base import ClientFn, InitFn, ObjectiveFn, Params
-from gia_jax.cli.outcomes import joined
 from gia_jax.defenses.protected import Protected, parse, protect
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
-from gia_jax.sweep.study import study
+from gia_jax.sweep import sweep
 
 NUM_TUNING, NUM_OTHERS, GALLERY = 5, 15, 10_000  # rows of each class that are tuned on; others; rows ranked
 RATES = (0.3, 0.1, 0.03)
@@ -150,17 +149,12 @@ class Attacker(NamedTuple):
     draw_fn: InitFn | None = None
 
     def __call__(self, seen: Observation, victims: Victims, rates: Sequence[float]) -> list[Result]:
-        """For each learning rate, in lanes of one program."""
-        number, steps = len(victims.places), self.num_steps
-        together = joined([seen] * len(rates))
-        extra = together.extra | {"rate": jnp.repeat(jnp.asarray(rates, jnp.float32), number)}
-        together = together._replace(extra=extra)
-        if self.draw_fn is not None:
-            steps = round(DRAWS_A_STEP * steps)
+        """For each learning rate, in one sweep."""
+        steps = self.num_steps if self.draw_fn is None else round(DRAWS_A_STEP * self.num_steps)
 
-        def of(observation: Observation) -> Attack:
+        def make(setting: dict[str, Array]) -> Attack:
             def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:
-                descent = optax.adam(optax.cosine_decay_schedule(observation.extra["rate"], num_steps))
+                descent = optax.adam(optax.cosine_decay_schedule(setting["rate"], num_steps))
                 modality = self.data.modality
                 return gradient_matching(
                     self.client_fn,
@@ -171,24 +165,29 @@ class Attacker(NamedTuple):
 
             return informed(stage, self.objective_fn, steps)
 
-        counted = counted_steps(self.objective_fn, steps)
-        found = study(
-            of_each(of), jax.random.key(0), together, num_steps=counted, num_restarts=self.num_restarts, lanes=40
-        ).reconstruction
+        found = sweep(
+            make,
+            {"rate": np.asarray(rates, np.float32)},
+            jax.random.key(0),
+            seen,
+            num_steps=counted_steps(self.objective_fn, steps),
+            num_restarts=self.num_restarts,
+            lanes=40,
+        ).reconstruction.batch
+        return [self.result(batch, seen, victims) for batch in unstacked(found)]
+
+    def result(self, found: Batch, seen: Observation, victims: Victims) -> Result:
+        """Scores of what was found of every victim."""
 
         def match(batch: Batch, update: Params) -> Array:
             return self.objective_fn(self.client_fn(seen.params, batch), update)
 
-        objective = jax.jit(jax.vmap(match))(found.batch, together.update)
-        truth = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(rates)), victims.truth)
-        right = self.data.modality.score_fn(found.batch, truth).scores["fields"][:, 0]
-        rows, places = np.asarray(found.batch.inputs[:, 0]), np.tile(victims.places, len(rates))
-        finite = np.all(np.isfinite(rows), 1)
+        right = self.data.modality.score_fn(found, victims.truth).scores["fields"][:, 0]
+        rows = np.asarray(found.inputs[:, 0])
         distances = self.data.schema.distances(rows, victims.gallery)
-        rank = 1 + np.sum(distances < distances[np.arange(len(rows)), places][:, None], 1)
-        rank = np.where(finite, rank, len(victims.gallery))
-        split = [np.split(field, len(rates)) for field in (right, rank, np.asarray(objective))]
-        return [Result(*fields) for fields in zip(*split)]
+        rank = 1 + np.sum(distances < distances[np.arange(len(rows)), victims.places][:, None], 1)
+        rank = np.where(np.all(np.isfinite(rows), 1), rank, len(victims.gallery))
+        return Result(right, rank, np.asarray(jax.jit(jax.vmap(match))(found, seen.update)))
 
 
 def best(results: Sequence[Result]) -> float:
