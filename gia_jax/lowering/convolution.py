@@ -15,69 +15,36 @@ Wide three-by-three convolutions of stride one go through Winograd's algorithm i
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gia_jax.lowering import winograd
+from gia_jax.lowering import depthwise, winograd
+from gia_jax.lowering.geometry import (
+    Dot,
+    Geometry,
+    Named,
+    contract,
+    exchanged,
+    interleave,
+    names_of,
+    pad,
+    stored_at,
+    unflipped,
+    window_at,
+)
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-# Limits measured on XLA's CPU backend. Below NARROW columns its matrix product is faster with exchanged operands.
+# Limits measured on XLA's CPU backend.
 # Winograd's algorithm gains from WIDE features and LARGE pixels on. For kernel gradients it gains from sums over
 # LARGE_SUM terms on, and below that it only costs compile time.
-NARROW = 128
 WIDE = 64
 LARGE = 512
 LARGE_SUM = 2048
-
-Dot = Callable[..., jax.Array]
-
-
-class _Named(NamedTuple):
-    """An array and what its axes mean: n batch, c contracted features, o output features, s0.. space, k0.. taps."""
-
-    value: jax.Array
-    axes: tuple[str, ...]
-
-    def size(self, axis: str) -> int:
-        """Returns the size of a named axis."""
-        return self.value.shape[self.axes.index(axis)]
-
-    def to(self, axes: Sequence[str]) -> jax.Array:
-        """Returns the array with its axes in the given order."""
-        order = [self.axes.index(axis) for axis in axes]
-        return self.value if order == sorted(order) else jnp.transpose(self.value, order)
-
-
-class _Geometry(NamedTuple):
-    """Sizes of input, window (kernel) and output on each spatial axis, and how they lie relative to each other."""
-
-    inputs: tuple[int, ...]
-    window: tuple[int, ...]
-    outputs: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    input_dilation: tuple[int, ...]
-    window_dilation: tuple[int, ...]
-    flipped: tuple[bool, ...]
-
-    @property
-    def space(self) -> list[str]:
-        """Returns the names of the spatial axes."""
-        return [f"s{d}" for d in range(len(self.window))]
-
-    @property
-    def taps(self) -> list[str]:
-        """Returns the names of the kernel's axes."""
-        return [f"k{d}" for d in range(len(self.window))]
-
-    def reads(self, d: int) -> list[int]:
-        """Returns where each stored kernel position of axis `d` reads the padded input, from the window's start."""
-        stored = range(self.window[d])
-        return [(self.window[d] - 1 - j if self.flipped[d] else j) * self.window_dilation[d] for j in stored]
+# A depthwise convolution of more products than these would be too long a program.
+MOST_TERMS = 64
 
 
 # `jit` traces each geometry once, because the layers of a network repeat theirs.
@@ -153,7 +120,7 @@ def convolution(
         )
     features_flipped = [a for a in flipped if a not in rhs_spec[2:]]
     rhs = lax.rev(rhs, features_flipped) if features_flipped else rhs
-    geometry = _Geometry(
+    geometry = Geometry(
         tuple(inputs),
         tuple(window),
         tuple(outputs),
@@ -163,26 +130,21 @@ def convolution(
         tuple(rhs_dilation),
         tuple(a in flipped for a in rhs_spec[2:]),
     )
-    x = _Named(lhs, _names(lhs_spec, ["n", "c", *geometry.space]))
-    kernel = _Named(rhs, _names(rhs_spec, ["o", "c", *geometry.taps]))
+    x = Named(lhs, names_of(lhs_spec, ["n", "c", *geometry.space]))
+    kernel = Named(rhs, names_of(rhs_spec, ["o", "c", *geometry.taps]))
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=preferred_element_type)
-    out_axes = _names(out_spec, ["n", "o", *geometry.space])
-    if feature_group_count > 1:
-        return _grouped(x, kernel, geometry, dot, feature_group_count, "c", out_axes)
-    if batch_group_count > 1:
-        return _grouped(x, kernel, geometry, dot, batch_group_count, "n", out_axes)
+    out_axes = names_of(out_spec, ["n", "o", *geometry.space])
+    if feature_group_count > 1 or batch_group_count > 1:
+        groups, split = (feature_group_count, "c") if feature_group_count > 1 else (batch_group_count, "n")
+        alone = x.size(split) == kernel.size("o") == groups
+        y = _depthwise(x, kernel, geometry, dot, split) if alone else None
+        if y is not None:
+            return y.to(out_axes).astype(preferred_element_type or lhs.dtype)
+        return _grouped(x, kernel, geometry, dot, groups, split, out_axes)
     return _convolve(x, kernel, geometry, dot).to(out_axes)
 
 
-def _names(spec: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the axis names in the order in which a layout stores the axes."""
-    axes = [""] * len(spec)
-    for position, name in zip(spec, names, strict=True):
-        axes[position] = name
-    return tuple(axes)
-
-
-def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+def _convolve(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named:
     """Chooses the cheapest form of an ungrouped convolution and computes it."""
     fewer = _winograd(x, kernel, geometry, dot)
     if fewer is not None:
@@ -191,7 +153,7 @@ def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
     dilated = any(d > 1 for d in geometry.input_dilation)
     undilated_window = all(d == 1 for d in geometry.window_dilation)
     if plain and dilated and undilated_window and math.prod(geometry.window) > math.prod(geometry.outputs):
-        return _exchanged(x, kernel, geometry, dot)
+        return exchanged(x, kernel, geometry, functools.partial(_convolve, dot=dot))
     if plain and (dilated or any(geometry.flipped)):
         added = math.prod(geometry.inputs) * kernel.size("o")
         stacked = math.prod(geometry.outputs) * kernel.size("c") / math.prod(geometry.input_dilation)
@@ -199,93 +161,49 @@ def _convolve(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
             return _add_in_place(x, kernel, geometry, dot)
         return _by_phase(x, kernel, geometry, dot)
     low_high = zip(geometry.padding, geometry.input_dilation)
-    padded = _pad(x, dict(zip(geometry.space, [(low, high, d - 1) for (low, high), d in low_high])))
+    padded = pad(x, dict(zip(geometry.space, [(low, high, d - 1) for (low, high), d in low_high])))
     return _stack_and_contract(padded, kernel, geometry, dot)
 
 
-def _stack_and_contract(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+def _stack_and_contract(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named:
     """Stacks slices of the padded input, then forms one product with the kernel."""
     dims = range(len(geometry.window))
     if math.prod(geometry.window) == 1:
         taps = [kernel.axes.index(axis) for axis in geometry.taps]
-        pointwise = _Named(jnp.squeeze(kernel.value, taps), tuple(a for a in kernel.axes if a not in geometry.taps))
-        return _contract(_window(x, geometry, [0 for _ in dims]), pointwise, ["c"], dot)
+        pointwise = Named(jnp.squeeze(kernel.value, taps), tuple(a for a in kernel.axes if a not in geometry.taps))
+        return contract(window_at(x, geometry, [0 for _ in dims]), pointwise, ["c"], dot)
     if math.prod(geometry.window) <= math.prod(geometry.outputs):
         starts = [geometry.reads(d) for d in dims]
-        return _contract(_stack(x, geometry, starts, geometry.taps), kernel, [*geometry.taps, "c"], dot)
-    kernel = _unflipped(kernel, geometry)
+        return contract(_stack(x, geometry, starts, geometry.taps), kernel, [*geometry.taps, "c"], dot)
+    kernel = unflipped(kernel, geometry)
     # Here the slices are the windows: their axes are named k, and the stacked axes s.
     starts = [[o * stride for o in range(n)] for n, stride in zip(geometry.outputs, geometry.strides)]
     turned = geometry._replace(outputs=geometry.window, strides=geometry.window_dilation)
     stacked = _stack(x, turned, starts, geometry.taps)
     exchange = dict(zip(geometry.space + geometry.taps, geometry.taps + geometry.space))
-    patches = _Named(stacked.value, tuple(exchange.get(axis, axis) for axis in stacked.axes))
-    return _contract(patches, kernel, ["c", *geometry.taps], dot)
+    patches = Named(stacked.value, tuple(exchange.get(axis, axis) for axis in stacked.axes))
+    return contract(patches, kernel, ["c", *geometry.taps], dot)
 
 
-def _unflipped(kernel: _Named, geometry: _Geometry) -> _Named:
-    """Returns the kernel with its reversed axes turned round in memory."""
-    axes = [kernel.axes.index(f"k{d}") for d, flip in enumerate(geometry.flipped) if flip]
-    return _Named(lax.rev(kernel.value, axes), kernel.axes) if axes else kernel
-
-
-def _exchanged(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
-    """Convolves a dilated input under a large window as the kernel's cotangent with its operands exchanged.
-
-    The sum over the undilated input i of x[i] w[d i - o + low] is a window x, dilated by d, that slides over w. Its
-    outputs come in reverse.
-    """
-    kernel = _unflipped(kernel, geometry)
-    roles = {"n": "o", "o": "n", "c": "c"} | dict(zip(geometry.space + geometry.taps, geometry.taps + geometry.space))
-    padding = []
-    for d, (low, _) in enumerate(geometry.padding):
-        span = (geometry.inputs[d] - 1) * geometry.input_dilation[d] + 1
-        before = geometry.outputs[d] - 1 - low
-        padding.append((before, geometry.outputs[d] - 1 + span - geometry.window[d] - before))
-    exchanged = geometry._replace(
-        inputs=geometry.window,
-        window=geometry.inputs,
-        padding=tuple(padding),
-        input_dilation=geometry.window_dilation,
-        window_dilation=geometry.input_dilation,
-        flipped=(False,) * len(padding),
-    )
-    lhs = _Named(kernel.value, tuple(roles[axis] for axis in kernel.axes))
-    rhs = _Named(x.value, tuple(roles[axis] for axis in x.axes))
-    y = _convolve(lhs, rhs, exchanged, dot)
-    axes = tuple({"n": "o", "o": "n"}.get(axis, axis) for axis in y.axes)
-    return _Named(lax.rev(y.value, [axes.index(axis) for axis in geometry.space]), axes)
-
-
-def _window(x: _Named, geometry: _Geometry, start: Sequence[int]) -> _Named:
-    """Returns the strided slice that one kernel position at `start` sees."""
-    low, high, strides = [0] * x.value.ndim, list(x.value.shape), [1] * x.value.ndim
-    for d, axis in enumerate(geometry.space):
-        a = x.axes.index(axis)
-        low[a], strides[a] = start[d], geometry.strides[d]
-        high[a] = start[d] + (geometry.outputs[d] - 1) * geometry.strides[d] + 1
-    return _Named(lax.slice(x.value, low, high, strides), x.axes)
-
-
-def _stack(x: _Named, geometry: _Geometry, starts: Sequence[Sequence[int]], new_axes: Sequence[str]) -> _Named:
+def _stack(x: Named, geometry: Geometry, starts: Sequence[Sequence[int]], new_axes: Sequence[str]) -> Named:
     """Stacks one slice per combination of `starts`, just behind the spatial axes."""
-    slices = [_window(x, geometry, start).value for start in itertools.product(*starts)]
+    slices = [window_at(x, geometry, start).value for start in itertools.product(*starts)]
     at = max(x.axes.index(axis) for axis in geometry.space) + 1
     shape = slices[0].shape
     sizes = [len(positions) for positions in starts]
     stacked = jnp.stack(slices, at).reshape(*shape[:at], *sizes, *shape[at:])
-    return _Named(stacked, (*x.axes[:at], *new_axes, *x.axes[at:]))
+    return Named(stacked, (*x.axes[:at], *new_axes, *x.axes[at:]))
 
 
-def _add_in_place(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+def _add_in_place(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named:
     """Forms one product with the kernel as it lies, then adds every kernel position's share where it belongs."""
-    shares = _contract(x, kernel, ["c"], dot)
+    shares = contract(x, kernel, ["c"], dot)
     axes = tuple(axis for axis in shares.axes if axis not in geometry.taps)
     tap_axes = [shares.axes.index(axis) for axis in geometry.taps]
     reads = [geometry.reads(d) for d in range(len(geometry.window))]
 
-    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> _Named:
-        stored = [_stored(geometry, d, remainders[d]) for d in range(len(sizes))]
+    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> Named:
+        stored = [stored_at(geometry, d, remainders[d]) for d in range(len(sizes))]
         shape = {axis: shares.size(axis) for axis in axes} | dict(zip(geometry.space, sizes))
         total = jnp.zeros([shape[axis] for axis in axes], shares.value.dtype)
         for n, positions in enumerate(itertools.product(*stored)):
@@ -296,24 +214,24 @@ def _add_in_place(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _
             for d, j in enumerate(positions):
                 shift = (reads[d][j] + remainders[d] - geometry.padding[d][0]) // geometry.input_dilation[d]
                 widths[f"s{d}"] = (-shift, sizes[d] - geometry.inputs[d] + shift, 0)
-            placed = _pad(_Named(share, axes), widths).value
+            placed = pad(Named(share, axes), widths).value
             total = placed if n == 0 else total + placed
-        return _Named(total, axes)
+        return Named(total, axes)
 
-    return _interleave(phase, geometry)
+    return interleave(phase, geometry)
 
 
-def _by_phase(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named:
+def _by_phase(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named:
     """Computes an undilated convolution for every remainder of the output position, with a part of the kernel each."""
 
     blank = ("n", *geometry.space, "o")
 
-    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> _Named:
+    def phase(remainders: Sequence[int], sizes: Sequence[int]) -> Named:
         part, widths, starts = kernel, {}, []
         for d, size in enumerate(sizes):
-            stored = _stored(geometry, d, remainders[d])
+            stored = stored_at(geometry, d, remainders[d])
             if not stored or not size:
-                return _Named(jnp.zeros([x.size("n"), *sizes, kernel.size("o")], x.value.dtype), blank)
+                return Named(jnp.zeros([x.size("n"), *sizes, kernel.size("o")], x.value.dtype), blank)
             reads = geometry.reads(d)
             first = [(reads[j] + remainders[d] - geometry.padding[d][0]) // geometry.input_dilation[d] for j in stored]
             low = -min(first)
@@ -321,77 +239,16 @@ def _by_phase(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
             starts.append([f + low for f in first])
             step = stored[1] - stored[0] if len(stored) > 1 else 1
             axis = part.axes.index(f"k{d}")
-            part = _Named(lax.slice_in_dim(part.value, stored[0], stored[-1] + 1, step, axis), part.axes)
+            part = Named(lax.slice_in_dim(part.value, stored[0], stored[-1] + 1, step, axis), part.axes)
         plain = geometry._replace(outputs=tuple(sizes), strides=(1,) * len(sizes))
-        patches = _stack(_pad(x, widths), plain, starts, geometry.taps)
-        return _contract(patches, part, [*geometry.taps, "c"], dot)
+        patches = _stack(pad(x, widths), plain, starts, geometry.taps)
+        return contract(patches, part, [*geometry.taps, "c"], dot)
 
-    return _interleave(phase, geometry)
-
-
-def _stored(geometry: _Geometry, d: int, remainder: int) -> list[int]:
-    """Returns kernel positions that read a real input, not a zero of the dilation, at outputs of that remainder."""
-    offset = remainder - geometry.padding[d][0]
-    return [j for j, read in enumerate(geometry.reads(d)) if (offset + read) % geometry.input_dilation[d] == 0]
-
-
-def _interleave(phase: Callable[[Sequence[int], Sequence[int]], _Named], geometry: _Geometry) -> _Named:
-    """Puts the outputs of every remainder modulo the dilation together."""
-
-    def along(d: int, remainders: list[int], sizes: list[int]) -> _Named:
-        if d == len(geometry.outputs):
-            return phase(remainders, sizes)
-        step, total = geometry.input_dilation[d], geometry.outputs[d]
-        longest = -(-total // step)
-        parts = []
-        for r in range(step):
-            size = -(-(total - r) // step)
-            part = along(d + 1, [*remainders, r], [*sizes, size])
-            parts.append(_pad(part, {f"s{d}": (0, longest - size, 0)}))
-        if step == 1:
-            return parts[0]
-        axes = parts[0].axes
-        a = axes.index(f"s{d}")
-        woven = jnp.stack([part.to(axes) for part in parts], a + 1)
-        woven = woven.reshape(*woven.shape[:a], longest * step, *woven.shape[a + 2 :])
-        return _Named(lax.slice_in_dim(woven, 0, total, axis=a), axes)
-
-    return along(0, [], [])
-
-
-def _pad(x: _Named, widths: dict[str, tuple[int, int, int]]) -> _Named:
-    """Pads named axes by (low, high, interior) numbers of zeros."""
-    config = [widths.get(axis, (0, 0, 0)) for axis in x.axes]
-    if all(width == (0, 0, 0) for width in config):
-        return x
-    return _Named(lax.pad(x.value, jnp.zeros((), x.value.dtype), config), x.axes)
-
-
-def _contract(a: _Named, b: _Named, over: Sequence[str], dot: Dot) -> _Named:
-    """Sums over the axes `over`, as a product of two matrices wherever the axes lie so that no copy is needed."""
-    over = sorted(over, key=a.axes.index)
-    (left, i), (right, j) = _matrix(a, over), _matrix(b, over)
-    free_a = [axis for axis in a.axes if axis not in over]
-    free_b = [axis for axis in b.axes if axis not in over]
-    shape = [a.size(axis) for axis in free_a], [b.size(axis) for axis in free_b]
-    if i == 0 and math.prod(shape[1]) < NARROW:
-        y = dot(right, left, (((j,), (i,)), ((), ())))
-        return _Named(y.reshape(*shape[1], *shape[0]), (*free_b, *free_a))
-    y = dot(left, right, (((i,), (j,)), ((), ())))
-    return _Named(y.reshape(*shape[0], *shape[1]), (*free_a, *free_b))
-
-
-def _matrix(x: _Named, over: Sequence[str]) -> tuple[jax.Array, int]:
-    """Returns `x` as a matrix, and which of its two axes is contracted."""
-    free = [axis for axis in x.axes if axis not in over]
-    rows = math.prod(x.size(axis) for axis in over)
-    if list(x.axes) == [*over, *free]:
-        return x.value.reshape(rows, -1), 0
-    return x.to([*free, *over]).reshape(-1, rows), 1
+    return interleave(phase, geometry)
 
 
 def _grouped(
-    x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot, groups: int, split: str, out_axes: tuple[str, ...]
+    x: Named, kernel: Named, geometry: Geometry, dot: Dot, groups: int, split: str, out_axes: tuple[str, ...]
 ) -> jax.Array:
     """Convolves every group on its own under `vmap`, a batched matrix product.
 
@@ -403,13 +260,31 @@ def _grouped(
         return value.reshape(*value.shape[:axis], groups, -1, *value.shape[axis + 1 :])
 
     def one(left: jax.Array, right: jax.Array) -> jax.Array:
-        return _convolve(_Named(left, x.axes), _Named(right, kernel.axes), geometry, dot).to(out_axes)
+        return _convolve(Named(left, x.axes), Named(right, kernel.axes), geometry, dot).to(out_axes)
 
     y = jax.vmap(one, (a, b), c)(divided(x.value, a), divided(kernel.value, b))
     return y.reshape(*y.shape[:c], -1, *y.shape[c + 2 :])
 
 
-def _winograd(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Named | None:
+def _depthwise(x: Named, kernel: Named, geometry: Geometry, dot: Dot, split: str) -> Named | None:
+    """Computes groups of one feature each; returns None where too many products would be written out."""
+    strided = any(s > 1 for s in geometry.strides) or any(d > 1 for d in geometry.window_dilation)
+    if strided and any(d > 1 for d in geometry.input_dilation):
+        return None
+    x = Named(x.value, tuple("g" if axis == split else axis for axis in x.axes))
+    kernel = Named(kernel.value, tuple("g" if axis == "o" else axis for axis in kernel.axes))
+    if split == "c" and math.prod(geometry.window) <= MOST_TERMS:
+        alone = kernel.axes.index("c")
+        kernel = Named(jnp.squeeze(kernel.value, alone), tuple(axis for axis in kernel.axes if axis != "c"))
+        y = depthwise.forward(x, kernel, geometry)
+        return Named(y.value, tuple("o" if axis == "g" else axis for axis in y.axes))
+    if split == "n" and math.prod(geometry.outputs) <= MOST_TERMS:
+        y = depthwise.kernel_gradient(x, kernel, geometry, dot)
+        return Named(y.value[None], ("n", *("o" if axis == "g" else axis for axis in y.axes)))
+    return None
+
+
+def _winograd(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named | None:
     """Computes a wide three-by-three convolution of stride one, or its kernel gradient; returns None for any other."""
     ones = (*geometry.strides, *geometry.input_dilation, *geometry.window_dilation)
     if len(geometry.window) != 2 or any(v != 1 for v in ones):
@@ -419,12 +294,12 @@ def _winograd(x: _Named, kernel: _Named, geometry: _Geometry, dot: Dot) -> _Name
     if geometry.window == (3, 3) and wide and len(set(geometry.flipped)) == 1:
         taps = kernel.to([*geometry.taps, *(axis for axis in kernel.axes if axis in ("c", "o"))])
         contracted = 2 if kernel.axes.index("c") < kernel.axes.index("o") else 3
-        padded = _pad(x, widths).to(["n", "s0", "s1", "c"])
+        padded = pad(x, widths).to(["n", "s0", "s1", "c"])
         taps = taps[::-1, ::-1] if geometry.flipped[0] else taps
-        return _Named(winograd.forward(padded, taps, contracted, dot), ("n", "s0", "s1", "o"))
+        return Named(winograd.forward(padded, taps, contracted, dot), ("n", "s0", "s1", "o"))
     wide = min(x.size("n"), kernel.size("o")) >= WIDE and x.size("c") * math.prod(geometry.window) >= LARGE_SUM
     if geometry.outputs == (3, 3) and wide and not any(geometry.flipped):
-        padded = _pad(x, widths).to(["c", "s0", "s1", "n"])
+        padded = pad(x, widths).to(["c", "s0", "s1", "n"])
         y = winograd.kernel_gradient(padded, kernel.to(["c", "k0", "k1", "o"]), dot)
-        return _Named(y, ("s0", "s1", "n", "o"))
+        return Named(y, ("s0", "s1", "n", "o"))
     return None
