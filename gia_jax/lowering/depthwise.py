@@ -7,6 +7,7 @@ the kernel, each output is a sum over space of two arrays' product.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -77,17 +78,26 @@ def kernel_gradient(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Na
     if any(d > 1 for d in geometry.input_dilation):
         return exchanged(x, kernel, geometry, functools.partial(kernel_gradient, dot=dot))
     x, kernel = _wide(x), _wide(unflipped(kernel, geometry))
-    padded = _padded(x, {f"s{d}": (low, high, 0) for d, (low, high) in enumerate(geometry.padding)})
+    padded = pad(x, {f"s{d}": (low, high, 0) for d, (low, high) in enumerate(geometry.padding)})
     window = Named(kernel.value, tuple(axis.replace("k", "s") for axis in kernel.axes))
-    turned = geometry._replace(outputs=geometry.window, strides=geometry.window_dilation)
     over = [axis for axis in x.axes if axis != "g"]
     # A matrix product with ones is the fastest sum over rows.
     ones = Named(jnp.ones([window.size(axis) for axis in over], x.value.dtype), tuple(over))
-    starts = ([o * stride for o in range(n)] for n, stride in zip(geometry.outputs, geometry.strides, strict=True))
-    seen = [window_at(padded, turned, start) for start in itertools.product(*starts)]
-    sums = [contract(Named(one.value * _along(window, one), one.axes), ones, over, dot).value for one in seen]
-    stacked = jnp.stack(sums).reshape(*geometry.outputs, -1)
-    return Named(stacked, (*geometry.space, "g"))
+    space = [x.axes.index(axis) for axis in geometry.space]
+    sizes, steps = list(padded.value.shape), [1] * x.value.ndim
+    for a, n, step in zip(space, geometry.window, geometry.window_dilation, strict=True):
+        sizes[a], steps[a] = (n - 1) * step + 1, step
+
+    def output(place: jax.Array) -> jax.Array:
+        first = [jnp.zeros((), place.dtype)] * x.value.ndim
+        for a, n, stride in zip(reversed(space), reversed(geometry.outputs), reversed(geometry.strides), strict=True):
+            place, first[a] = place // n, place % n * stride
+        seen = lax.slice(lax.dynamic_slice(padded.value, first, sizes), [0] * x.value.ndim, sizes, steps)
+        return contract(Named(seen * _along(window, x), x.axes), ones, over, dot).value.ravel()
+
+    # A loop computes both arrays once: written out, XLA would fuse what computes them into every product.
+    sums = lax.map(output, jnp.arange(math.prod(geometry.outputs)))
+    return Named(sums.reshape(*geometry.outputs, -1), (*geometry.space, "g"))
 
 
 def _wide(x: Named) -> Named:
@@ -96,7 +106,9 @@ def _wide(x: Named) -> Named:
 
 
 def _padded(x: Named, widths: dict[str, tuple[int, int, int]]) -> Named:
-    """Returns the padded input, computed once: in the loop of a sum padding would be a branch for every product."""
+    """Returns the padded input, computed once. In the loop of a sum, what computes it would run for every product, and
+    padding would be a branch.
+    """
     return Named(lax.optimization_barrier(pad(x, widths).value), x.axes)
 
 
