@@ -37,7 +37,7 @@ from gia_jax.matching.objectives import cosine
 from gia_jax.report import progress
 from gia_jax.sweep import grid, sweep
 
-CLASSES, GALLERY, BATCH = 10, 10_000, 128
+CLASSES, GALLERY, BATCH = 10, 10_000, 32
 HELD_OUT = 10_000  # of the training images, which the denoiser never sees
 LARGEST = 0.3  # standard deviation of the noise in training, of pixels in [0, 1]
 RATE = 2e-3
@@ -59,7 +59,7 @@ def network(weights: Path | None = None, *, width: int = 48, depth: int = 6) -> 
 
 def weights_file() -> Path:
     """The file of the denoiser."""
-    return record.RESULTS / "denoiser" / "cifar10.safetensors"
+    return record.folder() / "cifar10.safetensors"
 
 
 def train(args: argparse.Namespace) -> None:
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=4, help="victims of each class")
     parser.add_argument("--steps", type=int, default=600, help="of an attack")
     parser.add_argument("--noise", nargs="+", default=list(NOISE), help="defenses by noise")
-    parser.add_argument("--training-steps", type=int, default=1_500, help="of the denoiser")
+    parser.add_argument("--training-steps", type=int, default=3_000, help="of the denoiser")
     parser.add_argument("--width", type=int, default=48, help="of the denoiser")
     parser.add_argument("--depth", type=int, default=6, help="of the denoiser")
     parser.add_argument("--keep", type=Path, help="folder for the state of a table")
