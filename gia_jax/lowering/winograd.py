@@ -6,7 +6,6 @@ one matrix product for each of the 16 entries of a tile. The error in float32 is
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,18 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 Dot = Callable[..., jax.Array]
-Entries = list[jax.Array]
-
-
-def _along(rows: Entries, matrix: Sequence[Sequence[float | int]]) -> Entries:
-    """Applies a transform matrix to the entries of a tile along one axis; zeros and ones cost nothing."""
-
-    def combine(coefficients: Sequence[float | int]) -> jax.Array:
-        terms = [row if c == 1 else -row if c == -1 else c * row for c, row in zip(coefficients, rows) if c != 0]
-        return functools.reduce(jnp.add, terms)
-
-    return [combine(coefficients) for coefficients in matrix]
-
 
 INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
@@ -48,16 +35,15 @@ def forward(x: jax.Array, kernel: jax.Array, contracted: int, dot: Dot) -> jax.A
     """
     n, h, w = x.shape[0], x.shape[1] - 2, x.shape[2] - 2
     down, across = -(-h // 2), -(-w // 2)
-    tiles = _input_tiles(x)
-    taps = _along([kernel[i] for i in range(3)], KERNEL)
-    weights = [entry for row in taps for entry in _along([row[j] for j in range(3)], KERNEL)]
-    products = [dot(v, u, (((1,), (contracted - 2,)), ((), ()))) for v, u in zip(tiles, weights, strict=True)]
-    features = products[0].shape[1]
-    rows = [_along(products[4 * i : 4 * i + 4], OUTPUT) for i in range(4)]
-    columns = [_along([rows[i][j] for i in range(4)], OUTPUT) for j in range(2)]
-    y = jnp.stack([jnp.stack([columns[j][i] for j in range(2)]) for i in range(2)])
-    y = y.reshape(2, 2, n, down, across, features).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(n, 2 * down, 2 * across, features)[:, :h, :w]
+    taps = _transform([kernel[i] for i in range(3)], KERNEL)
+    taps = _transform([taps[:, j] for j in range(3)], KERNEL)
+    weights = taps.reshape(16, *taps.shape[2:])
+    products = dot(_input_tiles(x), weights, (((2,), (contracted - 1,)), ((0,), (0,))))
+    products = products.reshape(4, 4, n, down, across, -1)  # column and row of an entry, tile, feature
+    y = _transform([products[:, i] for i in range(4)], OUTPUT)
+    y = _transform([y[:, j] for j in range(4)], OUTPUT)
+    y = y.transpose(2, 3, 1, 4, 0, 5)
+    return y.reshape(n, 2 * down, 2 * across, -1)[:, :h, :w]
 
 
 def kernel_gradient(x: jax.Array, cotangent: jax.Array, dot: Dot) -> jax.Array:
@@ -71,24 +57,37 @@ def kernel_gradient(x: jax.Array, cotangent: jax.Array, dot: Dot) -> jax.Array:
     Returns:
         The gradient, shape (3, 3, c, o).
     """
-    h, w = cotangent.shape[1:3]
-    tiles = _input_tiles(x)
-    padded = lax.pad(cotangent, jnp.zeros((), x.dtype), ((0, 0, 0), (0, h % 2, 0), (0, w % 2, 0), (0, 0, 0)))
-    rows = _along([padded[:, i::2] for i in range(2)], FROM_OUTPUT)
-    entries = [e for row in rows for e in _along([row[:, :, j::2] for j in range(2)], FROM_OUTPUT)]
-    flat = [e.reshape(-1, e.shape[-1]) for e in entries]
-    products = [dot(v, d, (((0,), (0,)), ((), ()))) for v, d in zip(tiles, flat, strict=True)]
-    rows = [_along(products[4 * i : 4 * i + 4], FROM_KERNEL) for i in range(4)]
-    return jnp.stack([jnp.stack(_along([rows[i][j] for i in range(4)], FROM_KERNEL)) for j in range(3)], 1)
+    padded = _even(cotangent)
+    entries = _transform([padded[:, i::2] for i in range(2)], FROM_OUTPUT)
+    entries = _transform([entries[:, :, :, j::2] for j in range(2)], FROM_OUTPUT)
+    flat = entries.reshape(16, -1, cotangent.shape[3])
+    products = dot(_input_tiles(x), flat, (((1,), (1,)), ((0,), (0,))))
+    products = products.reshape(4, 4, *products.shape[1:])  # column and row of an entry, features
+    y = _transform([products[:, i] for i in range(4)], FROM_KERNEL)
+    return _transform([y[:, j] for j in range(4)], FROM_KERNEL).swapaxes(0, 1)
 
 
-def _input_tiles(x: jax.Array) -> Entries:
-    """Transforms every 4x4 tile at stride 2 to B^T d B: 16 matrices (tiles, c), row by row."""
-    h, w = x.shape[1] - 2, x.shape[2] - 2
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, h % 2, 0), (0, w % 2, 0), (0, 0, 0)))
-    down, across = -(-h // 2), -(-w // 2)
-    rows = _along([lax.slice_in_dim(x, i, i + 2 * down - 1, 2, 1) for i in range(4)], INPUT)
-    entries = []
-    for row in rows:
-        entries += _along([lax.slice_in_dim(row, j, j + 2 * across - 1, 2, 2) for j in range(4)], INPUT)
-    return [entry.reshape(math.prod(entry.shape[:3]), entry.shape[3]) for entry in entries]
+def _input_tiles(x: jax.Array) -> jax.Array:
+    """Transforms every 4x4 tile at stride 2 to B^T d B, shape (16, tiles, c): entries column by column."""
+    x = _even(x)
+    down, across = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1
+    rows = _transform([lax.slice_in_dim(x, i, i + 2 * down - 1, 2, 1) for i in range(4)], INPUT)
+    entries = _transform([lax.slice_in_dim(rows, j, j + 2 * across - 1, 2, 3) for j in range(4)], INPUT)
+    return entries.reshape(16, -1, x.shape[3])
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """Pads height and width with zeros to even numbers."""
+    return lax.pad(
+        x, jnp.zeros((), x.dtype), [(0, size % 2 if axis in (1, 2) else 0, 0) for axis, size in enumerate(x.shape)]
+    )
+
+
+def _transform(parts: Sequence[jax.Array], matrix: Sequence[Sequence[float | int]]) -> jax.Array:
+    """Stacks the sums of the parts by every row of a matrix, whose zeros and ones cost nothing."""
+
+    def combined(coefficients: Sequence[float | int]) -> jax.Array:
+        terms = [part if c == 1 else -part if c == -1 else c * part for c, part in zip(coefficients, parts) if c != 0]
+        return functools.reduce(jnp.add, terms)
+
+    return jnp.stack([combined(coefficients) for coefficients in matrix])
