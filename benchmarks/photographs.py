@@ -129,10 +129,15 @@ class Case(NamedTuple):
     def of(cls, name: str, photos: Photographs) -> "Case":
         """By a name of NETWORKS."""
         shape, training = photos.images.images.shape[1:], "running" not in name
-        module = nnx.jit(lambda: models.EfficientNetLite0(shape, rngs=nnx.Rngs(0)))()
-        if not name.startswith("untrained"):
+
+        def make() -> nnx.Module:
+            return models.EfficientNetLite0(shape, rngs=nnx.Rngs(0))
+
+        if name.startswith("untrained"):
+            module = nnx.jit(make)()
+        else:
             weights = np.load(Path(os.environ["GIA_JAX_DATA_DIR"]) / "weights" / "efficientnet_lite0.npz")
-            module = interop.load_torch(module, dict(weights), names=models.efficientnet_lite0_names)
+            module = interop.load_torch(nnx.eval_shape(make), dict(weights), names=models.efficientnet_lite0_names)
         apply_fn, params = models.functional(module, batch_norm="training" if training else "evaluation")
         client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
         case = cls(module, client_fn, params, training, Observation((), ()))
@@ -213,7 +218,7 @@ def table(args: argparse.Namespace) -> None:
     empty = dict.fromkeys(("match", "s a victim", "ms a step", "lanes"), "-")
     rows.append({"network": "a grey image"} | figures(photos, grey, scores.psnr, scores.ssim) | empty)
     record.write(
-        "table" if args.size == 224 else f"size_{args.size}",
+        name_of(args),
         f"{args.photos} photographs of {args.size} pixels, EfficientNet-Lite0",
         rows,
         f"Each photograph alone in its batch, label known. Inverting Gradients (cosine, total variation "
@@ -226,7 +231,13 @@ def table(args: argparse.Namespace) -> None:
         f"and of what was found.\n\nThreat model: {ThreatModel(labels=True, statistics=True).describe()}, or the "
         "running statistics where the row says so.",
     )
-    picture(images, shown)
+    picture(images, shown, name_of(args))
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Name of the files of a table: by its networks where they are not all, and by a size that is not 224."""
+    networks = "table" if args.network == list(NETWORKS) else "_and_".join(args.network)
+    return networks.replace(", ", "_").replace(" ", "_") + f"_{args.size}" * (args.size != 224)
 
 
 def figures(photos: Photographs, found: np.ndarray, psnr: np.ndarray, ssim: np.ndarray) -> dict[str, str]:
@@ -241,18 +252,18 @@ def figures(photos: Photographs, found: np.ndarray, psnr: np.ndarray, ssim: np.n
     }
 
 
-def picture(images: data.ImageData, shown: dict[str, np.ndarray]) -> None:
+def picture(images: data.ImageData, shown: dict[str, np.ndarray], name: str) -> None:
     """Draws the photographs and what was found of each, a row a network."""
     from matplotlib.figure import Figure
 
     rows = {"photograph": images.images} | shown
     drawn = Figure(figsize=(2.2 * len(images.labels), 2.4 * len(rows)), layout="constrained")
-    for panels, (name, pixels) in zip(drawn.subplots(len(rows), len(images.labels), squeeze=False), rows.items()):
+    for panels, (row, pixels) in zip(drawn.subplots(len(rows), len(images.labels), squeeze=False), rows.items()):
         for panel, image in zip(panels, pixels, strict=True):
             panel.imshow(np.clip(image, 0, 1))
             panel.set_axis_off()
-        panels[0].set_title(name, loc="left", fontsize=8)
-    drawn.savefig(record.folder() / f"{images.images.shape[1]}.png", dpi=110)
+        panels[0].set_title(row, loc="left", fontsize=8)
+    drawn.savefig(record.folder() / f"{name}.png", dpi=110)
 
 
 def steps(args: argparse.Namespace) -> None:
