@@ -186,13 +186,16 @@ def _stack_and_contract(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -
 
 
 def _stack(x: Named, geometry: Geometry, starts: Sequence[Sequence[int]], new_axes: Sequence[str]) -> Named:
-    """Stacks one slice per combination of `starts`, just behind the spatial axes."""
-    slices = [window_at(x, geometry, start).value for start in itertools.product(*starts)]
+    """Stacks one slice per combination of `starts`, just behind the spatial axes, one axis at a time."""
     at = max(x.axes.index(axis) for axis in geometry.space) + 1
-    shape = slices[0].shape
-    sizes = [len(positions) for positions in starts]
-    stacked = jnp.stack(slices, at).reshape(*shape[:at], *sizes, *shape[at:])
-    return Named(stacked, (*x.axes[:at], *new_axes, *x.axes[at:]))
+    value, axes = x.value, x.axes
+    for d, positions in enumerate(starts):
+        a, stride = axes.index(f"s{d}"), geometry.strides[d]
+        length = (geometry.outputs[d] - 1) * stride + 1
+        slices = [lax.slice_in_dim(value, start, start + length, stride, a) for start in positions]
+        value = jnp.stack(slices, at + d)
+        axes = (*axes[: at + d], new_axes[d], *axes[at + d :])
+    return Named(value, axes)
 
 
 def _add_in_place(x: Named, kernel: Named, geometry: Geometry, dot: Dot) -> Named:
