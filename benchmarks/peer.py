@@ -1,9 +1,13 @@
-"""The PyTorch library `breaching` 0.1.2 (extra `peers`), its own Inverting Gradients timed step by step."""
+"""The PyTorch library `breaching` 0.1.2 (extra `peers`), its own Inverting Gradients timed step by step.
+
+It runs on the device on which JAX runs: on a GPU where JAX has one.
+"""
 
 import time
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 
 NAMES = {"lenet": "lenet_zhu", "resnet18": "resnet18", "convnet": "convnet"}
@@ -38,22 +42,24 @@ class Peer:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self.breaching, self.torch = breaching, torch
+        self.device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
         self.config = breaching.get_case_config(overrides=[]).data
         self.model, self.loss = construct_model(NAMES[model], self.config, pretrained=False)
-        self.model.eval()
-        self.inputs, self.labels = torch.randn(batch_size, 3, 32, 32), torch.arange(batch_size) % 10
+        self.model.to(self.device).eval()
+        self.inputs = torch.randn(batch_size, 3, 32, 32).to(self.device)
+        self.labels = (torch.arange(batch_size) % 10).to(self.device)
         loss = self.loss(self.model(self.inputs), self.labels)
         self.gradient = [g.detach() for g in torch.autograd.grad(loss, list(self.model.parameters()))]
 
     def weights(self) -> list[np.ndarray]:
         """The parameters, in the order of the network's layers."""
-        return [p.detach().numpy() for p in self.model.parameters()]
+        return [p.detach().cpu().numpy() for p in self.model.parameters()]
 
     def step_times(self, steps: int) -> list[float]:
         """Seconds between two evaluations of the objective in a run of the attack, the first ones left out."""
         settings = [f"optim.max_iterations={steps + 3}", "optim.callback=1000000"]
         config = self.breaching.get_attack_config("invertinggradients", overrides=settings)
-        setup = {"device": self.torch.device("cpu"), "dtype": self.torch.float}
+        setup = {"device": self.device, "dtype": self.torch.float}
         attacker = self.breaching.attacks.prepare_attack(self.model, self.loss, config, setup)
         parameters = [p.detach() for p in self.model.parameters()]
         server = [{"parameters": parameters, "buffers": list(self.model.buffers()), "metadata": self.config}]
@@ -62,12 +68,20 @@ class Peer:
         began, original = [], attacker._compute_objective
 
         def timed(*arguments: Any) -> Any:
+            if self.device.type == "cuda":
+                self.torch.cuda.synchronize()  # a step ends when the GPU has done it
             began.append(time.perf_counter())
             return original(*arguments)
 
         attacker._compute_objective = timed
         attacker.reconstruct(server, shared, {}, dryrun=False)
         return np.diff(began)[2:].tolist()
+
+    def device_memory(self) -> str:
+        """Megabytes at the peak on a GPU."""
+        if self.device.type != "cuda":
+            return "-"
+        return f"{self.torch.cuda.max_memory_allocated() / 1e6:.0f}"
 
 
 def to_jax(weights: list[np.ndarray], params: dict[str, Any], last_shape: tuple[int, int, int]) -> dict[str, Any]:

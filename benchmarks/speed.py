@@ -1,13 +1,15 @@
 """Milliseconds a step, compile seconds, memory, and lanes: Inverting Gradients here and in PyTorch's `breaching`.
 
-    python benchmarks/speed.py [PART ...] [--rounds N]
+    python benchmarks/speed.py [PART ...] [--rounds N] [--models NAME ...]
 
 The part `steps` needs the extra `peers`. Ratios count, not milliseconds: the two libraries take turns in one process
-on the same threads, with the same weights and the same gradient.
+on the same threads, with the same weights and the same gradient. With a GPU that both see, the same command measures
+both on it.
 """
 
 import argparse
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,17 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
+import resnet20
 from flax import nnx
 from parts import run_parts
 
 from gia_jax import Batch, ThreatModel, advance, clients, data, keep_best, models, observe, restarts, run
 from gia_jax.attacks import inverting_gradients
 from gia_jax.base import Attack, Observation
-from gia_jax.lowering import Lowering
+from gia_jax.lowering import Lowering, lowers_to_matmul
 from gia_jax.sweep.lanes import over_lanes
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# The size of what enters the last layer, for the peer's weights.
 MODELS = {"lenet": (8, 8, 12), "resnet18": (1, 1, 512), "convnet": (3, 3, 256)}
+# Networks that the peer does not have, or not with these weights; of 224 pixels and 1,000 classes but for the first.
+OWN = ("resnet20", "efficientnet_lite0", "vit")
 # Model, batch size, restarts, and the least ratio to the peer that counts as fast.
 CASES = [
     ("lenet", 1, 1, 4.0),
@@ -52,22 +58,34 @@ class Case(NamedTuple):
     forward_flops: float
 
 
+def network(model: str) -> tuple[nnx.Module, tuple[int, int, int]]:
+    """A network and the shape of its images."""
+    small, large = (32, 32, 3), (224, 224, 3)
+    if model == "resnet20":
+        return resnet20.network(resnet20.weights_file("converged")), small
+    if model == "efficientnet_lite0":
+        return nnx.jit(lambda: models.EfficientNetLite0(large, rngs=nnx.Rngs(0)))(), large
+    if model == "vit":
+        return models.ViT(large, 1_000, patch_size=16, rngs=nnx.Rngs(0)), large
+    return models.MODELS[model](small, 10, rngs=nnx.Rngs(0)), small
+
+
 def case(model: str, batch_size: int, lowering: Lowering = "auto", peer: Any = None) -> Case:
     """The attack on a random network; with a peer, on its weights and its data."""
-    module = models.MODELS[model]((32, 32, 3), 10, rngs=nnx.Rngs(0))
+    module, shape = network(model)
     apply_fn, params = models.functional(module)
-    inputs = jax.random.normal(jax.random.key(1), (batch_size, 32, 32, 3))
+    inputs = jax.random.normal(jax.random.key(1), (batch_size, *shape))
     if peer is not None:
         from peer import to_jax
 
         params = jax.tree.map(jnp.asarray, to_jax(peer.weights(), params, MODELS[model]))
-        inputs = jnp.asarray(peer.inputs.numpy().transpose(0, 2, 3, 1))
+        inputs = jnp.asarray(peer.inputs.cpu().numpy().transpose(0, 2, 3, 1))
     client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn), lowering=lowering)
     batch = Batch(inputs, jnp.arange(batch_size) % 10)
     threat = ThreatModel(labels=True, label_order=True)
     observation = jax.jit(lambda p, b: observe(jax.random.key(2), threat, client_fn, p, b))(params, batch)
     if peer is not None:
-        theirs = to_jax([g.numpy() for g in peer.gradient], params, MODELS[model])
+        theirs = to_jax([g.cpu().numpy() for g in peer.gradient], params, MODELS[model])
         error = optax.tree.norm(optax.tree.sub(observation.update, theirs)) / optax.tree.norm(theirs)
         if not error < 1e-4:
             raise RuntimeError(f"the gradients of {model} differ by {error}")
@@ -113,7 +131,7 @@ def steps(args: argparse.Namespace) -> None:
     from peer import Peer
 
     rows = []
-    for model, batch_size, num_restarts, floor in CASES:
+    for model, batch_size, num_restarts, floor in (case for case in CASES if case[0] in args.models):
         peer = Peer(model, batch_size, THREADS)
         built = case(model, batch_size, peer=peer)
         peer_block, own_block = (100, 400 // num_restarts) if model == "lenet" else (8, 8)
@@ -202,25 +220,26 @@ def _reconstruct(attack: Attack, num_steps: int, key: jax.Array, observation: Ob
 def compile_and_memory(args: argparse.Namespace) -> None:
     """Compile time of fresh processes with empty caches; temporaries by XLA's own count; peak resident memory."""
     rows = []
-    for model, batch_size, lowering in (
-        ("lenet", 1, "matmul"), ("resnet18", 1, "matmul"), ("resnet18", 8, "matmul"), ("resnet18", 8, "native"),
-        ("convnet", 1, "matmul"),
-    ):  # fmt: skip
-        rows.append(_in_new_process("one", model, str(batch_size), lowering))
-        print(rows[-1], flush=True)
-    try:
-        import torch  # noqa: F401
-
-        rows.append(_in_new_process("peer", "resnet18", "8", "-"))
-    except ImportError:
+    usual, other = ("matmul", "native") if lowers_to_matmul("auto") else ("native", "matmul")
+    measured = [(model, 1, usual) for model in (*MODELS, *OWN)] + [("resnet18", 8, usual), ("resnet18", 8, other)]
+    for model, batch_size, lowering in measured:
+        if model in args.models:
+            rows.append(_in_new_process("one", model, str(batch_size), lowering))
+            print(rows[-1], flush=True)
+    if importlib.util.find_spec("breaching") is None:
         print("breaching is not installed: its memory is left out")
+    elif "resnet18" in args.models:
+        rows += [_in_new_process("peer", "resnet18", batch_size, "-") for batch_size in ("1", "8")]
     record.write(
         "compile_and_memory",
         "Compile seconds, memory and second victims of an Inverting Gradients step, each in a process of its own",
         rows,
-        "Compile: trace, lowering and XLA's compile of 8 scanned steps, no cache. Second victim: first call of the "
-        "compiled program on another observation, seconds beyond the call before it. RSS: peak of the process, "
-        "libraries included. Row `breaching`: 8 steps of the peer.",
+        "Compile: trace, lowering and XLA's compile of 8 scanned steps, no cache. A step: of the second run of the "
+        "eight, and its share of the matrix product's rate, where a step counts as 8 forward passes. Second victim: "
+        "first call of the compiled program on another observation, seconds beyond the call before it. RSS: peak of "
+        "the process, libraries and compiler included; the peak on the device is the GPU's own count. Rows "
+        "`breaching`: 8 steps of the peer. ResNet-20 is trained (CIFAR-10); EfficientNet-Lite0 and a ViT of 196 "
+        "patches, width 192 and 4 blocks are untrained, on one image of 224 pixels.",
     )
 
 
@@ -237,9 +256,11 @@ def child(kind: str, model: str, batch_size: str, lowering: Any) -> None:
         from peer import Peer
 
         columns["convolutions"] = "breaching"
-        Peer(model, int(batch_size), THREADS).step_times(8)
-        blank = dict.fromkeys(("compile s", "temporaries MB", "arguments MB", "second victim s"), "-")
-        columns |= blank
+        peer = Peer(model, int(batch_size), THREADS)
+        seconds = peer.step_times(8)
+        columns |= {"compile s": "-", "ms a step": f"{1e3 * np.median(seconds):.0f}"}
+        columns |= dict.fromkeys(("of matrix product", "temporaries MB", "arguments MB", "second victim s"), "-")
+        columns["on the device MB"] = peer.device_memory()
     else:
         built = case(model, int(batch_size), lowering)
         compiled, keys, states, seconds = prepare(built, 1, 8)
@@ -252,10 +273,14 @@ def child(kind: str, model: str, batch_size: str, lowering: Any) -> None:
             spent.append(time.perf_counter() - began)
         columns |= {
             "compile s": f"{seconds:.1f}",
+            "ms a step": f"{1e3 * spent[1] / 8:.1f}",
+            "of matrix product": f"{8 * 8 * built.forward_flops / spent[1] / 1e9 / matrix_rate():.0%}",
             "temporaries MB": f"{memory.temp_size_in_bytes / 1e6:.0f}",
             "arguments MB": f"{memory.argument_size_in_bytes / 1e6:.0f}",
             "second victim s": f"{spent[2] - spent[1]:+.2f}",
         }
+        used = jax.local_devices()[0].memory_stats()
+        columns["on the device MB"] = f"{used['peak_bytes_in_use'] / 1e6:.0f}" if used else "-"
     # Linux counts what this process was forked from into `getrusage`, but not into this.
     (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     columns["peak RSS MB"] = f"{int(kilobytes) / 1e3:.0f}"
@@ -268,6 +293,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="A/B rounds")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *OWN], default=[*MODELS, *OWN])
     run_parts(parser, steps, lanes, compile_and_memory)
 
 

@@ -14,6 +14,7 @@ import optax
 import pytest
 import record
 import resnet20
+import speed
 import utility
 from attackers import averaged, differs, redrawn
 from flax import nnx
@@ -47,6 +48,14 @@ def test_what_a_script_imports_of_the_library_is_there(path: Path) -> None:
     for module, name in _imported(path):
         found = importlib.import_module(module)
         assert hasattr(found, name) or importlib.import_module(f"{module}.{name}"), f"{module}.{name}"
+
+
+def test_speed_measures_a_model_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    speed.child("one", "lenet", "1", "auto")
+    measured = dict(pair.split("=", 1) for pair in capsys.readouterr().out.strip().splitlines()[-1].split("|"))
+    assert measured["model"] == "lenet"
+    for column in ("compile s", "ms a step", "peak RSS MB"):
+        assert float(measured[column]) > 0
 
 
 def test_holm_corrects_step_by_step_as_in_a_worked_example() -> None:
