@@ -9,7 +9,8 @@ second-order gradients of a network, and each has its own cheapest form:
 * The cotangent of the kernel has a large window and few outputs: stack one slice per output (the very slices of the
   forward pass, so XLA shares them), then form one product over batch and space.
 
-Wide three-by-three convolutions of stride one go through Winograd's algorithm instead (`winograd.py`).
+Wide three-by-three convolutions of stride one go through Winograd's algorithm instead (`winograd.py`), and depthwise
+convolutions are sums of products entry by entry (`depthwise.py`).
 """
 
 import functools
@@ -37,9 +38,8 @@ from gia_jax.lowering.geometry import (
 )
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-# Limits measured on XLA's CPU backend.
-# Winograd's algorithm gains from WIDE features and LARGE pixels on. For kernel gradients it gains from sums over
-# LARGE_SUM terms on, and below that it only costs compile time.
+# Limits measured on XLA's CPU backend. Winograd's algorithm gains from WIDE features and LARGE pixels on. For kernel
+# gradients it gains from sums over LARGE_SUM terms on, and below that it only costs compile time.
 WIDE = 64
 LARGE = 512
 LARGE_SUM = 2048
