@@ -174,20 +174,21 @@ class Attacker(NamedTuple):
             num_restarts=self.num_restarts,
             lanes=40,
         ).reconstruction.batch
-        return [self.result(batch, seen, victims) for batch in unstacked(found)]
-
-    def result(self, found: Batch, seen: Observation, victims: Victims) -> Result:
-        """Scores of what was found of every victim."""
 
         def match(batch: Batch, update: Params) -> Array:
             return self.objective_fn(self.client_fn(seen.params, batch), update)
 
+        objective_of_each = jax.jit(jax.vmap(match))
+        return [self.result(batch, objective_of_each(batch, seen.update), victims) for batch in unstacked(found)]
+
+    def result(self, found: Batch, objective: Array, victims: Victims) -> Result:
+        """Scores of what was found of every victim."""
         right = self.data.modality.score_fn(found, victims.truth).scores["fields"][:, 0]
         rows = np.asarray(found.inputs[:, 0])
         distances = self.data.schema.distances(rows, victims.gallery)
         rank = 1 + np.sum(distances < distances[np.arange(len(rows)), victims.places][:, None], 1)
         rank = np.where(np.all(np.isfinite(rows), 1), rank, len(victims.gallery))
-        return Result(right, rank, np.asarray(jax.jit(jax.vmap(match))(found, seen.update)))
+        return Result(right, rank, np.asarray(objective))
 
 
 def best(results: Sequence[Result]) -> float:

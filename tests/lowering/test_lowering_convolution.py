@@ -63,57 +63,51 @@ def agree(lhs_shape, rhs_shape, params, flipped=(), dtype="float64"):
     return program
 
 
-GEOMETRIES = (
-    {
-        "plain": equation((2, 3, 8, 7), (4, 3, 3, 3)),
-        "strided": equation((2, 3, 9, 8), (4, 3, 3, 3), window_strides=(2, 3), padding=((1, 1), (0, 2))),
-        "cropped": equation((2, 3, 9, 8), (4, 3, 3, 3), padding=((-1, 2), (1, -2))),
-        "dilated kernel": equation((2, 3, 9, 9), (4, 3, 3, 2), rhs_dilation=(2, 3), padding=((2, 2), (0, 0))),
-        "dilated input": equation((2, 3, 5, 4), (4, 3, 3, 4), lhs_dilation=(2, 3), padding=((2, 2), (3, 1))),
-        "dilated input, few taps": equation((2, 3, 5, 5), (4, 3, 1, 2), lhs_dilation=(3, 3), padding=((0, 2), (1, 1))),
-        "dilated both": equation((2, 3, 5, 4), (4, 3, 3, 2), lhs_dilation=(2, 2), rhs_dilation=(3, 1)),
-        "dilated input, strided": equation((2, 3, 5, 4), (4, 3, 3, 2), lhs_dilation=(2, 3), window_strides=(3, 2)),
-        "kernel gradient": equation((3, 2, 9, 9), (4, 2, 4, 4), rhs_dilation=(2, 2), padding=((1, 0), (1, 0))),
-        "kernel gradient, exchanged": equation(
-            (3, 2, 4, 4), (4, 2, 9, 9), lhs_dilation=(2, 2), padding=((2, 1), (2, 1))
+GEOMETRIES = {
+    "plain": equation((2, 3, 8, 7), (4, 3, 3, 3)),
+    "strided": equation((2, 3, 9, 8), (4, 3, 3, 3), window_strides=(2, 3), padding=((1, 1), (0, 2))),
+    "cropped": equation((2, 3, 9, 8), (4, 3, 3, 3), padding=((-1, 2), (1, -2))),
+    "dilated kernel": equation((2, 3, 9, 9), (4, 3, 3, 2), rhs_dilation=(2, 3), padding=((2, 2), (0, 0))),
+    "dilated input": equation((2, 3, 5, 4), (4, 3, 3, 4), lhs_dilation=(2, 3), padding=((2, 2), (3, 1))),
+    "dilated input, few taps": equation((2, 3, 5, 5), (4, 3, 1, 2), lhs_dilation=(3, 3), padding=((0, 2), (1, 1))),
+    "dilated both": equation((2, 3, 5, 4), (4, 3, 3, 2), lhs_dilation=(2, 2), rhs_dilation=(3, 1)),
+    "dilated input, strided": equation((2, 3, 5, 4), (4, 3, 3, 2), lhs_dilation=(2, 3), window_strides=(3, 2)),
+    "kernel gradient": equation((3, 2, 9, 9), (4, 2, 4, 4), rhs_dilation=(2, 2), padding=((1, 0), (1, 0))),
+    "kernel gradient, exchanged": equation((3, 2, 4, 4), (4, 2, 9, 9), lhs_dilation=(2, 2), padding=((2, 1), (2, 1))),
+    "pointwise": equation((2, 3, 6, 5), (4, 3, 1, 1), window_strides=(2, 1)),
+    "groups": equation((2, 6, 6, 5), (4, 3, 3, 3), feature_group_count=2, padding=((1, 1), (1, 1))),
+    "depthwise": equation((2, 3, 6, 5), (6, 1, 3, 3), feature_group_count=3),
+    "batch groups": equation((4, 3, 6, 5), (6, 3, 3, 3), batch_group_count=2),
+    "one dimension": equation((2, 3, 9), (4, 3, 4), window_strides=(2,), padding=((3, 0),)),
+    "three dimensions": equation((1, 2, 5, 4, 4), (3, 2, 2, 3, 2), window_strides=(1, 2, 1)),
+    "no dimension": equation((2, 3), (4, 3)),
+}
+# Groups of one feature each.
+GEOMETRIES |= {
+    f"depthwise, {name}": equation(*shapes, feature_group_count=3, **params)
+    for name, shapes, params in [
+        ("plain", ((2, 3, 6, 5), (3, 1, 3, 2)), {"padding": ((1, 1), (0, 2))}),
+        ("strided", ((2, 3, 9, 8), (3, 1, 3, 3)), {"window_strides": (2, 3), "padding": ((0, 1), (-1, 2))}),
+        ("dilated kernel", ((2, 3, 9, 9), (3, 1, 3, 2)), {"rhs_dilation": (2, 3), "window_strides": (2, 1)}),
+        ("dilated input", ((2, 3, 4, 3), (3, 1, 3, 5)), {"lhs_dilation": (2, 3), "padding": ((2, 1), (3, 4))}),
+        ("few taps", ((2, 3, 4, 3), (3, 1, 1, 2)), {"lhs_dilation": (2, 3), "padding": ((0, 1), (0, 2))}),
+        (
+            "dilated input, strided",
+            ((2, 3, 5, 4), (3, 1, 3, 2)),
+            {"lhs_dilation": (2, 3), "window_strides": (3, 2)},
         ),
-        "pointwise": equation((2, 3, 6, 5), (4, 3, 1, 1), window_strides=(2, 1)),
-        "groups": equation((2, 6, 6, 5), (4, 3, 3, 3), feature_group_count=2, padding=((1, 1), (1, 1))),
-        "depthwise": equation((2, 3, 6, 5), (6, 1, 3, 3), feature_group_count=3),
-        "batch groups": equation((4, 3, 6, 5), (6, 3, 3, 3), batch_group_count=2),
-    }
-    | {
-        # Groups of one feature each.
-        f"depthwise, {name}": equation(*shapes, feature_group_count=3, **params)
-        for name, shapes, params in [
-            ("plain", ((2, 3, 6, 5), (3, 1, 3, 2)), {"padding": ((1, 1), (0, 2))}),
-            ("strided", ((2, 3, 9, 8), (3, 1, 3, 3)), {"window_strides": (2, 3), "padding": ((0, 1), (-1, 2))}),
-            ("dilated kernel", ((2, 3, 9, 9), (3, 1, 3, 2)), {"rhs_dilation": (2, 3), "window_strides": (2, 1)}),
-            ("dilated input", ((2, 3, 4, 3), (3, 1, 3, 5)), {"lhs_dilation": (2, 3), "padding": ((2, 1), (3, 4))}),
-            ("few taps", ((2, 3, 4, 3), (3, 1, 1, 2)), {"lhs_dilation": (2, 3), "padding": ((0, 1), (0, 2))}),
-            (
-                "dilated input, strided",
-                ((2, 3, 5, 4), (3, 1, 3, 2)),
-                {"lhs_dilation": (2, 3), "window_strides": (3, 2)},
-            ),
-            ("large kernel", ((1, 3, 9, 9), (3, 1, 9, 8)), {"padding": ((4, 4), (4, 3))}),
-        ]
-    }
-    | {
-        f"depthwise kernel gradient, {name}": equation(*shapes, batch_group_count=3, **params)
-        for name, shapes, params in [
-            ("plain", ((3, 2, 6, 5), (3, 2, 6, 5)), {"padding": ((1, 1), (1, 1))}),
-            ("strided", ((3, 2, 7, 8), (3, 2, 4, 4)), {"rhs_dilation": (2, 2), "padding": ((1, 1), (0, 1))}),
-            ("exchanged", ((3, 2, 4, 3), (3, 2, 7, 6)), {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 2))}),
-            ("many outputs", ((3, 2, 12, 9), (3, 2, 3, 1)), {}),
-        ]
-    }
-    | {
-        "one dimension": equation((2, 3, 9), (4, 3, 4), window_strides=(2,), padding=((3, 0),)),
-        "three dimensions": equation((1, 2, 5, 4, 4), (3, 2, 2, 3, 2), window_strides=(1, 2, 1)),
-        "no dimension": equation((2, 3), (4, 3)),
-    }
-)
+        ("large kernel", ((1, 3, 9, 9), (3, 1, 9, 8)), {"padding": ((4, 4), (4, 3))}),
+    ]
+}
+GEOMETRIES |= {
+    f"depthwise kernel gradient, {name}": equation(*shapes, batch_group_count=3, **params)
+    for name, shapes, params in [
+        ("plain", ((3, 2, 6, 5), (3, 2, 6, 5)), {"padding": ((1, 1), (1, 1))}),
+        ("strided", ((3, 2, 7, 8), (3, 2, 4, 4)), {"rhs_dilation": (2, 2), "padding": ((1, 1), (0, 1))}),
+        ("exchanged", ((3, 2, 4, 3), (3, 2, 7, 6)), {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 2))}),
+        ("many outputs", ((3, 2, 12, 9), (3, 2, 3, 1)), {}),
+    ]
+}
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
