@@ -201,6 +201,8 @@ def table(args: argparse.Namespace) -> None:
     photos, rows, shown = photographs(args.photos, args.size), [], {}
     images = photos.images
     truth = Batch(images.normalize(images.images)[:, None], images.labels[:, None])
+    coarse = args.coarse_steps * len(FACTORS)
+    steps = coarse + args.steps
     for name in args.network:
         case = Case.of(name, photos)
         attack = case.attack(images, args)
@@ -209,16 +211,15 @@ def table(args: argparse.Namespace) -> None:
             attack,
             jax.random.key(1),
             case.seen,
-            num_steps=args.steps,
+            num_steps=steps,
             lanes=lanes,
             progress_fn=progress(name),
             checkpoint=args.keep,
         )
         scores = metrics.score(found.reconstruction.batch, truth, images)
         rows.append({"network": name} | figures(photos, scores.images[:, 0], scores.psnr, scores.ssim))
-        steps = args.steps + args.coarse_steps * len(FACTORS)
         rows[-1] |= {
-            "match": f"{np.mean(found.losses[:, 0, 0]):.2f} to {np.mean(found.reconstruction.loss):.2f}",
+            "match": f"{np.mean(found.losses[:, 0, coarse]):.2f} to {np.mean(found.reconstruction.loss):.2f}",
             "s a victim": f"{found.timing.run_seconds / args.photos:.0f}",
             "ms a step": f"{1e3 * found.timing.run_seconds / args.photos / steps:.0f}",
             "lanes": f"{lanes}",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gia_jax import gradient_matching, observed, run, stack
+from gia_jax import Batch, advance, gradient_matching, keep_best, observed, run, stack
 from gia_jax.matching import coarse_to_fine
 from gia_jax.matching.coarse_to_fine import resized
 from gia_jax.matching.initializations import given
@@ -24,54 +24,72 @@ def seen_of(image):
     return observed(params, {"image": image}, inputs_like=jnp.zeros((1, *image.shape)), labels=jnp.array([0]))
 
 
+def attack_fn(init_fn, decode_fn):
+    return gradient_matching(client_fn, init_fn=init_fn, decode_fn=decode_fn)
+
+
 def test_the_first_stage_finds_a_smooth_image_and_cannot_find_stripes():
     """An image that is the enlargement of a small one is found; stripes of one pixel average out, and are not."""
-    made = []
-
-    def attack_fn(init_fn, decode_fn):
-        made.append(gradient_matching(client_fn, init_fn=init_fn, decode_fn=decode_fn))
-        return made[-1]
-
     smooth = resized(jax.random.normal(jax.random.key(0), (1, 2, 2, 2)), 8, 8)[0]
     stripes = jnp.broadcast_to(jnp.array([1.0, -1.0])[jnp.arange(8) % 2][None, :, None], (8, 8, 2))
-    coarse_to_fine(attack_fn, SHAPE, factors=(4,), num_steps=1)
-    coarse = made[0]
+    coarse = coarse_to_fine(attack_fn, SHAPE, factors=(4,), num_steps=400)
     solve = jax.jit(lambda key, seen: run(coarse, key, seen, num_steps=400)[0].batch.inputs[0])
     assert np.mean(np.square(solve(jax.random.key(1), seen_of(smooth)) - smooth)) < 2e-3
     # Grey has an error of 1. The best small image has a little less, at the border.
     assert np.mean(np.square(solve(jax.random.key(1), seen_of(stripes)) - stripes)) > 0.95
+    # The last stage finds it.
+    whole = jax.jit(lambda key, seen: run(coarse, key, seen, num_steps=800)[0].batch.inputs[0])
+    assert np.mean(np.square(whole(jax.random.key(1), seen_of(stripes)) - stripes)) < 2e-3
 
 
-def test_stages_have_the_sizes_of_their_factors_and_go_on_from_each_other():
-    sizes = []
+def test_stages_are_attacks_on_small_images_that_go_on_from_each_other():
+    """Stage by stage, with unknowns of the stage's own size, as the definition says."""
+    start, image = jax.random.normal(jax.random.key(2), SHAPE), jax.random.normal(jax.random.key(0), SHAPE)[0]
+    seen, count = seen_of(image), 30
+    attack = coarse_to_fine(attack_fn, SHAPE, factors=(4, 2), num_steps=count, init_fn=given(start))
+    found, info = jax.jit(lambda key: run(attack, key, seen, num_steps=3 * count))(jax.random.key(0))
+    z, losses = start, []
+    for factor in (4, 2, 1):
+        z = resized(z, 8 // factor, 8 // factor)
+        own = keep_best(attack_fn(lambda key, observation, z=z: z, lambda z, labels: Batch(resized(z, 8, 8), labels)))
+        state = own.init(jax.random.key(0), seen)
+        state, own_info = jax.jit(
+            lambda state, own=own: advance(own, jax.random.key(0), state, seen, start=0, num_steps=count)
+        )(state)
+        z = state.candidate.best.variables
+        losses.append(own_info.loss)
+    np.testing.assert_allclose(info.loss, np.concatenate(losses), rtol=1e-4)
+    np.testing.assert_allclose(found.batch.inputs, own.finalize(state.candidate, seen).batch.inputs, atol=1e-4)
+    assert found.loss <= info.loss[2 * count :].min()
 
-    def attack_fn(init_fn, decode_fn):
-        def watched(z, labels):
-            sizes.append(z.shape)
-            return decode_fn(z, labels)
 
-        return gradient_matching(client_fn, init_fn=init_fn, decode_fn=watched)
-
+def test_it_returns_what_the_stage_found_in_which_it_is_stopped():
     image = resized(jax.random.normal(jax.random.key(0), (1, 2, 2, 2)), 8, 8)[0]
-    start = given(jnp.full(SHAPE, 3.0))
-    attack = coarse_to_fine(attack_fn, SHAPE, factors=(4, 2), num_steps=300, init_fn=start)
-    found, info = jax.jit(lambda key: run(attack, key, seen_of(image), num_steps=2))(jax.random.key(0))
-    assert list(dict.fromkeys(sizes)) == [(1, 2, 2, 2), (1, 4, 4, 2), SHAPE]
-    assert info.loss.shape == (2,)
-    assert float(info.loss[0]) < 1  # the last stage starts from the others: from the start it would be above 500
-    assert float(jnp.sum(jnp.square(3.0 - image))) > 500
-    assert found.batch.inputs.shape == SHAPE
+    attack = coarse_to_fine(attack_fn, SHAPE, factors=(4, 2), num_steps=5)
+    for num_steps in (1, 5, 6, 12):
+        found, info = jax.jit(lambda key, n=num_steps: run(attack, key, seen_of(image), num_steps=n))(jax.random.key(0))
+        own = jnp.sum(jnp.square(found.batch.inputs[0] - image))
+        np.testing.assert_allclose(found.loss, own, rtol=1e-5)
+        assert info.loss.shape == (num_steps,)
 
 
-def test_it_runs_in_a_study_of_several_victims():
+def test_a_number_of_steps_of_the_inner_attack_is_added_to_those_of_the_stages():
+    def scheduled(init_fn, decode_fn):
+        return attack_fn(init_fn, decode_fn)._replace(num_steps=7)
+
+    assert coarse_to_fine(scheduled, SHAPE, factors=(4, 2), num_steps=5).num_steps == 17
+    assert coarse_to_fine(attack_fn, SHAPE, factors=(4, 2), num_steps=5).num_steps is None
+
+
+def test_it_runs_in_a_study_of_several_victims_and_one_lane_of_nan_spoils_no_other():
     images = [resized(jax.random.normal(jax.random.key(i), (1, 2, 2, 2)), 8, 8)[0] for i in range(2)]
-
-    def attack_fn(init_fn, decode_fn):
-        return gradient_matching(client_fn, init_fn=init_fn, decode_fn=decode_fn)
-
     attack = coarse_to_fine(attack_fn, SHAPE, factors=(4, 2), num_steps=150)
-    found = study(attack, jax.random.key(0), stack([seen_of(image) for image in images]), num_steps=20)
-    for inputs, image in zip(found.reconstruction.batch.inputs, images, strict=True):
+    broken = seen_of(images[0])._replace(update={"image": jnp.full((8, 8, 2), jnp.nan)})
+    seen = stack([*map(seen_of, images), broken])
+    with pytest.warns(UserWarning, match="not finite"):
+        found = study(attack, jax.random.key(0), seen, num_steps=320).reconstruction
+    assert found.is_finite.tolist() == [True, True, False]
+    for inputs, image in zip(found.batch.inputs, images):
         np.testing.assert_allclose(inputs[0], image, atol=0.2)
 
 
