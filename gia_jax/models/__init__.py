@@ -33,7 +33,7 @@ from gia_jax.models.graph import (
 from gia_jax.models.lenet import LeNet
 from gia_jax.models.mlp import MLP
 from gia_jax.models.network import Activation, Convolution, FullyConnected, Network, Residual, cnn6, leaky_relu, sigmoid
-from gia_jax.models.resnet import ResNet
+from gia_jax.models.resnet import ResNet, resnet_names
 from gia_jax.models.vit import ViT
 
 # The models that the command line knows by name, each a function `(input_shape, num_classes, rngs=) -> module`.
@@ -46,6 +46,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "linear": functools.partial(MLP, hidden=()),
     "mlp": MLP,
     "resnet18": ResNet,
+    "resnet18_imagenet": functools.partial(ResNet, stem="imagenet"),
     "resnet20": functools.partial(ResNet, blocks=(3, 3, 3), width=16),
     "resnet20_group": functools.partial(ResNet, blocks=(3, 3, 3), width=16, norm="group"),
     "resnet20_4": functools.partial(ResNet, blocks=(3, 3, 3)),
@@ -87,6 +88,7 @@ __all__ = [
     "load_decoder",
     "neighbour_average",
     "normalized_adjacency",
+    "resnet_names",
     "running_statistics",
     "save_decoder",
     "sigmoid",

@@ -119,7 +119,9 @@ def group_norm(features: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(features, num_groups=GROUPS, use_fast_variance=False, rngs=rngs)
 
 
-def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
+def max_pool(
+    x: Float[Array, "b h w c"], size: int, *, stride: int | None = None, padding: int = 0
+) -> Float[Array, "b i j c"]:
     """Takes the maximum over squares of `size` pixels and leaves incomplete squares out.
 
     It is a tree of pairwise maxima: the derivative of `jnp.max` divides by the number of maximal entries, and under jit
@@ -127,10 +129,12 @@ def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
 
     Args:
         x: Images or features, shape (b, h, w, c).
-        size: Height, width and stride of a square, in pixels.
+        size: Height and width of a square, in pixels.
+        stride: Distance of a square to the next in pixels, at least 1. None takes `size`.
+        padding: Number of pixels by which every side is extended, below `size`. They are never the maximum.
 
     Returns:
-        The maxima, shape (b, h // size, w // size, c).
+        The maxima, shape (b, i, j, c) with i = (h + 2 padding - size) // stride + 1, and so for j.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -138,8 +142,12 @@ def max_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
         >>> max_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2).ravel().tolist()
         [4.0]
     """
-    height, width = x.shape[1] // size * size, x.shape[2] // size * size
-    parts = [x[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
+    stride = size if stride is None else stride
+    if padding:
+        widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        x = jnp.pad(x, widths, constant_values=-jnp.inf)
+    height, width = ((length - size) // stride * stride for length in x.shape[1:3])
+    parts = [x[:, i : i + height + 1 : stride, j : j + width + 1 : stride] for i in range(size) for j in range(size)]
     return functools.reduce(jnp.maximum, parts)
 
 

@@ -22,6 +22,7 @@ PARAMETERS = {
     "linear": 32 * 32 * 3 * 10 + 10,
     "mlp": 5_256_202,
     "resnet18": 11_173_962,
+    "resnet18_imagenet": 11_689_512 - 990 * 513,  # 1,000 classes in torchvision
     "resnet20": 272_474,
     "resnet20_group": 272_474,  # a scale and a bias for every feature, as with batch normalisation
     "resnet20_4": 4_327_754,
@@ -82,6 +83,7 @@ def test_group_normalisation_leaves_examples_independent():
     ("options", "message"),
     [
         ({"norm": "layer"}, "norm must be 'batch' or 'group', got 'layer'"),
+        ({"stem": "large"}, "stem must be 'cifar' or 'imagenet', got 'large'"),
         ({"norm": "group", "width": 12}, "width must be a positive multiple of 8 with norm='group', got 12"),
     ],
 )
