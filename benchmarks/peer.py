@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-NAMES = {"lenet": "lenet_zhu", "resnet18": "resnet18", "convnet": "convnet"}
+NAMES = {"lenet": "lenet_zhu", "resnet18": "resnet18", "convnet": "convnet", "resnet18_imagenet": "resnet18"}
 
 _KEPT: list[Any] = []
 
@@ -43,10 +43,13 @@ class Peer:
         torch.manual_seed(0)
         self.breaching, self.torch = breaching, torch
         self.device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
-        self.config = breaching.get_case_config(overrides=[]).data
+        self.config, size = breaching.get_case_config(overrides=[]).data, 32
+        if model.endswith("_imagenet"):
+            size = 224
+            self.config.update({"name": "ImageNet", "shape": [3, size, size], "classes": 1_000})
         self.model, self.loss = construct_model(NAMES[model], self.config, pretrained=False)
         self.model.to(self.device).eval()
-        self.inputs = torch.randn(batch_size, 3, 32, 32).to(self.device)
+        self.inputs = torch.randn(batch_size, 3, size, size).to(self.device)
         self.labels = (torch.arange(batch_size) % 10).to(self.device)
         loss = self.loss(self.model(self.inputs), self.labels)
         self.gradient = [g.detach() for g in torch.autograd.grad(loss, list(self.model.parameters()))]

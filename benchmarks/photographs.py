@@ -1,4 +1,4 @@
-"""Photographs of 224 pixels from the gradient of an EfficientNet-Lite0, trained on ImageNet and untrained.
+"""Photographs of 224 pixels from the gradient of an EfficientNet-Lite0, trained and untrained, and of a ResNet-18.
 
     python benchmarks/photographs.py [tune | table | steps] [--network NAME ...] [--photos N] [--size N] [--steps N]
                                      [--coarse-steps N] [--smoothness X ...] [--statistics X ...] [--memory GIB]
@@ -60,6 +60,7 @@ NETWORKS = {
     "of its image have them",
     "untrained, exact statistics": "the same network before training",
     "trained, random updates": "prior only: the first row's attack on noise of the same norms",
+    "ResNet-18, untrained, exact statistics": "a ResNet-18 with the stem of ImageNet, as the third row",
 }
 
 
@@ -148,9 +149,10 @@ class Case(NamedTuple):
         shape, training = photos.images.images.shape[1:], "running" not in name
 
         def make() -> nnx.Module:
-            return models.EfficientNetLite0(shape, rngs=nnx.Rngs(0))
+            model = "resnet18_imagenet" if name.startswith("ResNet-18") else "efficientnet_lite0"
+            return models.MODELS[model](shape, 1_000, rngs=nnx.Rngs(0))
 
-        if name.startswith("untrained"):
+        if "untrained" in name:
             module = nnx.jit(make)()
         else:
             module = interop.load_torch(nnx.eval_shape(make), weights(), names=models.efficientnet_lite0_names)
@@ -275,9 +277,10 @@ def table(args: argparse.Namespace) -> None:
     rows.append({"network": "a grey image"} | figures(photos, grey, scores.psnr, scores.ssim) | empty)
     record.write(
         name_of(args),
-        f"{args.photos} photographs of {args.size} pixels, EfficientNet-Lite0",
+        f"{args.photos} photographs of {args.size} pixels",
         rows,
-        f"Each photograph alone in its batch, label known. Inverting Gradients (cosine, total variation "
+        f"EfficientNet-Lite0 where no other network is named; each photograph alone in its batch, label known. "
+        f"Inverting Gradients (cosine, total variation "
         f"{args.smoothness[0]:g}, distance of the statistics of every layer {args.statistics[0]:g}; signed Adam) at an "
         f"eighth, a quarter and a half of the size with {args.coarse_steps} steps each, from near grey, then "
         f"{args.steps} steps at the whole size; seed 1; the iterate of the attacker's lowest loss. "
@@ -351,9 +354,9 @@ def steps(args: argparse.Namespace) -> None:
         )
     record.write(
         "steps" if args.size == 224 else f"steps_{args.size}",
-        f"A step of the attack on one photograph of {args.size} pixels, EfficientNet-Lite0",
+        f"A step of the attack on one photograph of {args.size} pixels",
         rows,
-        "The median of seven steps after the first.",
+        "EfficientNet-Lite0 where no other network is named; the median of seven steps after the first.",
     )
 
 

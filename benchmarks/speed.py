@@ -36,8 +36,9 @@ from gia_jax.sweep.lanes import over_lanes
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # The size of what enters the last layer, for the peer's weights.
-MODELS = {"lenet": (8, 8, 12), "resnet18": (1, 1, 512), "convnet": (3, 3, 256)}
-# Networks that the peer does not have, or not with these weights; of 224 pixels and 1,000 classes but for the first.
+MODELS = {"lenet": (8, 8, 12), "resnet18": (1, 1, 512), "convnet": (3, 3, 256), "resnet18_imagenet": (1, 1, 512)}
+# Networks that the peer does not have, or not with these weights. They and the last one above have images of 224 pixels
+# and 1,000 classes, but for ResNet-20.
 OWN = ("resnet20", "efficientnet_lite0", "vit")
 # Model, batch size, restarts, and the least ratio to the peer that counts as fast.
 CASES = [
@@ -47,6 +48,7 @@ CASES = [
     ("resnet18", 8, 1, 1.2),
     ("resnet18", 1, 8, 2.5),
     ("convnet", 1, 1, 1.25),
+    ("resnet18_imagenet", 1, 1, 2.0),
 ]
 
 
@@ -67,6 +69,8 @@ def network(model: str) -> tuple[nnx.Module, tuple[int, int, int]]:
         return nnx.jit(lambda: models.EfficientNetLite0(large, rngs=nnx.Rngs(0)))(), large
     if model == "vit":
         return models.ViT(large, 1_000, patch_size=16, rngs=nnx.Rngs(0)), large
+    if model == "resnet18_imagenet":
+        return models.MODELS[model](large, 1_000, rngs=nnx.Rngs(0)), large
     return models.MODELS[model](small, 10, rngs=nnx.Rngs(0)), small
 
 
@@ -238,8 +242,8 @@ def compile_and_memory(args: argparse.Namespace) -> None:
         "eight, and its share of the matrix product's rate, where a step counts as 8 forward passes. Second victim: "
         "first call of the compiled program on another observation, seconds beyond the call before it. RSS: peak of "
         "the process, libraries and compiler included; the peak on the device is the GPU's own count. Rows "
-        "`breaching`: 8 steps of the peer. ResNet-20 is trained (CIFAR-10); EfficientNet-Lite0 and a ViT of 196 "
-        "patches, width 192 and 4 blocks are untrained, on one image of 224 pixels.",
+        "`breaching`: 8 steps of the peer. ResNet-20 is trained (CIFAR-10); ResNet-18 with the stem of ImageNet, "
+        "EfficientNet-Lite0 and a ViT of 196 patches, width 192 and 4 blocks are untrained, on images of 224 pixels.",
     )
 
 
