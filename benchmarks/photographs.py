@@ -55,9 +55,9 @@ MEAN, STD = 0.498, 0.502  # what the trained network expects to be taken off, an
 GALLERY = 1_000  # images that a victim is ranked among: itself, and crops of the other photographs
 FACTORS = (8, 4, 2)
 NETWORKS = {
-    "trained, exact statistics": "the client normalises by the statistics of its batch, which the server knows",
-    "trained, running statistics": "the client normalises by the running statistics, and the attack makes the features "
-    "of its image have them",
+    "trained, exact statistics": "the server knows the mean and the variance of every feature over the client's batch, "
+    "and the attack makes the features of its image have them",
+    "trained, running statistics": "the features are to have the running statistics, which come with the parameters",
     "untrained, exact statistics": "the same network before training",
     "trained, random updates": "prior only: the first row's attack on noise of the same norms",
     "ResNet-18, untrained, exact statistics": "a ResNet-18 with the stem of ImageNet, as the third row",
@@ -140,13 +140,13 @@ class Case(NamedTuple):
     module: nnx.Module
     client_fn: ClientFn
     params: Params
-    training: bool
+    running: bool
     seen: Observation
 
     @classmethod
     def of(cls, name: str, photos: Photographs) -> "Case":
         """By a name of NETWORKS."""
-        shape, training = photos.images.images.shape[1:], "running" not in name
+        shape, running = photos.images.images.shape[1:], "running" in name
 
         def make() -> nnx.Module:
             model = "resnet18_imagenet" if name.startswith("ResNet-18") else "efficientnet_lite0"
@@ -156,9 +156,9 @@ class Case(NamedTuple):
             module = nnx.jit(make)()
         else:
             module = interop.load_torch(nnx.eval_shape(make), weights(), names=models.efficientnet_lite0_names)
-        apply_fn, params = models.functional(module, batch_norm="training" if training else "evaluation")
+        apply_fn, params = models.functional(module)
         client_fn = clients.federated_sgd(clients.cross_entropy(apply_fn))
-        case = cls(module, client_fn, params, training, Observation((), ()))
+        case = cls(module, client_fn, params, running, Observation((), ()))
         images, found = photos.images, []
         inputs = images.normalize(images.images)
         see = jax.jit(case.see)
@@ -171,16 +171,15 @@ class Case(NamedTuple):
         return case._replace(seen=seen)
 
     def see(self, batch: Batch) -> Observation:
-        """What the server sees of one victim; without batch statistics it takes the running ones."""
+        """What the server sees of one victim, with the statistics that the attack takes."""
         exact = self.statistics(self.params, batch.inputs)
-        known = exact if self.training else models.running_statistics(self.module, self.params, batch.inputs)
+        known = models.running_statistics(self.module, self.params, batch.inputs) if self.running else exact
         threat = ThreatModel(labels=True, statistics=True)
         return observe(jax.random.key(0), threat, self.client_fn, self.params, batch, statistics=known)
 
     def statistics(self, params: Params, inputs: jax.Array) -> list:
         """The statistics of a batch in every layer."""
-        mode = "training" if self.training else "evaluation"
-        return models.batch_norm_inputs(self.module, batch_norm=mode)(params, inputs)
+        return models.batch_norm_inputs(self.module, batch_norm="evaluation")(params, inputs)
 
     def attack(self, images: data.ImageData, args: argparse.Namespace, weights: dict[str, Any]) -> Attack:
         """Inverting Gradients, from small images to large ones, with the distance of the statistics."""
@@ -279,7 +278,8 @@ def table(args: argparse.Namespace) -> None:
         name_of(args),
         f"{args.photos} photographs of {args.size} pixels",
         rows,
-        f"EfficientNet-Lite0 where no other network is named; each photograph alone in its batch, label known. "
+        f"EfficientNet-Lite0 where no other network is named; each photograph alone in its batch, label known; clients "
+        "normalise by the running statistics. "
         f"Inverting Gradients (cosine, total variation "
         f"{args.smoothness[0]:g}, distance of the statistics of every layer {args.statistics[0]:g}; signed Adam) at an "
         f"eighth, a quarter and a half of the size with {args.coarse_steps} steps each, from near grey, then "

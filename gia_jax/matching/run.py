@@ -237,7 +237,10 @@ def keep_best(attack: Attack) -> Attack:
     def finalize(candidate: Best, observation: Observation) -> Reconstruction:
         last, best = candidate.last, candidate.best
         best = last._replace(last=best) if isinstance(last, Kept) else best
-        last, best = attack.finalize(last, observation), attack.finalize(best, observation)
+        # In a loop, so that the model is compiled once for both.
+        both = jax.tree.map(lambda *leaves: jnp.stack(leaves), last, best)
+        found = jax.lax.map(lambda one: attack.finalize(one, observation), both)
+        last, best = (jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(2))
         use_last = last.is_finite & (last.loss <= candidate.best_loss)
         best_loss = candidate.best_loss.astype(best.loss.dtype)
         best = best._replace(loss=best_loss, is_finite=best.is_finite & jnp.isfinite(best_loss))
