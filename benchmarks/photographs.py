@@ -367,7 +367,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width, a multiple of 8")
     parser.add_argument("--steps", type=int, default=1_100, help="at the whole size")
     parser.add_argument("--coarse-steps", type=int, default=300, help="at each of three smaller sizes")
-    parser.add_argument("--smoothness", type=float, nargs="+", default=[1e-1], help="weights of the total variation")
+    parser.add_argument("--smoothness", type=float, nargs="+", default=[3.0], help="weights of the total variation")
     parser.add_argument("--statistics", type=float, nargs="+", default=[1e-3], help="and of the distance of statistics")
     parser.add_argument("--after", type=int, default=4, help="photographs before those of `tune`")
     parser.add_argument("--memory", type=float, default=4.0, help="budget in GiB, which decides on the lanes")

@@ -46,7 +46,7 @@ class ConvNet(nnx.Module):
         for i in range(8):
             x = jax.nn.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)))
             x = max_pool(x, 3) if i in (5, 7) else x
-        return self.head(flatten(x))
+        return self.head(flatten(x, self.head))
 
 
 class CNN6(nnx.Module):
@@ -86,7 +86,7 @@ class CNN6(nnx.Module):
         activation = functools.partial(jax.nn.leaky_relu, negative_slope=0.2)
         for i in range(6):
             x = activation(getattr(self, f"conv{i}")(x))
-        return self.head(flatten(x))
+        return self.head(flatten(x, self.head))
 
 
 class GroupNormNet(nnx.Module):
@@ -128,4 +128,4 @@ class GroupNormNet(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
         for i in range(4):
             x = jax.nn.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)))
-        return self.head(flatten(x))
+        return self.head(flatten(x, self.head))

@@ -151,13 +151,25 @@ def max_pool(
     return functools.reduce(jnp.maximum, parts)
 
 
-def flatten(x: Float[Array, "b *d"]) -> Float[Array, "b e"]:
+def flatten(x: Float[Array, "b *d"], into: nnx.Module | None = None) -> Float[Array, "b e"]:
     """Puts all axes but the first, that of the batch, into one.
 
     Args:
         x: Array of shape (b, *d).
+        into: Dense layer that takes the result. None is for any number of values.
 
     Returns:
         The same values in shape (b, e), with e the product of d.
+
+    Raises:
+        ValueError: If `into` takes another number of values, as where images have another size than that for which a
+            model was made.
     """
-    return x.reshape(x.shape[0], -1)
+    flat = x.reshape(x.shape[0], -1)
+    taken = getattr(into, "in_features", flat.shape[1])
+    if flat.shape[1] != taken:
+        raise ValueError(
+            f"inputs must have the size that the model was made for: its dense layer takes {taken} values, got "
+            f"{flat.shape[1]}"
+        )
+    return flat

@@ -57,4 +57,4 @@ class LeNet(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
         for conv in (self.conv1, self.conv2, self.conv3):
             x = self.activation(conv(x))
-        return self.head(flatten(x))
+        return self.head(flatten(x, self.head))

@@ -49,7 +49,7 @@ class MLP(nnx.Module):
         self.head = linear(features, num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b classes"]:
-        x = flatten(x)
+        x = flatten(x, self.dense0 if self.depth else self.head)
         for i in range(self.depth):
             x = self.activation(getattr(self, f"dense{i}")(x))
         return self.head(x)

@@ -61,6 +61,19 @@ def test_other_images_and_classes(name):
     assert outputs.shape == (3, 7)
 
 
+@pytest.mark.parametrize("name", ["cnn6", "convnet", "groupnorm_net", "lenet", "linear", "mlp"])
+def test_images_of_another_size_are_refused(name):
+    def features(size, headless):
+        module = models.MODELS[name]((16, 16, 3), 10, rngs=nnx.Rngs(0))
+        return (models.headless(module) if headless else module)(jnp.zeros((1, size, size, 3)))
+
+    with pytest.raises(
+        ValueError, match=r"inputs must have the size that the model was made for: its dense layer .*got"
+    ):
+        nnx.eval_shape(lambda: features(32, headless=False))
+    assert nnx.eval_shape(lambda: features(16, headless=True)).ndim == 2
+
+
 @pytest.mark.usefixtures("x64")
 def test_group_normalisation_leaves_examples_independent():
     make = functools.partial(models.ResNet, (8, 8, 3), 4, blocks=(1, 1), width=8, norm="group")
