@@ -49,7 +49,8 @@ class MLP(nnx.Module):
         self.head = linear(features, num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b classes"]:
-        x = flatten(x, self.dense0 if self.depth else self.head)
-        for i in range(self.depth):
-            x = self.activation(getattr(self, f"dense{i}")(x))
+        hidden = [getattr(self, f"dense{i}") for i in range(self.depth)]
+        x = flatten(x, [*hidden, self.head][0])
+        for layer in hidden:
+            x = self.activation(layer(x))
         return self.head(x)
