@@ -2,7 +2,8 @@
 
     python benchmarks/second_order.py [PART ...] [--victims N] [--activations NAME ...] [--batches N ...] [--side N]
 
-Parts: `lenet` (the LeNet of DLG on CIFAR-10 images, from float32 gradients), `table` (LeNets on smaller images, row by
+Parts: `lenet` (the LeNet of DLG on CIFAR-10 images, from float32 gradients), `exported` (the same from gradients that
+PyTorch computes of its own weights, which needs torch), `table` (LeNets on smaller images, row by
 row), `memory` (steps of conjugate gradients on a trained ResNet-20). They need the extra `data`, and CIFAR-10 prepared
 by TFDS (GIA_JAX_DATA_DIR); `memory` needs `interop` as well. Everything is chosen by the attack's own loss. Columns
 with "(truth)" in their names are diagnoses, which no attacker can make. Seconds are those of the processor.
@@ -34,11 +35,13 @@ from gia_jax import (
     clients,
     data,
     gradient_matching,
+    interop,
     keep_best,
     matching,
     metrics,
     models,
     observe,
+    observed,
     run,
 )
 from gia_jax.base import ClientFn, Params
@@ -169,11 +172,43 @@ def victims_of(images: data.ImageData, number: int, size: int) -> list[Batch]:
 
 def lenet(args: argparse.Namespace) -> None:
     """The LeNet of DLG with weights and biases from U(-.5, .5), one network and image for each seed."""
-    images, rows, solver = data.load("cifar10", limit=args.victims), [], None
+
+    def see(seed: int, client_fn: ClientFn, params: Params, batch: Batch) -> Observation:
+        del params
+        _, own = models.functional(models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(seed)))
+        return seen_of(client_fn, own, batch, jnp.float32)
+
+    of_seeds("lenet", see, "a gradient in float32", args)
+
+
+def exported(args: argparse.Namespace) -> None:
+    """The same network in PyTorch, which draws its weights and computes the gradient."""
+    import torch
+    from torch_networks import lenet as torch_lenet
+
+    def see(seed: int, client_fn: ClientFn, params: Params, batch: Batch) -> Observation:
+        del client_fn
+        torch.manual_seed(seed)
+        module = torch_lenet(32)
+        inputs, labels = torch.tensor(np.asarray(batch.inputs).transpose(0, 3, 1, 2)), np.asarray(batch.labels)
+        loss = torch.nn.functional.cross_entropy(module(inputs), torch.tensor(labels).long())
+        weights = dict(module.named_parameters())
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        update = {name: gradient.numpy() for name, gradient in zip(weights, gradients, strict=True)}
+        own = interop.from_torch({name: value.detach().numpy() for name, value in weights.items()}, params)
+        shared = interop.from_torch(update, params)
+        return wide(observed(own, shared, inputs_like=batch.inputs, labels=batch.labels, num_classes=CLASSES))
+
+    of_seeds("exported", see, f"a gradient that PyTorch {torch.__version__} computed in float32", args)
+
+
+def of_seeds(name: str, see: Callable[..., Observation], what: str, args: argparse.Namespace) -> None:
+    """Attacks one network and image for each seed: `see(seed, client_fn, params_like, batch)` is what a server sees."""
+    images, rows = data.load("cifar10", limit=args.victims), []
+    apply_fn, like = models.functional(models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(0)))
+    solver = Solver(clients.federated_sgd(clients.cross_entropy(apply_fn)))
     for seed, batch in enumerate(victims_of(images, args.victims, 1)):
-        apply_fn, params = models.functional(models.LeNet((32, 32, 3), CLASSES, rngs=nnx.Rngs(seed)))
-        solver = Solver(clients.federated_sgd(clients.cross_entropy(apply_fn))) if solver is None else solver
-        seen = seen_of(solver.client_fn, params, batch, jnp.float32)
+        seen = see(seed, solver.client_fn, like, batch)
         found = solver(jax.random.fold_in(jax.random.key(0), seed), seen, batch, images)
         rows.append(
             {
@@ -189,8 +224,8 @@ def lenet(args: argparse.Namespace) -> None:
         )
         print(rows[-1], flush=True)
     record.write(
-        "lenet",
-        "The sigmoid LeNet of DLG, from a gradient in float32: one network and CIFAR-10 test image for each seed",
+        name,
+        f"The sigmoid LeNet of DLG, from {what}: one network and CIFAR-10 test image for each seed",
         rows,
         f"Losses are shares of the update's squared norm. {SETTING}",
     )
@@ -318,7 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the part `memory`")
     parser.add_argument("--to", default="table", help="name of the files of `table`")
     jax.config.update("jax_enable_x64", True)
-    run_parts(parser, lenet, table, memory)
+    run_parts(parser, lenet, exported, table, memory)
 
 
 if __name__ == "__main__":
