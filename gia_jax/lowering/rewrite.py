@@ -16,6 +16,7 @@ from jax.extend import core as jex_core
 from gia_jax.lowering.convolution import convolution
 
 Lowering = Literal["auto", "native", "matmul"]
+CHECKPOINTS = ("checkpoint", "remat2")  # the name of `jax.checkpoint`'s equation depends on the version of JAX
 
 
 def lowers_to_matmul(lowering: Lowering) -> bool:
@@ -113,7 +114,7 @@ def _interpret(jaxpr: jex_core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
             outputs = [convolution(jnp.asarray(lhs), jnp.asarray(kernel), flipped=flipped, **eqn.params)]
         elif name == "jit":
             outputs = _interpret(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, operands)
-        elif name == "checkpoint" and not eqn.params["prevent_cse"]:
+        elif name in CHECKPOINTS and not eqn.params["prevent_cse"]:
             outputs = _interpret(eqn.params["jaxpr"], (), operands)
         elif not (inside := _subjaxprs(eqn)):
             outputs = eqn.primitive.bind(*operands, **eqn.params)
