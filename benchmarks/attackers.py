@@ -149,9 +149,9 @@ def attack_of(
     return informed(matching, attacker.objective_fn, num_steps)
 
 
-def signed_adam(num_steps: int) -> optax.GradientTransformation:
-    """The optimiser of Inverting Gradients."""
-    return optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.1, num_steps)))
+def signed_adam(num_steps: int, rate: float = 0.1) -> optax.GradientTransformation:
+    """The optimiser of Inverting Gradients, whose first learning rate is 0.1 in the paper."""
+    return optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(rate, num_steps)))
 
 
 def ranks_among(gallery: np.ndarray, images: np.ndarray, places: np.ndarray) -> np.ndarray:

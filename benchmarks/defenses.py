@@ -23,7 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
-from attackers import DRAWS_A_STEP, THREAT, Seen, counted_steps, differs, informed, network, redrawn, unstacked
+from attackers import (
+    DRAWS_A_STEP,
+    THREAT,
+    Seen,
+    counted_steps,
+    differs,
+    informed,
+    network,
+    redrawn,
+    signed_adam,
+    unstacked,
+)
 from flax import nnx
 from parts import run_parts
 from training import accuracy, train, train_network, uniform
@@ -51,7 +62,6 @@ from gia_jax.defenses.protected import CANDIDATES, Part, Protected, live_shares,
 from gia_jax.matching.adaptive import rescaled, rounding_likelihood
 from gia_jax.matching.initializations import normal
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.optimizers import step_schedule
 from gia_jax.sweep import sweep
 
 CLASSES, DELTA = 10, 1e-5
@@ -189,8 +199,10 @@ def attack(
         noise = 10 ** (-args.near / 20) * jax.random.normal(jax.random.key(11), victims.truth.inputs.shape)
         start = victims.truth.inputs + noise / jnp.asarray(victims.images.std, jnp.float32)
         together = together._replace(extra=together.extra | {"start": jnp.concatenate([start] * len(groups))})
-        small_steps = optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(0.01, steps)))
-        options = {"init_fn": lambda key, observation: observation.extra["start"], "optimizer": small_steps}
+        options = {
+            "init_fn": lambda key, observation: observation.extra["start"],
+            "optimizer": signed_adam(steps, 0.01),
+        }
 
     def make(setting: dict[str, jax.Array]) -> Attack:
         def stage(objective_fn: ObjectiveFn, num_steps: int) -> Attack:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import record
 import resnet20
-from attackers import THREAT, ranks_among, unstacked
+from attackers import THREAT, ranks_among, signed_adam, unstacked
 from parts import run_parts
 
 from gia_jax import Attack, Batch, Observation, clients, control, data, keep_best, metrics, models, observe
@@ -26,7 +25,6 @@ from gia_jax.attacks import inverting_gradients
 from gia_jax.base import ClientFn, Params
 from gia_jax.matching import priors
 from gia_jax.matching.objectives import cosine
-from gia_jax.matching.optimizers import step_schedule
 from gia_jax.report import progress
 from gia_jax.sweep import grid, study, sweep
 
@@ -98,7 +96,7 @@ def landscape(stage: str, args: argparse.Namespace) -> Landscape:
             client_fn,
             bounds=victims.images.bounds(),
             total_variation_weight=setting["smoothness"],
-            optimizer=optax.chain(optax.scale_by_sign(), optax.adam(step_schedule(rate, args.steps))),
+            optimizer=signed_adam(args.steps, rate),
             **start,
         )
         return keep_best(attack)

@@ -70,6 +70,10 @@ class Photographs(NamedTuple):
     images: data.ImageData
     gallery: np.ndarray
 
+    def truth(self) -> Batch:
+        """Each photograph alone in its batch."""
+        return Batch(self.images.normalize(self.images.images)[:, None], self.images.labels[:, None])
+
 
 def photographs(number: int, size: int, first: int = 0) -> Photographs:
     """Photographs that are clean, from the one of this place on: the shorter side at 256 / 224 of the size, and the
@@ -211,7 +215,7 @@ def tune(args: argparse.Namespace) -> None:
     """Compares weights of the priors on photographs after the victims."""
     photos, rows = photographs(args.photos, args.size, first=args.after), []
     images, settings = photos.images, grid(smoothness=args.smoothness, statistics=args.statistics)
-    truth = Batch(images.normalize(images.images)[:, None], images.labels[:, None])
+    truth = photos.truth()
     steps = args.coarse_steps * len(FACTORS) + args.steps
     for name in args.network:
         case = Case.of(name, photos)
@@ -245,7 +249,7 @@ def table(args: argparse.Namespace) -> None:
     """Attacks all photographs on every network."""
     photos, rows, shown = photographs(args.photos, args.size), [], {}
     images = photos.images
-    truth = Batch(images.normalize(images.images)[:, None], images.labels[:, None])
+    truth = photos.truth()
     coarse = args.coarse_steps * len(FACTORS)
     steps = coarse + args.steps
     for name in args.network:

@@ -1,7 +1,7 @@
 """Functions that run attacks: many steps, several restarts, and the choice among what was found, for any attack."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -282,7 +282,6 @@ def continued(
     *,
     num_steps: int,
     num_starts: int = 1,
-    hand_over_fn: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
 ) -> Attack:
     """Builds an attack that starts from where another one ends.
 
@@ -296,8 +295,6 @@ def continued(
         num_steps: Number of steps of `first`, which are done inside `init`, at least 1.
         num_starts: Number of independent starts of `first`, at least 1. `second` goes on from the one of the lowest
             finite loss.
-        hand_over_fn: Function that makes the unknowns of `second` from those of `first`, such as one that enlarges
-            images. None hands them over as they are.
 
     Returns:
         The attack. Its number of steps and its info are those of `second` only. Its `init` raises ValueError where the
@@ -324,7 +321,6 @@ def continued(
         ([0.5, -1.0], (1,))
     """
     _check.integer(num_steps=num_steps, num_starts=num_starts)
-    _check.functions(hand_over_fn=hand_over_fn)
 
     def hand_over(key: PRNGKeyArray, state: AttackState, observation: Observation) -> AttackState:
         candidate, memory = second.init(key, observation)
@@ -332,9 +328,8 @@ def continued(
             reached = best_start(first, state, observation)
         else:
             reached = state.candidate.best if isinstance(state.candidate, Best) else state.candidate
-        variables = reached.variables if hand_over_fn is None else hand_over_fn(reached.variables)
-        _check.same_structure("the unknowns of first", variables, "those of second", candidate.variables)
-        return AttackState(candidate._replace(variables=variables), memory)
+        _check.same_structure("the unknowns of first", reached.variables, "those of second", candidate.variables)
+        return AttackState(candidate._replace(variables=reached.variables), memory)
 
     starts = from_starts(first, num_starts) if num_starts > 1 else first
     return warmed_up(second, WarmUp(starts, num_steps, hand_over))

@@ -121,7 +121,7 @@ class VariationalAutoencoder(nnx.Module):
             N(0, I) in nats.
         """
         x = jax.nn.relu(self.down2(jax.nn.relu(self.down1(pixels))))
-        mean, log_variance = jnp.split(self.dense(flatten(x)), 2, axis=1)
+        mean, log_variance = jnp.split(self.dense(flatten(x, self.dense)), 2, axis=1)
         z = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         divergence = jnp.sum(jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1, 1) / 2
         return self.decoder(z), divergence

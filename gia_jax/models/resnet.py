@@ -140,8 +140,14 @@ def resnet_names(prefix: str) -> str | None:
         'head'
     """
     outer = {"conv1": "stem", "bn1": "stem_norm", "fc": "head"}
-    inner = {"bn1": "norm1", "bn2": "norm2", "downsample.0": "shortcut", "downsample.1": "shortcut_norm"}
-    inner |= {name: name for name in ("conv1", "conv2")}
+    inner = {
+        "conv1": "conv1",
+        "bn1": "norm1",
+        "conv2": "conv2",
+        "bn2": "norm2",
+        "downsample.0": "shortcut",
+        "downsample.1": "shortcut_norm",
+    }
     found = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", prefix)
     if found and found[3] in inner:
         return f"stage{int(found[1]) - 1}_block{found[2]}.{inner[found[3]]}"

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gia_jax import models
 from gia_jax.models.layers import max_pool
+from gia_jax.models.resnet import BasicBlock
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (3, 2, 0), (2, None, 0), (3, 3, 0), (3, 1, 1)])
@@ -34,23 +35,20 @@ def test_second_derivatives_of_overlapping_pooling_are_finite_differences():
     np.testing.assert_allclose(pushed, (gradient(x + step * v) - gradient(x - step * v)) / (2 * step), atol=1e-7)
 
 
-def test_the_stem_of_imagenet_makes_images_a_quarter_as_large():
+def test_the_stem_of_imagenet_makes_images_a_quarter_as_large(monkeypatch):
     """The sizes of He et al., table 1: 56 pixels enter the first block of a network for 224, and 7 leave the last."""
-    sizes = []
+    sizes, block = [], BasicBlock.__call__
 
-    class Watched(models.ResNet):
-        def __call__(self, x):
-            x = max_pool(self.stem_norm(self.stem(x)), 3, stride=2, padding=1)
-            sizes.append(x.shape)
-            for name in self.names:
-                x = getattr(self, name)(x)
-            sizes.append(x.shape)
-            return x
+    def watched(self, x):
+        y = block(self, x)
+        sizes.extend((x.shape, y.shape))
+        return y
 
+    monkeypatch.setattr(BasicBlock, "__call__", watched)
     nnx.eval_shape(
-        lambda: Watched((224, 224, 3), 1_000, stem="imagenet", rngs=nnx.Rngs(0))(jnp.zeros((1, 224, 224, 3)))
+        lambda: models.ResNet((224, 224, 3), 1_000, stem="imagenet", rngs=nnx.Rngs(0))(jnp.zeros((1, 224, 224, 3)))
     )
-    assert sizes == [(1, 56, 56, 64), (1, 7, 7, 512)]
+    assert [sizes[0], sizes[-1]] == [(1, 56, 56, 64), (1, 7, 7, 512)]
 
 
 @pytest.mark.parametrize("blocks", [(2, 2, 2, 2), (3, 4, 6, 3)])
